@@ -1,0 +1,21 @@
+"""Plain-torch backend: the specification of every op, on any device and dtype."""
+
+from .feedback_mm import feedback_mm
+from .feedback_weight import feedback_weight
+from .lc import lc_backward_input, lc_backward_weight, lc_forward
+from .pack_signs import pack_signs, unpack_signs
+from .redraw_key import redraw_key
+
+OPS = {
+    op.__name__: op
+    for op in (
+        feedback_mm,
+        feedback_weight,
+        pack_signs,
+        unpack_signs,
+        redraw_key,
+        lc_forward,
+        lc_backward_input,
+        lc_backward_weight,
+    )
+}
