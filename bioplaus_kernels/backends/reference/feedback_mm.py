@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from . import checks
 from .feedback_weight import feedback_weight
 
 
@@ -17,6 +18,7 @@ def feedback_mm(
     in_features: int,
 ) -> Tensor:
     """dX (M, in) = dY (M, out) B (out, in), B as in `feedback_weight`; half types accumulate in float32."""
+    checks.mm(grad_output, in_features)
     size = (grad_output.shape[1], in_features)
     b = feedback_weight(weight, signs, magnitude, key, entries, scale, size, dtype=grad_output.dtype)
     return torch.mm(grad_output, b)

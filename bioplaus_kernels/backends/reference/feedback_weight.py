@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import philox
-from .pack_signs import matrix_shape, unpack_signs
+from . import checks, philox
+from .pack_signs import matrix_shape, packed_shape, unpack_signs
 
 
 def feedback_weight(
@@ -21,6 +21,8 @@ def feedback_weight(
     dtype: torch.dtype,
 ) -> Tensor:
     """B = sign * |scale * magnitude|, or scale * magnitude where nothing gives the sign; see `ops.feedback_weight`."""
+    checks.feedback(weight, signs, magnitude, key, entries, scale, size, packed_shape(size))
+    checks.dtype("dtype", dtype)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     rows, columns = matrix_shape(size)
     like = weight if weight is not None else magnitude

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import checks
 from .feedback_weight import feedback_weight
 
 
@@ -98,8 +99,18 @@ def lc_forward(
 ) -> Tensor:
     """y[n, o, p] = bias[p, o] + sum over taps t and channels c of weight[p, o, t, c] * input[n, c, p * stride + t * dilation]."""
     d, acc = len(stride), _accumulate_dtype(input.dtype)
-    out, o = weight.shape[:d], weight.shape[d]
-    x = patches(input, out, weight.shape[d + 1 : -1], stride, padding, dilation, groups)
+    checks.floating("input", input)
+    checks.rank("input", input, d + 2)
+    checks.rank("weight", weight, 2 * d + 2)
+    out, o, kernel = weight.shape[:d], weight.shape[d], weight.shape[d + 1 : -1]
+    checks.geometry(stride, padding, dilation, groups, kernel)
+    expected = output_size(input.shape[2:], kernel, stride, padding, dilation)
+    checks.lc_shapes(weight.shape, input.shape[2:], expected, groups, input.shape[1])
+    checks.same("weight", weight, input)
+    if bias is not None:
+        checks.same("bias", bias, input)
+        checks.shape("bias", bias, (*out, o) if bias.dim() > 1 else (o,))
+    x = patches(input, out, kernel, stride, padding, dilation, groups)
     y = torch.matmul(x.to(acc), _blocks(weight, d, groups).to(acc).transpose(-1, -2))
     y = y.permute(2, 1, 3, 0).reshape(input.shape[0], o, *out)
     if bias is not None:
@@ -124,13 +135,18 @@ def lc_backward_input(
 ) -> Tensor:
     """dx: each position's block of B, transposed, times its output gradient, summed where patches overlap."""
     d, acc = len(stride), _accumulate_dtype(grad_output.dtype)
+    checks.floating("grad_output", grad_output)
+    checks.rank("grad_output", grad_output, d + 2)
     out, kernel = weight_size[:d], weight_size[d + 1 : -1]
+    checks.geometry(stride, padding, dilation, groups, kernel)
+    checks.lc_shapes(weight_size, input_size, output_size(input_size, kernel, stride, padding, dilation), groups)
+    checks.shape("grad_output", grad_output, (grad_output.shape[0], weight_size[d], *out))
     n, c = grad_output.shape[0], weight_size[-1] * groups
     b = feedback_weight(weight, signs, magnitude, key, entries, scale, weight_size, dtype=grad_output.dtype)
     x = torch.matmul(_grad_blocks(grad_output, groups).to(acc), _blocks(b, d, groups).to(acc))
     x = x.reshape(math.prod(out), groups, n, math.prod(kernel), c // groups).permute(2, 0, 3, 1, 4)
     x = x.reshape(n, *out, *kernel, c)
-    padded = [size + p for size, p in zip(input_size, map(sum, zip(padding[::2], padding[1::2], strict=True)), strict=True)]
+    padded = [size + a + b for size, a, b in zip(input_size, padding[::2], padding[1::2], strict=True)]
     strides = [math.prod(padded[dim + 1 :]) for dim in range(d)]
     index = _index(out, kernel, stride, dilation, grad_output.device)
     flat = sum((i * s for i, s in zip(index, strides, strict=True)), torch.zeros_like(index[0]))
@@ -151,8 +167,17 @@ def lc_backward_weight(
     groups: int,
 ) -> Tensor:
     """dW[p, o, t, c] = sum over the batch of grad_output[n, o, p] * input[n, c, p * stride + t * dilation]."""
-    acc = _accumulate_dtype(grad_output.dtype)
+    d, acc = len(stride), _accumulate_dtype(grad_output.dtype)
+    checks.floating("input", input)
+    checks.same("grad_output", grad_output, input)
+    checks.rank("input", input, d + 2)
+    checks.geometry(stride, padding, dilation, groups, kernel_size)
+    if input.shape[1] % groups:
+        checks.fail("groups", f"a divisor of the {input.shape[1]} input channels", groups)
     o, out, c = grad_output.shape[1], grad_output.shape[2:], input.shape[1]
+    expected = output_size(input.shape[2:], kernel_size, stride, padding, dilation)
+    checks.lc_shapes((*expected, o, *kernel_size, c // groups), input.shape[2:], expected, groups)
+    checks.shape("grad_output", grad_output, (input.shape[0], o, *expected))
     x = patches(input, out, kernel_size, stride, padding, dilation, groups)
     grad = torch.matmul(_grad_blocks(grad_output, groups).to(acc).transpose(-1, -2), x.to(acc))
     return grad.reshape(*out, o, *kernel_size, c // groups).to(grad_output.dtype)

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import checks
+
 TILE_ROWS = 64
 
 
@@ -37,6 +39,7 @@ def _to_words(bits: Tensor, words: int) -> Tensor:
 
 def pack_signs(weight: Tensor) -> Tensor:
     """Packed signs of `weight`, int32 of shape `packed_shape(weight.shape)`."""
+    checks.floating("weight", weight)
     rows, columns = matrix_shape(weight.shape)
     words = packed_shape(weight.shape)[1]
     sign = torch.sign(weight.detach()).reshape(rows, columns)
@@ -50,6 +53,8 @@ def pack_signs(weight: Tensor) -> Tensor:
 
 def unpack_signs(signs: Tensor, size: Sequence[int], *, dtype: torch.dtype) -> Tensor:
     """-1, 0 or 1 in `dtype` and `size`, from packed signs."""
+    checks.dtype("dtype", dtype)
+    checks.packed("signs", signs, packed_shape(size))
     rows, columns = matrix_shape(size)
     planes = signs[: 2 * rows, :, None] >> torch.arange(32, device=signs.device, dtype=torch.int32) & 1
     negative, nonzero = planes.reshape(2, rows, -1)[:, :, :columns].to(dtype)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from . import checks
 from .philox import _MASK, philox4x32
 
 _TAG = 0x42525346  # keeps these calls apart from the draws made under the same key
@@ -12,6 +13,8 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def redraw_key(key: Tensor, weight: Tensor) -> Tensor:
     """(version, key, stream ^ hash): the hash takes the bits of 64 evenly spread elements of W, in logical order."""
+    checks.key(key)
+    checks.floating("weight", weight)
     key = key.clone()
     if weight.numel() == 0:
         return key

@@ -1,0 +1,38 @@
+"""`python -m bioplaus_kernels`: versions, what was built, and which backend serves each op, with the reason."""
+
+import platform
+from importlib.util import find_spec
+
+import torch
+
+from . import __version__, backends
+from .backends import native
+
+
+def main() -> None:
+    """Print the report."""
+    print(f"bioplaus_kernels {__version__}")
+    print(f"python {platform.python_version()}, torch {torch.__version__} (CUDA {torch.version.cuda or 'no'})")
+    print(f"triton {'found' if find_spec('triton') else 'not found'}, CUDA device: {_cuda_device()}")
+    if native.library is None:
+        print(f"native library: {native.reason}")
+    else:
+        config = native.library.build_config()
+        print(f"native library: built with torch {config['torch']}, {config['cxx_compiler']}")
+        print(f"  CPU levels {', '.join(config['cpu_levels'])}; active here: {native.library.active_cpu_level()}")
+        print(f"  OpenMP {'yes' if config['openmp'] else 'no'}, {native.library.num_threads_used()} threads")
+        cuda = f"{config['cuda']} for {', '.join(config['cuda_archs'])}" if config["cuda"] else "not built"
+        print(f"  CUDA {cuda}")
+    print()
+    rows = [("op", "device", "backend", "why"), *backends.choices()]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _cuda_device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Swap the layers of an existing model, in place, and say what became of each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from . import nn
+from .feedback import Backprop, Rule, as_rule, feedback_key
+from .nn.base import FeedbackLayer, supported
+
+_PAIRS: dict[type[torch.nn.Module], type[FeedbackLayer]] = {
+    getattr(torch.nn, name): getattr(nn, name)
+    for name in (
+        "Linear",
+        "Conv1d",
+        "Conv2d",
+        "Conv3d",
+        "ConvTranspose1d",
+        "ConvTranspose2d",
+        "ConvTranspose3d",
+        "MultiheadAttention",
+    )
+}
+_PLAIN = {ours: theirs for theirs, ours in _PAIRS.items()}
+_OWN = tuple(getattr(nn, name) for name in nn.__all__ if name.startswith("LocallyConnected"))
+
+# Modules that use the weights of these children without calling them.
+_BYPASSING = {
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
+    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": ("qkv", "proj"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one module: `outcome` is "converted", "left" or "restored"."""
+
+    name: str
+    type: str
+    outcome: Literal["converted", "left", "restored"]
+    rule: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """What `convert_` did, a row for each module that holds weights; str() is a table."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    def _names(self, outcome: str) -> list[str]:
+        return [row.name for row in self.rows if row.outcome == outcome]
+
+    @property
+    def converted(self) -> list[str]:
+        """Names of the modules that now have a feedback rule."""
+        return self._names("converted")
+
+    @property
+    def left(self) -> list[str]:
+        """Names of the modules with weights that were left alone."""
+        return self._names("left")
+
+    @property
+    def restored(self) -> list[str]:
+        """Names of the modules that are plain torch.nn again."""
+        return self._names("restored")
+
+    def __str__(self) -> str:
+        header = ("module", "type", "outcome", "rule", "why")
+        cells = [(row.name or "(root)", row.type, row.outcome, row.rule, row.reason) for row in self.rows]
+        widths = [max(len(r[i]) for r in [header, *cells]) for i in range(len(header))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in [header, *cells]]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        counts = ", ".join(f"{len(self._names(o))} {o}" for o in ("converted", "restored", "left") if self._names(o))
+        return "\n".join([*lines, counts or "no module with weights"])
+
+
+def convert_(
+    model: torch.nn.Module,
+    feedback: Rule | str | None,
+    *,
+    last_layer: Rule | str | None = None,
+    filter_fn: Callable[[torch.nn.Module, str], bool] | None = None,
+    seed: int = 0,
+) -> Report:
+    """Give every convertible layer of `model` the rule `feedback`, in place, and report what became of each module.
+
+    A module converts where its type is exactly a torch.nn class that `bioplaus_kernels.nn` has, or that class of ours;
+    only its class changes, so hooks, parameters, tied modules, device, dtype and optimizers stay. None (and "backprop")
+    restores plain torch.nn, whose B is W.
+
+    last_layer: rule of the last convertible module in `named_modules()` order; None means `feedback`.
+    filter_fn: called with (module, name); False leaves the module as it is.
+    seed: drawn feedback is a function of (seed, parameter name), so a second call draws the same again.
+
+    Raises TypeError or ValueError for an argument that does not fit, before any module is touched.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected an integer, got {seed!r}")
+    rule = as_rule(feedback)
+    last_rule = rule if last_layer is None else as_rule(last_layer, "last_layer")
+
+    modules = _modules(model)
+    eligible = [m for name, m, why in modules if not why and (filter_fn is None or filter_fn(m, name))]
+    plan = {m: rule for m in eligible}
+    if eligible:
+        plan[eligible[-1]] = last_rule
+    report = Report()
+    owners: dict[int, tuple[str, FeedbackLayer]] = {}
+    for name, module, why in modules:
+        if module in plan:
+            report.rows.append(_apply(name, module, plan[module], seed, owners))
+        else:
+            current = module.feedback.name if isinstance(module, FeedbackLayer) else "backprop"
+            report.rows.append(Row(name, _type(module), "left", current, why or "filter_fn"))
+    return report
+
+
+def _modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, str]]:
+    # Every module that holds weights itself: its name, and why it cannot convert ("" if it can).
+    rows = []
+    bypassed: dict[torch.nn.Module, str] = {}
+    part_of_attention = set()
+    for name, module in model.named_modules():
+        full = f"{type(module).__module__}.{type(module).__qualname__}"
+        for child in _BYPASSING.get(full, ()):
+            bypassed[module.get_submodule(child)] = f"{type(module).__name__} uses its weight without calling it"
+        if type(module) in (torch.nn.MultiheadAttention, nn.MultiheadAttention):
+            part_of_attention.add(module.out_proj)
+        if module in part_of_attention or not module._parameters:
+            continue
+        rows.append((name, module, bypassed.get(module) or _obstacle(module)))
+    return rows
+
+
+def _obstacle(module: torch.nn.Module) -> str:
+    kind = type(module)
+    if kind in _PAIRS or kind in _PLAIN or kind in _OWN:
+        weights = [w for n, w in module._parameters.items() if w is not None and n.endswith("weight")]
+        unsupported = [w for w in weights if not supported(w)]
+        return f"{unsupported[0].dtype} weight" if unsupported else ""
+    if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
+        return "its shape is not known before the first call"
+    for theirs in (*_PAIRS, *_PLAIN, *_OWN):
+        if isinstance(module, theirs):
+            return f"subclass of {theirs.__name__}: its forward may differ"
+    return "has no feedback rule"
+
+
+def _apply(name: str, module: Any, rule: Rule, seed: int, owners: dict[int, tuple[str, FeedbackLayer]]) -> Row:
+    if isinstance(rule, Backprop):
+        if not isinstance(module, FeedbackLayer):
+            return Row(name, _type(module), "left", rule.name, "left to back-propagation")
+        module.install_feedback(rule)
+        module.__class__ = _PLAIN.get(type(module), type(module))
+        return Row(name, _type(module), "restored", rule.name, "")
+    module.__class__ = _PAIRS.get(type(module), type(module))
+
+    # One B for each Parameter: who shares a weight takes the key of the name it was first met under.
+    def key(weight: str) -> Tensor:
+        full = f"{name}.{weight}" if name else weight
+        return feedback_key(seed, owners.setdefault(id(module.get_parameter(weight)), (full, module))[0])
+
+    module.install_feedback(rule, key)
+    for weight in module.weights():
+        owner = owners.setdefault(id(getattr(module, weight)), (f"{name}.{weight}", module))[1]
+        if owner is not module and owner.feedback == rule:
+            module.share_feedback(owner)
+    return Row(name, _type(module), "converted", rule.name if rule == type(rule)() else repr(rule), "")
+
+
+def _type(module: torch.nn.Module) -> str:
+    return type(module).__name__
+
+
+@dataclass(frozen=True)
+class Check:
+    """Which convertible layers a call of the model really called."""
+
+    called: list[str]
+    bypassed: list[str]
+    unused: list[str]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.called)} layers called"]
+        for names, meaning in (
+            (
+                self.bypassed,
+                "bypassed: the output depends on the weight, but the layer was not called, so no rule acts",
+            ),
+            (self.unused, "unused: neither called nor reached by a gradient in this call"),
+        ):
+            lines += [f"{name or '(root)'}  {meaning}" for name in names]
+        return "\n".join(lines)
+
+
+def check(model: torch.nn.Module, *inputs: Any) -> Check:
+    """Run `model(*inputs)` and list the convertible layers whose weights act without their forward being called.
+
+    Some models read a layer's weight directly (torchvision's Swin attention); no rule can act there. Buffers, gradients
+    and the random state are as before afterwards.
+    """
+    layers = {name: m for name, m in model.named_modules() if type(m) in (*_PAIRS, *_PLAIN, *_OWN)}
+    called: set[torch.nn.Module] = set()
+    hooks = [m.register_forward_pre_hook(lambda module, _: called.add(module)) for m in layers.values()]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with torch.enable_grad(), torch.random.fork_rng():
+            outputs = tree_leaves(model(*inputs))
+        roots = [t.float().sum() for t in outputs if isinstance(t, Tensor) and t.requires_grad]
+        weights = [p for m in layers.values() for p in m.parameters(recurse=False) if p.requires_grad]
+        grads = torch.autograd.grad(sum(roots), weights, allow_unused=True) if roots and weights else ()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+    reached = {id(w) for w, grad in zip(weights, grads, strict=False) if grad is not None}
+
+    def acts(module: torch.nn.Module) -> bool:
+        return any(id(p) in reached for p in module.parameters(recurse=False))
+
+    attention = {m.out_proj for m in layers.values() if isinstance(m, torch.nn.MultiheadAttention) and m in called}
+    called |= attention
+    return Check(
+        called=[name for name, m in layers.items() if m in called],
+        bypassed=[name for name, m in layers.items() if m not in called and acts(m)],
+        unused=[name for name, m in layers.items() if m not in called and not acts(m)],
+    )

@@ -1,0 +1,568 @@
+"""Functional layers: torch.nn.functional's, with `feedback=` for the input gradient.
+
+`feedback` is a rule, its name, or a tensor that is B itself (the weight's shape). Forward and weight gradient are the
+namesake's. Rules that draw (`fa`, `frsf`, `brsf`) need `key=`, from `bioplaus_kernels.feedback.feedback_key(seed, name)`.
+Each raises ValueError or TypeError for arguments that do not fit; double backward and torch.func transforms raise.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops
+from .backends.reference import checks
+from .feedback import (
+    Backprop,
+    Fans,
+    Operands,
+    Rule,
+    SignedInit,
+    as_rule,
+    conv_fans,
+    is_seeded,
+    lc_fans,
+    linear_fans,
+    operands,
+    root_mean_square,
+)
+
+Feedback = Rule | str | Tensor | None
+Ints = int | Sequence[int]
+Padding = int | str | Sequence[int] | Sequence[Sequence[int]]
+
+
+def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    # torch's own rule: under autocast the products run in the autocast dtype, and float64 is left alone.
+    device = input.device.type
+    if not torch.is_autocast_enabled(device):
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return cast(input), cast(weight), None if bias is None else cast(bias)
+
+
+# The Functions below take (input, weight, bias, signs, magnitude, key, rescale, role, entries, scale, *geometry), where
+# `role` says what the weight itself is in B. They save what their backward reads and nothing else.
+
+
+def _save(ctx: Any, x: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, feedback: tuple[Any, ...]) -> None:
+    signs, magnitude, key, rescale, ctx.role, ctx.entries, ctx.scale = feedback
+    ctx.dtypes = input.dtype, weight.dtype, None if bias is None else bias.dtype
+    ctx.weight_shape = weight.shape
+    ctx.bias_per_position = bias is not None and bias.dim() > 1
+    needs_input, needs_weight = ctx.needs_input_grad[:2]
+    b = (weight if ctx.role else None, signs, magnitude, key, rescale) if needs_input else (None,) * 5
+    ctx.save_for_backward(x if needs_weight else None, *b)
+
+
+def _saved(ctx: Any) -> tuple[Tensor | None, tuple[Any, ...], Tensor | None]:
+    # The input (None where no weight gradient is wanted), the ops' feedback arguments, and the factor of scale="match".
+    input, weight, signs, magnitude, key, rescale = ctx.saved_tensors
+    sign_source = weight if ctx.role == "sign" else None
+    if ctx.role == "magnitude":
+        magnitude = weight
+    return input, (sign_source, signs, magnitude, key, ctx.entries, ctx.scale), rescale
+
+
+def _bias_grad(ctx: Any, grad_output: Tensor) -> Tensor:
+    if ctx.bias_per_position:
+        return grad_output.sum(0).movedim(0, -1)
+    return grad_output.transpose(0, 1).flatten(1).sum(1)
+
+
+def _grads(
+    ctx: Any, grad_input: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None, rescale: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_input is not None and rescale is not None:
+        grad_input = grad_input * rescale
+    pairs = zip((grad_input, grad_weight, grad_bias), ctx.dtypes, strict=True)
+    grads = (None if grad is None else grad.to(dtype) for grad, dtype in pairs)
+    return *grads, *(None,) * (len(ctx.needs_input_grad) - 3)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, *feedback: Any) -> Tensor:
+        x, w, b = _autocast(input, weight, bias)
+        _save(ctx, x, input, weight, bias, feedback)
+        return F.linear(x, w, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, feedback, rescale = _saved(ctx)
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_input = ops.feedback_mm(grad_output, *feedback, ctx.weight_shape[1])
+        if input is not None:
+            grad_weight = grad_output.t().mm(input)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_output.sum(0)
+        return _grads(ctx, grad_input, grad_weight, grad_bias, rescale)
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        x, w, b = _autocast(input, weight, bias)
+        _save(ctx, x, input, weight, bias, rest[:7])
+        ctx.input_shape, ctx.geometry = input.shape, rest[7:]
+        return torch.convolution(x, w, b, *ctx.geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, feedback, rescale = _saved(ctx)
+        mask = ctx.needs_input_grad[:3]
+        # The vendor's backward reads only the shape of an operand that no wanted gradient depends on.
+        if input is None:
+            input = grad_output.new_empty(1).expand(ctx.input_shape)
+        if mask[0]:
+            b = ops.feedback_weight(*feedback, ctx.weight_shape, dtype=grad_output.dtype)
+        else:
+            b = grad_output.new_empty(1).expand(ctx.weight_shape)
+        bias_sizes = [grad_output.shape[1]] if mask[2] else None
+        grads = torch.ops.aten.convolution_backward(grad_output, input, b, bias_sizes, *ctx.geometry, mask)
+        return _grads(ctx, *grads, rescale)
+
+
+class _LocallyConnected(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        x, w, b = _autocast(input, weight, bias)
+        _save(ctx, x, input, weight, bias, rest[:7])
+        ctx.input_size, ctx.geometry = input.shape[2:], rest[7:]
+        return ops.lc_forward(x, w, b, *ctx.geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, feedback, rescale = _saved(ctx)
+        kernel_size = ctx.weight_shape[len(ctx.input_size) + 1 : -1]
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_input = ops.lc_backward_input(grad_output, *feedback, ctx.weight_shape, ctx.input_size, *ctx.geometry)
+        if input is not None:
+            grad_weight = ops.lc_backward_weight(grad_output, input, kernel_size, *ctx.geometry)
+        if ctx.needs_input_grad[2]:
+            grad_bias = _bias_grad(ctx, grad_output)
+        return _grads(ctx, grad_input, grad_weight, grad_bias, rescale)
+
+
+class _LocallyConnectedTranspose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        x, w, b = _autocast(input, weight, bias)
+        _save(ctx, x, input, weight, bias, rest[:7])
+        output_size, ctx.geometry = rest[7], rest[8:]
+        y = ops.lc_backward_input(x, None, None, w, None, "stored", 1.0, w.shape, output_size, *ctx.geometry)
+        if b is None:
+            return y
+        return y + (b.movedim(-1, 0) if b.dim() > 1 else b.reshape(-1, *[1] * len(output_size)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, feedback, rescale = _saved(ctx)
+        kernel_size = ctx.weight_shape[grad_output.dim() - 1 : -1]
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            b = ops.feedback_weight(*feedback, ctx.weight_shape, dtype=grad_output.dtype)
+            grad_input = ops.lc_forward(grad_output, b, None, *ctx.geometry)
+        if input is not None:
+            grad_weight = ops.lc_backward_weight(input, grad_output, kernel_size, *ctx.geometry)
+        if ctx.needs_input_grad[2]:
+            grad_bias = _bias_grad(ctx, grad_output)
+        return _grads(ctx, grad_input, grad_weight, grad_bias, rescale)
+
+
+def needs_feedback(input: Tensor) -> bool:
+    """Whether a backward through `input` can follow; where none can, a layer is its torch.nn namesake and forms no B."""
+    return torch.is_grad_enabled() and input.requires_grad
+
+
+def resolve(feedback: Feedback, weight: Tensor, fans: Fans, key: Tensor | None = None) -> Operands:
+    """The operands of what a caller of a function here passed as `feedback`."""
+    if isinstance(feedback, Tensor):
+        checks.floating("feedback", feedback)
+        checks.shape("feedback", feedback, weight.shape)
+        if feedback.device != weight.device:
+            checks.fail("feedback", f"a tensor on {weight.device}", feedback.device)
+        return Operands("", None, feedback.detach(), None, "stored", 1.0, None)
+    rule = as_rule(feedback)
+    if isinstance(rule, SignedInit) or getattr(rule, "stored", False):
+        raise ValueError(f"feedback: {rule} keeps state: use its layer in bioplaus_kernels.nn, or pass B as a tensor")
+    if is_seeded(rule) != (key is not None):
+        wanted = "a tensor from feedback.feedback_key(seed, name)" if is_seeded(rule) else "None"
+        checks.fail("key", f"{wanted} with feedback={rule.name!r}", "None" if key is None else "a tensor")
+    return operands(rule, weight, root_mean_square(getattr(rule, "scale", 1.0), fans), key=key)
+
+
+def _arguments(op: Operands) -> tuple[Any, ...]:
+    return op.signs, op.magnitude, op.key, op.rescale, op.weight, op.entries, op.scale
+
+
+def is_backprop(feedback: Feedback) -> bool:
+    """Whether `feedback` means B = W."""
+    return not isinstance(feedback, Tensor) and isinstance(as_rule(feedback), Backprop)
+
+
+def _floating(input: Tensor, weight: Tensor) -> None:
+    checks.floating("input", input)
+    checks.floating("weight", weight)
+
+
+def linear_with(input: Tensor, weight: Tensor, bias: Tensor | None, op: Operands) -> Tensor:
+    """`linear` with the operands of B at hand."""
+    _floating(input, weight)
+    x = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    y = _Linear.apply(x, weight, bias, *_arguments(op))
+    return y if input.dim() == 2 else y.reshape(*input.shape[:-1], weight.shape[0])
+
+
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, feedback: Feedback = None, key: Tensor | None = None
+) -> Tensor:
+    """y = x Wᵀ + b, with dX = dY B.
+
+    Shapes: input (*, in), weight and B (out, in), bias (out). feedback=None is torch.nn.functional.linear.
+    """
+    if is_backprop(feedback):
+        return F.linear(input, weight, bias)
+    return linear_with(input, weight, bias, resolve(feedback, weight, linear_fans(weight), key))
+
+
+def ints(name: str, value: Ints, d: int, least: int = 0) -> list[int]:
+    """`value` as one integer for each of `d` dimensions."""
+    values = [value] * d if isinstance(value, int) else list(value)
+    if len(values) != d or not all(isinstance(v, int) and v >= least for v in values):
+        checks.fail(name, f"an integer of at least {least} or {d} of them", value)
+    return values
+
+
+def conv_with(
+    d: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints | str,
+    dilation: Ints,
+    groups: int,
+    op: Operands,
+) -> Tensor:
+    """A d-dimensional convolution with the operands of B at hand."""
+    _floating(input, weight)
+    if input.dim() not in (d + 1, d + 2):
+        checks.fail("input", f"{d + 2} dimensions, or {d + 1} without a batch", f"shape {tuple(input.shape)}")
+    stride, dilation = ints("stride", stride, d, 1), ints("dilation", dilation, d, 1)
+    batched = input.dim() == d + 2
+    x = input if batched else input.unsqueeze(0)
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            checks.fail("padding", "integers, 'same' or 'valid'", repr(padding))
+        if padding == "same" and any(s != 1 for s in stride):
+            checks.fail("padding", "integers where stride is not 1", "'same'")
+        total = [dil * (k - 1) * (padding == "same") for k, dil in zip(weight.shape[2:], dilation, strict=True)]
+        # An odd total pads one more at the end, as torch does.
+        if any(t % 2 for t in total):
+            x = F.pad(x, [p for t in reversed(total) for p in (0, t % 2)])
+        padding = [t // 2 for t in total]
+    padding = ints("padding", padding, d)
+    y = _Conv.apply(x, weight, bias, *_arguments(op), stride, padding, dilation, False, [0] * d, groups)
+    return y if batched else y.squeeze(0)
+
+
+def _conv(d: int, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    *geometry, feedback, key = rest
+    if is_backprop(feedback):
+        return (F.conv1d, F.conv2d, F.conv3d)[d - 1](input, weight, bias, *geometry)
+    op = resolve(feedback, weight, conv_fans(weight, weight.shape[0]), key)
+    return conv_with(d, input, weight, bias, *geometry, op)
+
+
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints | str = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    feedback: Feedback = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    """torch.nn.functional.conv1d whose input gradient uses B, shaped as the weight (out, in/groups, k)."""
+    return _conv(1, input, weight, bias, stride, padding, dilation, groups, feedback, key)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints | str = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    feedback: Feedback = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    """torch.nn.functional.conv2d whose input gradient uses B, shaped as the weight (out, in/groups, kh, kw)."""
+    return _conv(2, input, weight, bias, stride, padding, dilation, groups, feedback, key)
+
+
+def conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints | str = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    feedback: Feedback = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    """torch.nn.functional.conv3d whose input gradient uses B, shaped as the weight (out, in/groups, kd, kh, kw)."""
+    return _conv(3, input, weight, bias, stride, padding, dilation, groups, feedback, key)
+
+
+def conv_transpose_with(
+    d: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    output_padding: Ints,
+    groups: int,
+    dilation: Ints,
+    op: Operands,
+) -> Tensor:
+    """A d-dimensional transposed convolution with the operands of B at hand."""
+    _floating(input, weight)
+    if input.dim() not in (d + 1, d + 2):
+        checks.fail("input", f"{d + 2} dimensions, or {d + 1} without a batch", f"shape {tuple(input.shape)}")
+    batched = input.dim() == d + 2
+    y = _Conv.apply(
+        input if batched else input.unsqueeze(0),
+        weight,
+        bias,
+        *_arguments(op),
+        ints("stride", stride, d, 1),
+        ints("padding", padding, d),
+        ints("dilation", dilation, d, 1),
+        True,
+        ints("output_padding", output_padding, d),
+        groups,
+    )
+    return y if batched else y.squeeze(0)
+
+
+def _conv_transpose(d: int, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    *geometry, feedback, key = rest
+    if is_backprop(feedback):
+        return (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[d - 1](input, weight, bias, *geometry)
+    op = resolve(feedback, weight, conv_fans(weight, weight.shape[1] * geometry[3]), key)
+    return conv_transpose_with(d, input, weight, bias, *geometry, op)
+
+
+def conv_transpose1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    feedback: Feedback = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    """torch.nn.functional.conv_transpose1d whose input gradient uses B, shaped as the weight (in, out/groups, k)."""
+    return _conv_transpose(1, input, weight, bias, stride, padding, output_padding, groups, dilation, feedback, key)
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    feedback: Feedback = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    """torch.nn.functional.conv_transpose2d whose input gradient uses B, shaped as the weight (in, out/groups, kh, kw)."""
+    return _conv_transpose(2, input, weight, bias, stride, padding, output_padding, groups, dilation, feedback, key)
+
+
+def conv_transpose3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    feedback: Feedback = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    """torch.nn.functional.conv_transpose3d whose input gradient uses B, shaped as the weight (in, out/groups, *kernel)."""
+    return _conv_transpose(3, input, weight, bias, stride, padding, output_padding, groups, dilation, feedback, key)
+
+
+def pad_pairs(
+    padding: Padding, input_size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """(before, after) of each dimension, flat, from one integer a dimension, nested pairs, "same" or "valid"."""
+    d = len(kernel)
+    if padding == "valid":
+        return [0] * (2 * d)
+    if padding == "same":
+        pairs = []
+        for size, k, s, dil in zip(input_size, kernel, stride, dilation, strict=True):
+            total = max((-(-size // s) - 1) * s + dil * (k - 1) + 1 - size, 0)
+            pairs += [total // 2, total - total // 2]
+        return pairs
+    if isinstance(padding, str):
+        checks.fail("padding", "integers, pairs, 'same' or 'valid'", repr(padding))
+    if not isinstance(padding, int) and any(not isinstance(p, int) for p in padding):
+        if len(padding) != d or any(isinstance(p, int) or len(p) != 2 for p in padding):
+            checks.fail("padding", f"{d} pairs (before, after)", padding)
+        return [p for pair in padding for p in ints("padding", pair, 2)]  # type: ignore[arg-type]
+    return [p for p in ints("padding", padding, d) for _ in range(2)]  # type: ignore[arg-type]
+
+
+def locally_connected_with(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    op: Operands,
+) -> Tensor:
+    """A locally-connected product with the operands of B at hand; `padding` is flat (before, after) pairs."""
+    d = len(stride)
+    if input.dim() not in (d + 1, d + 2):
+        checks.fail("input", f"{d + 2} dimensions, or {d + 1} without a batch", f"shape {tuple(input.shape)}")
+    batched = input.dim() == d + 2
+    x = input if batched else input.unsqueeze(0)
+    y = _LocallyConnected.apply(x, weight, bias, *_arguments(op), stride, padding, dilation, groups)
+    return y if batched else y.squeeze(0)
+
+
+def locally_connected_transpose_with(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    op: Operands,
+) -> Tensor:
+    """The input gradient of a locally-connected product used forward, y = lc_backward_input(x; V) + c."""
+    d = len(stride)
+    if input.dim() not in (d + 1, d + 2):
+        checks.fail("input", f"{d + 2} dimensions, or {d + 1} without a batch", f"shape {tuple(input.shape)}")
+    batched = input.dim() == d + 2
+    x = input if batched else input.unsqueeze(0)
+    y = _LocallyConnectedTranspose.apply(
+        x, weight, bias, *_arguments(op), output_size, stride, padding, dilation, groups
+    )
+    return y if batched else y.squeeze(0)
+
+
+def _locally_connected(
+    d: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Padding,
+    dilation: Ints,
+    groups: int,
+    feedback: Feedback,
+    key: Tensor | None,
+) -> Tensor:
+    checks.rank("weight", weight, 2 * d + 2)
+    stride, dilation = ints("stride", stride, d, 1), ints("dilation", dilation, d, 1)
+    pairs = pad_pairs(padding, input.shape[-d:], weight.shape[d + 1 : -1], stride, dilation)
+    op = resolve(feedback, weight, lc_fans(weight), key)
+    return locally_connected_with(input, weight, bias, stride, pairs, dilation, groups, op)
+
+
+def locally_connected1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Padding = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    feedback: Feedback = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    """Untied convolution: input (N, C, L), weight (L_out, O, k, C/groups), bias (L_out, O) or (O), output (N, O, L_out).
+
+    `padding`: one integer, a nested pair [(before, after)], "same" (out = ⌈in/stride⌉, the odd one at the end), "valid".
+    """
+    return _locally_connected(1, input, weight, bias, stride, padding, dilation, groups, feedback, key)
+
+
+def locally_connected2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Padding = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    feedback: Feedback = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    """Untied convolution: input (N, C, H, W), weight (*out, O, kh, kw, C/groups), bias (*out, O) or (O), output (N, O, *out).
+
+    `padding`: one integer a dimension, nested (before, after) pairs, "same" (out = ⌈in/stride⌉), "valid".
+    """
+    return _locally_connected(2, input, weight, bias, stride, padding, dilation, groups, feedback, key)
+
+
+def locally_connected3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Padding = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    feedback: Feedback = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    """Untied convolution: input (N, C, D, H, W), weight (*out, O, *kernel, C/groups), output (N, O, *out).
+
+    `padding`: one integer a dimension, nested (before, after) pairs, "same" (out = ⌈in/stride⌉), "valid".
+    """
+    return _locally_connected(3, input, weight, bias, stride, padding, dilation, groups, feedback, key)

@@ -1,0 +1,168 @@
+"""MultiheadAttention with a feedback rule in its projections."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .. import ops
+from ..feedback import Backprop, Fans, Operands, Rule, linear_fans
+from ..functional import linear_with, needs_feedback
+from .base import FeedbackLayer, Keys
+from .linear import Linear
+
+
+class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
+    """torch.nn.MultiheadAttention with B in the input gradients of its four projections; the attention itself is torch's.
+
+    torch.nn.MultiheadAttention's arguments and `feedback=`. The packed input projection has one B (3E, E), and `out_proj`
+    becomes a `Linear` with the same rule. torch's inference fast path is taken only where no gradient can follow.
+    """
+
+    def weights(self) -> list[str]:
+        if self._qkv_same_embed_dim:
+            return ["in_proj_weight"]
+        return ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+
+    def fans(self, name: str = "in_proj_weight") -> Fans:
+        return linear_fans(getattr(self, name))
+
+    def install_feedback(self, rule: Rule, key: Keys | None = None) -> None:
+        super().install_feedback(rule, key)
+        if isinstance(rule, Backprop):
+            if isinstance(self.out_proj, Linear):
+                self.out_proj.install_feedback(rule)
+            self.out_proj.__class__ = NonDynamicallyQuantizableLinear
+        else:
+            self.out_proj.__class__ = Linear
+            self.out_proj.install_feedback(rule, None if key is None else lambda name: key(f"out_proj.{name}"))
+
+    def reset_parameters(self) -> None:
+        """torch.nn's initialisation, then fresh feedback."""
+        self._reset_parameters()
+        self.reset_feedback()
+
+    def reset_feedback(self, key: Keys | None = None) -> None:
+        super().reset_feedback(key)
+        if isinstance(self.out_proj, Linear) and hasattr(self.out_proj, "_feedback"):
+            self.out_proj.reset_feedback(None if key is None else lambda name: key(f"out_proj.{name}"))
+
+    def feedback_matrix(self, name: str = "in_proj_weight") -> Tensor:
+        return super().feedback_matrix(name)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        trained = (query, key, value, *(getattr(self, name) for name in self.weights()))
+        if not (self.uses_feedback and any(map(needs_feedback, trained))):
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
+            shapes = tuple(tuple(t.shape) for t in (query, key, value))
+            raise ValueError(
+                f"query, key, value: expected 3 dimensions each, or 2 without a batch, got shapes {shapes}"
+            )
+        if is_causal and attn_mask is None:
+            raise ValueError("attn_mask: expected a mask with is_causal=True, got None")
+        batched = query.dim() == 3
+        q, k, v = (self._heads(t, batched) for t in self._project(query, key, value))
+        if key_padding_mask is not None and not batched:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+        n, _, length, _ = q.shape
+        if self.bias_k is not None:
+            k, v = (
+                torch.cat((t, b.reshape(1, 1, self.num_heads, -1).transpose(1, 2).expand(n, -1, -1, -1)), 2)
+                for t, b in ((k, self.bias_k), (v, self.bias_v))
+            )
+        if self.add_zero_attn:
+            k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
+        extra = k.shape[2] - key.shape[1 if self.batch_first and batched else 0]
+        causal_only = is_causal and key_padding_mask is None and not need_weights and extra == 0
+        mask = None if causal_only else self._mask(key_padding_mask, attn_mask, n, length, extra, q.dtype)
+
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)
+            weights = F.dropout(torch.softmax(scores if mask is None else scores + mask, dim=-1), dropout)
+            attended = weights @ v
+            if average_attn_weights:
+                weights = weights.mean(dim=1)
+            if not batched:
+                weights = weights.squeeze(0)
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal_only)
+        output = self.out_proj(attended.transpose(1, 2).flatten(2))
+        if not batched:
+            return output.squeeze(0), weights
+        return (output if self.batch_first else output.transpose(0, 1)), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        e, bias = self.embed_dim, self.in_proj_bias
+        if not self._qkv_same_embed_dim:
+            biases = (None,) * 3 if bias is None else bias.chunk(3)
+            inputs = zip((query, key, value), self.weights(), biases, strict=True)
+            return [linear_with(x, getattr(self, name), b, self.operands(name)) for x, name, b in inputs]
+        op = self.operands("in_proj_weight")
+        if query is key and key is value:
+            return list(linear_with(query, self.in_proj_weight, bias, op).chunk(3, dim=-1))
+
+        def rows(x: Tensor, start: int, stop: int) -> Tensor:
+            b = None if bias is None else bias[start:stop]
+            return linear_with(x, self.in_proj_weight[start:stop], b, self._rows(op, start, stop))
+
+        if key is value:
+            return [rows(query, 0, e), *rows(key, e, 3 * e).chunk(2, dim=-1)]
+        return [rows(x, i * e, (i + 1) * e) for i, x in enumerate((query, key, value))]
+
+    def _rows(self, op: Operands, start: int, stop: int) -> Operands:
+        # Draws and packed signs are laid out for the whole matrix, so a slice of them is formed; signs of W itself slice.
+        if op.key is None and op.signs is None:
+            return op._replace(magnitude=None if op.magnitude is None else op.magnitude[start:stop])
+        b = self.feedback_matrix()[start:stop]
+        return Operands("", None, b, None, "stored", 1.0, None)
+
+    def _heads(self, x: Tensor, batched: bool) -> Tensor:
+        # (N, heads, length, head size)
+        x = x if batched else x.unsqueeze(0)
+        x = x if self.batch_first or not batched else x.transpose(0, 1)
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _mask(
+        self,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        n: int,
+        length: int,
+        extra: int,
+        dtype: torch.dtype,
+    ) -> Tensor | None:
+        total = None
+        for name, mask, dims in (("key_padding_mask", key_padding_mask, (2,)), ("attn_mask", attn_mask, (2, 3))):
+            if mask is None:
+                continue
+            if mask.dim() not in dims:
+                raise ValueError(f"{name}: expected {' or '.join(map(str, dims))} dimensions, got {tuple(mask.shape)}")
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
+            elif not mask.is_floating_point():
+                raise TypeError(f"{name}: expected bool or a floating dtype, got {mask.dtype}")
+            mask = F.pad(mask.to(dtype), (0, extra))
+            if name == "key_padding_mask":
+                mask = mask[:, None, None]
+            elif mask.dim() == 3:
+                mask = mask.unflatten(0, (n, self.num_heads))
+            total = mask if total is None else total + mask
+        return total

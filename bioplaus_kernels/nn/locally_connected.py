@@ -1,0 +1,291 @@
+"""Locally-connected layers: convolutions whose weights are not shared between positions, and their transposes."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from ..backends.reference import checks
+from ..backends.reference.lc import output_size
+from ..feedback import Fans, Rule, as_rule, lc_fans
+from ..functional import Ints, Padding, ints, locally_connected_transpose_with, locally_connected_with, pad_pairs
+from .base import FeedbackLayer
+
+
+class _LocallyConnectedNd(FeedbackLayer):
+    """Geometry, weight (*positions, rows, *kernel, columns/groups) and bias of both directions.
+
+    `size` is the spatial size at the layer's wide end, (`rows`, `columns`) the channels at its narrow and wide ends: the
+    input of a locally-connected layer is its wide end, the output of its transpose is.
+    """
+
+    d: ClassVar[int]
+    weight: Tensor
+    bias: Tensor | None
+
+    def _build(
+        self,
+        wide_channels: int,
+        narrow_channels: int,
+        size: Ints,
+        size_name: str,
+        kernel_size: Ints,
+        stride: Ints,
+        padding: Padding,
+        dilation: Ints,
+        groups: int,
+        device: Any,
+        dtype: Any,
+    ) -> tuple[list[int], list[int]]:
+        d = self.d
+        for name, value in (("in_channels", self.in_channels), ("out_channels", self.out_channels), ("groups", groups)):
+            if not isinstance(value, int) or value < 1:
+                checks.fail(name, "an integer of at least 1", value)
+            if value % groups:
+                checks.fail("groups", f"a divisor of {name}={value}", groups)
+        self.kernel_size = tuple(ints("kernel_size", kernel_size, d, 1))
+        self.stride = tuple(ints("stride", stride, d, 1))
+        self.dilation = tuple(ints("dilation", dilation, d, 1))
+        self.padding = padding
+        self.groups = groups
+        wide = ints(size_name, size, d, 1)
+        self._pairs = pad_pairs(padding, wide, self.kernel_size, self.stride, self.dilation)
+        narrow = output_size(wide, self.kernel_size, self.stride, self._pairs, self.dilation)
+        if any(n < 1 for n in narrow):
+            checks.fail(size_name, f"a padded size of at least the dilated kernel {self.kernel_size}", tuple(wide))
+        shape = (*narrow, narrow_channels, *self.kernel_size, wide_channels // groups)
+        self.weight = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        return wide, narrow
+
+    def _build_bias(self, bias: bool, bias_per: str, positions: Sequence[int], device: Any, dtype: Any) -> None:
+        if bias_per not in ("position", "channel"):
+            checks.fail("bias_per", "'position' or 'channel'", repr(bias_per))
+        self.bias_per = bias_per
+        if not bias:
+            self.register_parameter("bias", None)
+            return
+        shape = (*positions, self.out_channels) if bias_per == "position" else (self.out_channels,)
+        self.bias = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+    def fans(self, name: str = "weight") -> Fans:
+        return lc_fans(self.weight)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Uniform within ±1/√fan_in of one position's block, weight and bias, as torch.nn's convolutions."""
+        bound = 1.0 / math.sqrt(self.fans().fan_in)
+        self.weight.uniform_(-bound, bound)
+        if self.bias is not None:
+            self.bias.uniform_(-bound, bound)
+        if "_feedback" in self.__dict__:
+            self.reset_feedback()
+
+    def _spatial(self, input: Tensor, channels: int, size: Sequence[int]) -> None:
+        spatial, batchless = tuple(input.shape[-self.d :]), input.dim() == self.d + 1
+        if input.dim() not in (self.d + 1, self.d + 2):
+            checks.fail("input", f"{self.d + 2} dimensions, or {self.d + 1} without a batch", tuple(input.shape))
+        if input.shape[0 if batchless else 1] != channels or spatial != tuple(size):
+            checks.fail("input", f"{channels} channels and spatial size {tuple(size)}", f"shape {tuple(input.shape)}")
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}", f"{self.out_channels}", f"kernel_size={self.kernel_size}"]
+        parts += [f"stride={self.stride}", f"padding={self.padding!r}"]
+        if any(v != 1 for v in self.dilation):
+            parts.append(f"dilation={self.dilation}")
+        if self.groups != 1:
+            parts.append(f"groups={self.groups}")
+        parts.append("bias=False" if self.bias is None else f"bias_per={self.bias_per!r}")
+        return ", ".join([*parts, self._size_repr(), f"feedback={self.feedback}"])
+
+    def _size_repr(self) -> str:
+        raise NotImplementedError
+
+
+class _LocallyConnected(_LocallyConnectedNd):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Ints,
+        stride: Ints = 1,
+        padding: Padding = 0,
+        dilation: Ints = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        input_size: Ints,
+        bias_per: Literal["position", "channel"] = "position",
+        device: Any = None,
+        dtype: Any = None,
+        feedback: Rule | str | None = None,
+    ) -> None:
+        rule = as_rule(feedback)
+        torch.nn.Module.__init__(self)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        wide, narrow = self._build(
+            in_channels,
+            out_channels,
+            input_size,
+            "input_size",
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            device,
+            dtype,
+        )
+        self.input_size, self.output_size = tuple(wide), tuple(narrow)
+        self._build_bias(bias, bias_per, narrow, device, dtype)
+        self.reset_parameters()
+        self.install_feedback(rule)
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._spatial(input, self.in_channels, self.input_size)
+        return locally_connected_with(
+            input, self.weight, self.bias, self.stride, self._pairs, self.dilation, self.groups, self.operands()
+        )
+
+    def _size_repr(self) -> str:
+        return f"input_size={self.input_size}"
+
+    @classmethod
+    @torch.no_grad()
+    def from_conv(cls, conv: torch.nn.Module, input_size: Ints, *, feedback: Rule | str | None = None) -> Self:
+        """Untie a convolution for inputs of spatial `input_size`: the same function, with a copy of its weights a position.
+
+        `conv` is the torch.nn (or bioplaus_kernels.nn) convolution of the same dimensions, with zero padding; the bias
+        becomes one per position. The rule is `feedback`, or that of `conv` if it has one.
+        """
+        twin = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[cls.d - 1]
+        if not isinstance(conv, twin):
+            checks.fail("conv", f"a torch.nn.{twin.__name__}", type(conv).__name__, TypeError)
+        if conv.padding_mode != "zeros":
+            checks.fail("conv", "padding_mode='zeros'", f"padding_mode={conv.padding_mode!r}")
+        if feedback is None and isinstance(conv, FeedbackLayer):
+            feedback = conv.feedback
+        layer = torch.nn.utils.skip_init(
+            cls,
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            conv.bias is not None,
+            input_size=input_size,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+        )
+        layer.weight.copy_(conv.weight.movedim(1, -1))
+        if conv.bias is not None:
+            layer.bias.copy_(conv.bias)
+        layer.install_feedback(as_rule(feedback))
+        return layer
+
+
+class _LocallyConnectedTranspose(_LocallyConnectedNd):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Ints,
+        stride: Ints = 1,
+        padding: Padding = 0,
+        dilation: Ints = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        output_size: Ints,
+        bias_per: Literal["position", "channel"] = "position",
+        device: Any = None,
+        dtype: Any = None,
+        feedback: Rule | str | None = None,
+    ) -> None:
+        rule = as_rule(feedback)
+        torch.nn.Module.__init__(self)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        wide, narrow = self._build(
+            out_channels,
+            in_channels,
+            output_size,
+            "output_size",
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            device,
+            dtype,
+        )
+        self.input_size, self.output_size = tuple(narrow), tuple(wide)
+        self._build_bias(bias, bias_per, wide, device, dtype)
+        self.reset_parameters()
+        self.install_feedback(rule)
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._spatial(input, self.in_channels, self.input_size)
+        return locally_connected_transpose_with(
+            input,
+            self.weight,
+            self.bias,
+            self.output_size,
+            self.stride,
+            self._pairs,
+            self.dilation,
+            self.groups,
+            self.operands(),
+        )
+
+    def _size_repr(self) -> str:
+        return f"output_size={self.output_size}"
+
+
+_FORWARD_DOC = """Untied {d}-D convolution: every output position has its own weights.
+
+    y[n, o, p] = bias[p, o] + Σ over taps t, channels c of weight[p, o, t, c] · x[n, c, p·stride + t·dilation − before]
+
+    weight (*out, out_channels, *kernel, in_channels/groups), one position's block contiguous; bias (*out, out_channels)
+    for bias_per="position", (out_channels) for "channel". Input (N, in_channels, *input_size) or without N. `padding` is
+    one integer a dimension, nested (before, after) pairs in spatial order, "same" (out = ⌈in/stride⌉, the odd one at the
+    end) or "valid". With replicated weights it equals torch.nn.Conv{d}d (Bartunov et al. 2018, 5.4; pytorch issue 499).
+    """
+_TRANSPOSE_DOC = """Transpose of LocallyConnected{d}d: its input gradient, used forward, plus a bias.
+
+    The twin maps (out_channels, *output_size) to this layer's input with weights V of the same shape; this layer is
+    y = (∂twin/∂x)ᵀ x + c, the inverse g of target propagation (Bartunov et al. 2018, 5.4).
+    weight (*input positions, in_channels, *kernel, out_channels/groups); bias (*output_size, out_channels) or (out_channels).
+    """
+
+
+class LocallyConnected1d(_LocallyConnected):
+    __doc__ = _FORWARD_DOC.format(d=1)
+    d = 1
+
+
+class LocallyConnected2d(_LocallyConnected):
+    __doc__ = _FORWARD_DOC.format(d=2)
+    d = 2
+
+
+class LocallyConnected3d(_LocallyConnected):
+    __doc__ = _FORWARD_DOC.format(d=3)
+    d = 3
+
+
+class LocallyConnectedTranspose1d(_LocallyConnectedTranspose):
+    __doc__ = _TRANSPOSE_DOC.format(d=1)
+    d = 1
+
+
+class LocallyConnectedTranspose2d(_LocallyConnectedTranspose):
+    __doc__ = _TRANSPOSE_DOC.format(d=2)
+    d = 2
+
+
+class LocallyConnectedTranspose3d(_LocallyConnectedTranspose):
+    __doc__ = _TRANSPOSE_DOC.format(d=3)
+    d = 3
