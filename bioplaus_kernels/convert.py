@@ -109,7 +109,7 @@ def convert_(
 
     modules = _modules(model)
     eligible = [m for name, m, why in modules if not why and (filter_fn is None or filter_fn(m, name))]
-    plan = {m: rule for m in eligible}
+    plan = dict.fromkeys(eligible, rule)
     if eligible:
         plan[eligible[-1]] = last_rule
     report = Report()
@@ -159,7 +159,7 @@ def _apply(name: str, module: Any, rule: Rule, seed: int, owners: dict[int, tupl
         if not isinstance(module, FeedbackLayer):
             return Row(name, _type(module), "left", rule.name, "left to back-propagation")
         module.install_feedback(rule)
-        module.__class__ = _PLAIN.get(type(module), type(module))
+        module.__class__ = _PLAIN.get(type(module), type(module))  # type: ignore[assignment]
         return Row(name, _type(module), "restored", rule.name, "")
     module.__class__ = _PAIRS.get(type(module), type(module))
 
@@ -193,7 +193,7 @@ class Check:
         for names, meaning in (
             (
                 self.bypassed,
-                "bypassed: the output depends on the weight, but the layer was not called, so no rule acts",
+                "bypassed: the output depends on its weight, but it was not called, so no rule acts",
             ),
             (self.unused, "unused: neither called nor reached by a gradient in this call"),
         ):
@@ -216,7 +216,7 @@ def check(model: torch.nn.Module, *inputs: Any) -> Check:
             outputs = tree_leaves(model(*inputs))
         roots = [t.float().sum() for t in outputs if isinstance(t, Tensor) and t.requires_grad]
         weights = [p for m in layers.values() for p in m.parameters(recurse=False) if p.requires_grad]
-        grads = torch.autograd.grad(sum(roots), weights, allow_unused=True) if roots and weights else ()
+        grads = torch.autograd.grad(torch.stack(roots).sum(), weights, allow_unused=True) if roots and weights else ()
     finally:
         for hook in hooks:
             hook.remove()

@@ -71,7 +71,7 @@ class SignSymmetry(Rule):
 
 @dataclass(frozen=True)
 class FixedMagnitude(Rule):
-    """frSF: B = sign(W) ∘ |M|, M drawn once (Liao et al. 2016). Seeded: a key and no tensor; `stored`: M is a Parameter."""
+    """frSF: B = sign(W) ∘ |M|, M drawn once (Liao et al. 2016). Seeded: a key; `stored`: |M| is a Parameter."""
 
     name: ClassVar[str] = "frsf"
     sign_of_weight: ClassVar[bool] = True
@@ -82,7 +82,7 @@ class FixedMagnitude(Rule):
 
 @dataclass(frozen=True)
 class BatchMagnitude(Rule):
-    """brSF: B = sign(W) ∘ |M|, M redrawn exactly when W changes (Liao et al. 2016). The stream is a hash of W and the key."""
+    """brSF: B = sign(W) ∘ |M|, M redrawn exactly when W changes (Liao et al. 2016), its stream a hash of W."""
 
     name: ClassVar[str] = "brsf"
     sign_of_weight: ClassVar[bool] = True
@@ -105,7 +105,7 @@ class FeedbackAlignment(Rule):
 
 @dataclass(frozen=True)
 class SignedInit(Rule):
-    """FA with B = s · sign(W₀), the signs at initialisation or conversion (Xiao et al. 2018, official code), one bit each."""
+    """FA with B = s · sign(W₀), the signs at initialisation or conversion, one bit each (Xiao et al. 2018, code)."""
 
     name: ClassVar[str] = "fa_signed_init"
     scale: Scale = "xiao"
@@ -187,10 +187,10 @@ def operands(
     magnitude: Tensor | None = None,
     key: Tensor | None = None,
 ) -> Operands:
-    """The operands of `rule` for one call. `signs` are packed signs of W (frozen) or of W₀; `magnitude` is a stored B or M."""
+    """The operands of `rule` for one call; `signs` are packed signs of W (frozen) or W₀, `magnitude` a stored B."""
     if isinstance(rule, Backprop):
         return Operands("magnitude", None, None, None, "stored", 1.0, None)
-    use = "sign" if rule.sign_of_weight and signs is None else ""
+    use: Literal["", "sign"] = "sign" if rule.sign_of_weight and signs is None else ""
     rescale = None
     if getattr(rule, "scale", None) == "match":
         norm_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32

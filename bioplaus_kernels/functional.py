@@ -1,12 +1,12 @@
 """Functional layers: torch.nn.functional's, with `feedback=` for the input gradient.
 
 `feedback` is a rule, its name, or a tensor that is B itself (the weight's shape). Forward and weight gradient are the
-namesake's. Rules that draw (`fa`, `frsf`, `brsf`) need `key=`, from `bioplaus_kernels.feedback.feedback_key(seed, name)`.
-Each raises ValueError or TypeError for arguments that do not fit; double backward and torch.func transforms raise.
+namesake's. Rules that draw (`fa`, `frsf`, `brsf`) need `key=`, from `bk.feedback.feedback_key(seed, name)`.
+Arguments that do not fit raise ValueError or TypeError; double backward and torch.func transforms raise too.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ from .feedback import (
     root_mean_square,
 )
 
+# weight, signs, magnitude, key, entries, scale: what every op takes for B.
+Arguments = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, str, float]
 Feedback = Rule | str | Tensor | None
 Ints = int | Sequence[int]
 Padding = int | str | Sequence[int] | Sequence[Sequence[int]]
@@ -62,7 +64,7 @@ def _save(ctx: Any, x: Tensor, input: Tensor, weight: Tensor, bias: Tensor | Non
     ctx.save_for_backward(x if needs_weight else None, *b)
 
 
-def _saved(ctx: Any) -> tuple[Tensor | None, tuple[Any, ...], Tensor | None]:
+def _saved(ctx: Any) -> tuple[Tensor | None, Arguments, Tensor | None]:
     # The input (None where no weight gradient is wanted), the ops' feedback arguments, and the factor of scale="match".
     input, weight, signs, magnitude, key, rescale = ctx.saved_tensors
     sign_source = weight if ctx.role == "sign" else None
@@ -129,8 +131,8 @@ class _Conv(torch.autograd.Function):
         else:
             b = grad_output.new_empty(1).expand(ctx.weight_shape)
         bias_sizes = [grad_output.shape[1]] if mask[2] else None
-        grads = torch.ops.aten.convolution_backward(grad_output, input, b, bias_sizes, *ctx.geometry, mask)
-        return _grads(ctx, *grads, rescale)
+        x, w, c = torch.ops.aten.convolution_backward(grad_output, input, b, bias_sizes, *ctx.geometry, mask)
+        return _grads(ctx, x, w, c, rescale)
 
 
 class _LocallyConnected(torch.autograd.Function):
@@ -184,7 +186,7 @@ class _LocallyConnectedTranspose(torch.autograd.Function):
 
 
 def needs_feedback(input: Tensor) -> bool:
-    """Whether a backward through `input` can follow; where none can, a layer is its torch.nn namesake and forms no B."""
+    """Whether a backward through `input` can follow; if not, a layer is its torch.nn namesake and forms no B."""
     return torch.is_grad_enabled() and input.requires_grad
 
 
@@ -280,12 +282,23 @@ def conv_with(
     return y if batched else y.squeeze(0)
 
 
-def _conv(d: int, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    *geometry, feedback, key = rest
+def _conv(
+    d: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints | str,
+    dilation: Ints,
+    groups: int,
+    feedback: Feedback,
+    key: Tensor | None,
+) -> Tensor:
     if is_backprop(feedback):
-        return (F.conv1d, F.conv2d, F.conv3d)[d - 1](input, weight, bias, *geometry)
+        plain: Any = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
+        return plain(input, weight, bias, stride, padding, dilation, groups)
     op = resolve(feedback, weight, conv_fans(weight, weight.shape[0]), key)
-    return conv_with(d, input, weight, bias, *geometry, op)
+    return conv_with(d, input, weight, bias, stride, padding, dilation, groups, op)
 
 
 def conv1d(
@@ -300,7 +313,7 @@ def conv1d(
     feedback: Feedback = None,
     key: Tensor | None = None,
 ) -> Tensor:
-    """torch.nn.functional.conv1d whose input gradient uses B, shaped as the weight (out, in/groups, k)."""
+    """F.conv1d whose input gradient uses B, shaped as the weight (out, in/groups, k)."""
     return _conv(1, input, weight, bias, stride, padding, dilation, groups, feedback, key)
 
 
@@ -316,7 +329,7 @@ def conv2d(
     feedback: Feedback = None,
     key: Tensor | None = None,
 ) -> Tensor:
-    """torch.nn.functional.conv2d whose input gradient uses B, shaped as the weight (out, in/groups, kh, kw)."""
+    """F.conv2d whose input gradient uses B, shaped as the weight (out, in/groups, kh, kw)."""
     return _conv(2, input, weight, bias, stride, padding, dilation, groups, feedback, key)
 
 
@@ -332,7 +345,7 @@ def conv3d(
     feedback: Feedback = None,
     key: Tensor | None = None,
 ) -> Tensor:
-    """torch.nn.functional.conv3d whose input gradient uses B, shaped as the weight (out, in/groups, kd, kh, kw)."""
+    """F.conv3d whose input gradient uses B, shaped as the weight (out, in/groups, kd, kh, kw)."""
     return _conv(3, input, weight, bias, stride, padding, dilation, groups, feedback, key)
 
 
@@ -368,12 +381,24 @@ def conv_transpose_with(
     return y if batched else y.squeeze(0)
 
 
-def _conv_transpose(d: int, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    *geometry, feedback, key = rest
+def _conv_transpose(
+    d: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    output_padding: Ints,
+    groups: int,
+    dilation: Ints,
+    feedback: Feedback,
+    key: Tensor | None,
+) -> Tensor:
     if is_backprop(feedback):
-        return (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[d - 1](input, weight, bias, *geometry)
-    op = resolve(feedback, weight, conv_fans(weight, weight.shape[1] * geometry[3]), key)
-    return conv_transpose_with(d, input, weight, bias, *geometry, op)
+        plain: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[d - 1]
+        return plain(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    op = resolve(feedback, weight, conv_fans(weight, weight.shape[1] * groups), key)
+    return conv_transpose_with(d, input, weight, bias, stride, padding, output_padding, groups, dilation, op)
 
 
 def conv_transpose1d(
@@ -389,7 +414,7 @@ def conv_transpose1d(
     feedback: Feedback = None,
     key: Tensor | None = None,
 ) -> Tensor:
-    """torch.nn.functional.conv_transpose1d whose input gradient uses B, shaped as the weight (in, out/groups, k)."""
+    """F.conv_transpose1d whose input gradient uses B, shaped as the weight (in, out/groups, k)."""
     return _conv_transpose(1, input, weight, bias, stride, padding, output_padding, groups, dilation, feedback, key)
 
 
@@ -406,7 +431,7 @@ def conv_transpose2d(
     feedback: Feedback = None,
     key: Tensor | None = None,
 ) -> Tensor:
-    """torch.nn.functional.conv_transpose2d whose input gradient uses B, shaped as the weight (in, out/groups, kh, kw)."""
+    """F.conv_transpose2d whose input gradient uses B, shaped as the weight (in, out/groups, *kernel)."""
     return _conv_transpose(2, input, weight, bias, stride, padding, output_padding, groups, dilation, feedback, key)
 
 
@@ -423,7 +448,7 @@ def conv_transpose3d(
     feedback: Feedback = None,
     key: Tensor | None = None,
 ) -> Tensor:
-    """torch.nn.functional.conv_transpose3d whose input gradient uses B, shaped as the weight (in, out/groups, *kernel)."""
+    """F.conv_transpose3d whose input gradient uses B, shaped as the weight (in, out/groups, *kernel)."""
     return _conv_transpose(3, input, weight, bias, stride, padding, output_padding, groups, dilation, feedback, key)
 
 
@@ -442,11 +467,13 @@ def pad_pairs(
         return pairs
     if isinstance(padding, str):
         checks.fail("padding", "integers, pairs, 'same' or 'valid'", repr(padding))
-    if not isinstance(padding, int) and any(not isinstance(p, int) for p in padding):
-        if len(padding) != d or any(isinstance(p, int) or len(p) != 2 for p in padding):
-            checks.fail("padding", f"{d} pairs (before, after)", padding)
-        return [p for pair in padding for p in ints("padding", pair, 2)]  # type: ignore[arg-type]
-    return [p for p in ints("padding", padding, d) for _ in range(2)]  # type: ignore[arg-type]
+    if isinstance(padding, int):
+        return [p for p in ints("padding", padding, d) for _ in range(2)]
+    if all(isinstance(p, int) for p in padding):
+        return [p for p in ints("padding", cast(Sequence[int], padding), d) for _ in range(2)]
+    if len(padding) != d or any(isinstance(p, int) or len(p) != 2 for p in padding):
+        checks.fail("padding", f"{d} pairs (before, after)", padding)
+    return [p for pair in cast(Sequence[Sequence[int]], padding) for p in ints("padding", pair, 2)]
 
 
 def locally_connected_with(
@@ -523,9 +550,9 @@ def locally_connected1d(
     feedback: Feedback = None,
     key: Tensor | None = None,
 ) -> Tensor:
-    """Untied convolution: input (N, C, L), weight (L_out, O, k, C/groups), bias (L_out, O) or (O), output (N, O, L_out).
+    """Untied convolution: input (N, C, L), weight (*out, O, k, C/groups), bias (*out, O) or (O), output (N, O, *out).
 
-    `padding`: one integer, a nested pair [(before, after)], "same" (out = ⌈in/stride⌉, the odd one at the end), "valid".
+    `padding`: one integer, a nested pair [(before, after)], "same" (out = ⌈in/stride⌉, odd pad at the end), "valid".
     """
     return _locally_connected(1, input, weight, bias, stride, padding, dilation, groups, feedback, key)
 
@@ -542,7 +569,7 @@ def locally_connected2d(
     feedback: Feedback = None,
     key: Tensor | None = None,
 ) -> Tensor:
-    """Untied convolution: input (N, C, H, W), weight (*out, O, kh, kw, C/groups), bias (*out, O) or (O), output (N, O, *out).
+    """Untied convolution: input (N, C, H, W), weight (*out, O, kh, kw, C/groups), output (N, O, *out); bias as in 1-D.
 
     `padding`: one integer a dimension, nested (before, after) pairs, "same" (out = ⌈in/stride⌉), "valid".
     """

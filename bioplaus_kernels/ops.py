@@ -1,7 +1,7 @@
 """The ops, as the layers call them.
 
-With the native library loaded, each name is the dispatcher's op `torch.ops.bioplaus.<name>`: the processor's kernel where
-there is one, the reference otherwise, and opaque to torch.compile. Without it, each name is the reference function itself.
+With the native library loaded, each name is the dispatcher's op `torch.ops.bioplaus.<name>`: the processor's kernel
+where there is one, the reference otherwise, and opaque to torch.compile. Without it, each name is the reference itself.
 Signatures, meanings and docstrings are the reference's.
 """
 

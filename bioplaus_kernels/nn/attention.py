@@ -1,14 +1,12 @@
 """MultiheadAttention with a feedback rule in its projections."""
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .. import ops
 from ..feedback import Backprop, Fans, Operands, Rule, linear_fans
 from ..functional import linear_with, needs_feedback
 from .base import FeedbackLayer, Keys
@@ -16,9 +14,9 @@ from .linear import Linear
 
 
 class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
-    """torch.nn.MultiheadAttention with B in the input gradients of its four projections; the attention itself is torch's.
+    """torch.nn.MultiheadAttention with B in the input gradients of its projections; the attention itself is torch's.
 
-    torch.nn.MultiheadAttention's arguments and `feedback=`. The packed input projection has one B (3E, E), and `out_proj`
+    torch.nn.MultiheadAttention's arguments and `feedback=`. The packed input projection has one B (3E, E), `out_proj`
     becomes a `Linear` with the same rule. torch's inference fast path is taken only where no gradient can follow.
     """
 
@@ -37,8 +35,8 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
                 self.out_proj.install_feedback(rule)
             self.out_proj.__class__ = NonDynamicallyQuantizableLinear
         else:
-            self.out_proj.__class__ = Linear
-            self.out_proj.install_feedback(rule, None if key is None else lambda name: key(f"out_proj.{name}"))
+            self.out_proj.__class__ = Linear  # type: ignore[assignment]
+            self.out_proj.install_feedback(rule, _of_out_proj(key))
 
     def reset_parameters(self) -> None:
         """torch.nn's initialisation, then fresh feedback."""
@@ -48,7 +46,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
     def reset_feedback(self, key: Keys | None = None) -> None:
         super().reset_feedback(key)
         if isinstance(self.out_proj, Linear) and hasattr(self.out_proj, "_feedback"):
-            self.out_proj.reset_feedback(None if key is None else lambda name: key(f"out_proj.{name}"))
+            self.out_proj.reset_feedback(_of_out_proj(key))
 
     def feedback_matrix(self, name: str = "in_proj_weight") -> Tensor:
         return super().feedback_matrix(name)
@@ -71,9 +69,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
             )
         if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
             shapes = tuple(tuple(t.shape) for t in (query, key, value))
-            raise ValueError(
-                f"query, key, value: expected 3 dimensions each, or 2 without a batch, got shapes {shapes}"
-            )
+            raise ValueError(f"query, key, value: expected 3 dimensions each, or 2 unbatched, got shapes {shapes}")
         if is_causal and attn_mask is None:
             raise ValueError("attn_mask: expected a mask with is_causal=True, got None")
         batched = query.dim() == 3
@@ -81,7 +77,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask.unsqueeze(0)
         n, _, length, _ = q.shape
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             k, v = (
                 torch.cat((t, b.reshape(1, 1, self.num_heads, -1).transpose(1, 2).expand(n, -1, -1, -1)), 2)
                 for t, b in ((k, self.bias_k), (v, self.bias_v))
@@ -128,7 +124,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         return [rows(x, i * e, (i + 1) * e) for i, x in enumerate((query, key, value))]
 
     def _rows(self, op: Operands, start: int, stop: int) -> Operands:
-        # Draws and packed signs are laid out for the whole matrix, so a slice of them is formed; signs of W itself slice.
+        # Draws and packed signs are laid out for the whole matrix, so B is formed and sliced; signs of W itself slice.
         if op.key is None and op.signs is None:
             return op._replace(magnitude=None if op.magnitude is None else op.magnitude[start:stop])
         b = self.feedback_matrix()[start:stop]
@@ -166,3 +162,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
                 mask = mask.unflatten(0, (n, self.num_heads))
             total = mask if total is None else total + mask
         return total
+
+
+def _of_out_proj(key: Keys | None) -> Keys | None:
+    return None if key is None else lambda name: key(f"out_proj.{name}")

@@ -103,7 +103,7 @@ class FeedbackLayer(torch.nn.Module):
 
     @torch.no_grad()
     def reset_feedback(self, key: Keys | None = None) -> None:
-        """Draw the rule's state again: from `key(weight name)`, or from torch's generator as torch.nn's initialisers do."""
+        """Draw the rule's state again: from `key(weight name)`, or from torch's generator as torch.nn draws."""
         rule = self._feedback
         for name in self.weights():
             weight = getattr(self, name)
@@ -238,8 +238,8 @@ def _state(name: str, suffix: str) -> str:
 def frozen_signs(model: torch.nn.Module) -> Iterator[None]:
     """Pack the signs of every weight of `model` once, for all forward and backward calls in the block.
 
-    For gradient accumulation: no optimizer step inside, since the block keeps the signs it began with. Layers whose rule
-    does not take its signs from W are unaffected.
+    For gradient accumulation: no optimizer step inside, since the block keeps the signs it began with. Layers whose
+    rule does not take its signs from W are unaffected.
     """
     layers = [m for m in model.modules() if isinstance(m, FeedbackLayer) and m.feedback.sign_of_weight]
     if nested := next((m for m in layers if m._frozen is not None), None):

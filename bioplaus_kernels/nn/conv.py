@@ -1,5 +1,7 @@
 """Convolutions and transposed convolutions with a feedback rule."""
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,7 @@ class _ConvForward(_Conv, torch.nn.modules.conv._ConvNd):
     def forward(self, input: Tensor) -> Tensor:
         if not (self.uses_feedback and needs_feedback(input)):
             return super().forward(input)
-        padding = self.padding
+        padding: tuple[int, ...] | str | int = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
@@ -38,16 +40,15 @@ class _ConvTransposeForward(_Conv, torch.nn.modules.conv._ConvTransposeNd):
         if not (self.uses_feedback and needs_feedback(input)):
             return super().forward(input, output_size)
         d = len(self.kernel_size)
-        output_padding = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, d, self.dilation
-        )
+        geometry: Any = (self.stride, self.padding, self.kernel_size, d, self.dilation)
+        output_padding = self._output_padding(input, output_size, *geometry)
         return conv_transpose_with(
             d,
             input,
             self.weight,
             self.bias,
             self.stride,
-            self.padding,
+            cast(tuple[int, ...], self.padding),
             output_padding,
             self.groups,
             self.dilation,

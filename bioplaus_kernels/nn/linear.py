@@ -1,7 +1,5 @@
 """Linear with a feedback rule."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from .base import FeedbackLayer
 
 
 class Linear(FeedbackLayer, torch.nn.Linear):
-    """torch.nn.Linear with dX = dY B: torch.nn.Linear's arguments, and `feedback=` a rule, its name, or None (B = W)."""
+    """torch.nn.Linear with dX = dY B: its arguments, and `feedback=` a rule, the name of one, or None (B = W)."""
 
     def fans(self, name: str = "weight") -> Fans:
         return linear_fans(self.weight)

@@ -17,11 +17,13 @@ from .base import FeedbackLayer
 class _LocallyConnectedNd(FeedbackLayer):
     """Geometry, weight (*positions, rows, *kernel, columns/groups) and bias of both directions.
 
-    `size` is the spatial size at the layer's wide end, (`rows`, `columns`) the channels at its narrow and wide ends: the
-    input of a locally-connected layer is its wide end, the output of its transpose is.
+    The wide end is the input of a locally-connected layer and the output of its transpose; positions are counted at the
+    narrow end.
     """
 
     d: ClassVar[int]
+    in_channels: int
+    out_channels: int
     weight: Tensor
     bias: Tensor | None
 
@@ -154,7 +156,7 @@ class _LocallyConnected(_LocallyConnectedNd):
     @classmethod
     @torch.no_grad()
     def from_conv(cls, conv: torch.nn.Module, input_size: Ints, *, feedback: Rule | str | None = None) -> Self:
-        """Untie a convolution for inputs of spatial `input_size`: the same function, with a copy of its weights a position.
+        """Untie a convolution for inputs of spatial `input_size`: the same function, a copy of its weights a position.
 
         `conv` is the torch.nn (or bioplaus_kernels.nn) convolution of the same dimensions, with zero padding; the bias
         becomes one per position. The rule is `feedback`, or that of `conv` if it has one.
@@ -249,15 +251,16 @@ _FORWARD_DOC = """Untied {d}-D convolution: every output position has its own we
     y[n, o, p] = bias[p, o] + Σ over taps t, channels c of weight[p, o, t, c] · x[n, c, p·stride + t·dilation − before]
 
     weight (*out, out_channels, *kernel, in_channels/groups), one position's block contiguous; bias (*out, out_channels)
-    for bias_per="position", (out_channels) for "channel". Input (N, in_channels, *input_size) or without N. `padding` is
-    one integer a dimension, nested (before, after) pairs in spatial order, "same" (out = ⌈in/stride⌉, the odd one at the
-    end) or "valid". With replicated weights it equals torch.nn.Conv{d}d (Bartunov et al. 2018, 5.4; pytorch issue 499).
+    for bias_per="position", (out_channels) for "channel". Input (N, in_channels, *input_size) or without N. `padding`:
+    one integer a dimension, nested (before, after) pairs in spatial order, "same" (out = ⌈in/stride⌉, the odd pad at
+    the end) or "valid". With replicated weights it equals torch.nn.Conv{d}d (Bartunov et al. 2018, 5.4).
     """
 _TRANSPOSE_DOC = """Transpose of LocallyConnected{d}d: its input gradient, used forward, plus a bias.
 
     The twin maps (out_channels, *output_size) to this layer's input with weights V of the same shape; this layer is
     y = (∂twin/∂x)ᵀ x + c, the inverse g of target propagation (Bartunov et al. 2018, 5.4).
-    weight (*input positions, in_channels, *kernel, out_channels/groups); bias (*output_size, out_channels) or (out_channels).
+    weight (*input_size, in_channels, *kernel, out_channels/groups); bias (*output_size, out_channels) or
+    (out_channels).
     """
 
 

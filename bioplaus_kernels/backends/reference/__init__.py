@@ -6,6 +6,18 @@ from .lc import lc_backward_input, lc_backward_weight, lc_forward
 from .pack_signs import pack_signs, unpack_signs
 from .redraw_key import redraw_key
 
+__all__ = [
+    "OPS",
+    "feedback_mm",
+    "feedback_weight",
+    "lc_backward_input",
+    "lc_backward_weight",
+    "lc_forward",
+    "pack_signs",
+    "redraw_key",
+    "unpack_signs",
+]
+
 OPS = {
     op.__name__: op
     for op in (

@@ -5,11 +5,12 @@ Shapes, for d spatial dimensions, G groups and C, O channels:
     input (N, C, *in)   weight (*out, O, *kernel, C/G)   output (N, O, *out)   bias (*out, O) or (O)
     out = floor((in + before + after - dilation * (kernel - 1) - 1) / stride) + 1
 
-`patches` writes the gather once; the products are then a batch of small matrix products, one for each position and group.
+`patches` writes the gather once; what is left is a batch of small matrix products, one a position and group.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,9 +69,10 @@ def patches(
     groups: int,
 ) -> Tensor:
     """What each position sees: (positions, groups, N, taps * C/G), the channel innermost as in the weight."""
-    n, c, d = input.shape[0], input.shape[1], len(out)
+    n, c = input.shape[:2]
     x = F.pad(input.movedim(1, -1), [0, 0, *_pad(padding)])
-    x = x[:, *_index(out, kernel, stride, dilation, input.device)]
+    index: list[Any] = [slice(None), *_index(out, kernel, stride, dilation, input.device)]
+    x = x[tuple(index)]
     x = x.reshape(n, math.prod(out), math.prod(kernel), groups, c // groups)
     return x.permute(1, 3, 0, 2, 4).reshape(math.prod(out), groups, n, math.prod(kernel) * (c // groups))
 
@@ -97,7 +99,7 @@ def lc_forward(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """y[n, o, p] = bias[p, o] + sum over taps t and channels c of weight[p, o, t, c] * input[n, c, p * stride + t * dilation]."""
+    """y[n, o, p] = bias[p, o] + sum over t, c of weight[p, o, t, c] * x[n, c, p * stride + t * dilation - before]."""
     d, acc = len(stride), _accumulate_dtype(input.dtype)
     checks.floating("input", input)
     checks.rank("input", input, d + 2)
@@ -166,7 +168,7 @@ def lc_backward_weight(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """dW[p, o, t, c] = sum over the batch of grad_output[n, o, p] * input[n, c, p * stride + t * dilation]."""
+    """dW[p, o, t, c] = sum over n of grad_output[n, o, p] * input[n, c, p * stride + t * dilation - before]."""
     d, acc = len(stride), _accumulate_dtype(grad_output.dtype)
     checks.floating("input", input)
     checks.same("grad_output", grad_output, input)

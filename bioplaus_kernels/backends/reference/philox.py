@@ -34,7 +34,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
 
 
 def words(key: Tensor, rows: int, columns: int, per_call: int) -> Tensor:
-    """Philox words of a rows x columns matrix, `per_call` columns a call: shape (rows, 4 * ceil(columns / per_call))."""
+    """Words of a rows x columns matrix, `per_call` columns a call: (rows, 4 * ceil(columns / per_call))."""
     low, high = key & _MASK, (key >> 32) & _MASK
     call = torch.arange(-(-columns // per_call), device=key.device)
     row = torch.arange(rows, device=key.device)[:, None]
