@@ -1,6 +1,7 @@
 """MultiheadAttention with a feedback rule in its projections."""
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
             self.out_proj.__class__ = NonDynamicallyQuantizableLinear
         else:
             self.out_proj.__class__ = Linear  # type: ignore[assignment]
-            self.out_proj.install_feedback(rule, _of_out_proj(key))
+            cast(Linear, self.out_proj).install_feedback(rule, _of_out_proj(key))
 
     def reset_parameters(self) -> None:
         """torch.nn's initialisation, then fresh feedback."""
