@@ -1,0 +1,135 @@
+// Argument checks, shared by the CPU's and CUDA's host code. Every error names the argument, what is wanted and what it
+// got, in the words of the reference.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/Exception.h>
+#include <c10/util/string_view.h>
+
+#include <cmath>
+#include <optional>
+
+#include "feedback.h"
+#include "packed_signs.h"
+
+namespace bioplaus {
+
+inline DType to_dtype(const char* name, at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return DType::Float32;
+    case at::kDouble:
+      return DType::Float64;
+    case at::kBFloat16:
+      return DType::BFloat16;
+    case at::kHalf:
+      return DType::Float16;
+    default:
+      TORCH_CHECK_TYPE(false, name, ": expected float32, bfloat16, float16 or float64, got ", dtype);
+  }
+}
+
+inline int64_t rows_of(at::IntArrayRef size) { return size.empty() ? 1 : size[0]; }
+
+inline int64_t columns_of(at::IntArrayRef size) {
+  int64_t cols = 1;
+  for (size_t d = 1; d < size.size(); ++d) {
+    cols *= size[d];
+  }
+  return cols;
+}
+
+inline void check_size(at::IntArrayRef size) {
+  for (const int64_t n : size) {
+    TORCH_CHECK_VALUE(n >= 0, "size: expected no negative dimension, got ", size);
+  }
+}
+
+inline void check_device(const char* name, const at::Tensor& x, at::Device device) {
+  TORCH_CHECK_VALUE(x.device() == device, name, ": expected a tensor on ", device, ", got one on ", x.device());
+}
+
+inline void check_key(const at::Tensor& key, at::Device device) {
+  TORCH_CHECK_TYPE(key.scalar_type() == at::kLong, "key: expected int64, got ", key.scalar_type());
+  TORCH_CHECK_VALUE(key.dim() == 1 && key.numel() == 3, "key: expected shape [3], got ", key.sizes());
+  check_device("key", key, device);
+  // A version in device memory is not worth a synchronisation.
+  if (key.is_cpu()) {
+    const int64_t version = *key.const_data_ptr<int64_t>();
+    TORCH_CHECK_VALUE(version == kLayoutVersion, "key: expected layout version ", kLayoutVersion, ", got ", version);
+  }
+}
+
+inline void check_signs(const at::Tensor& signs, at::IntArrayRef size, at::Device device) {
+  TORCH_CHECK_TYPE(signs.scalar_type() == at::kInt, "signs: expected int32, got ", signs.scalar_type());
+  const int64_t rows = rows_of(size);
+  const int64_t shape[] = {2 * rows + sign_tiles(rows), sign_words(columns_of(size))};
+  TORCH_CHECK_VALUE(signs.sizes().equals(shape), "signs: expected shape ", at::IntArrayRef(shape), " for size ", size,
+                    ", got ", signs.sizes());
+  check_device("signs", signs, device);
+}
+
+inline Entries to_entries(c10::string_view entries) {
+  if (entries == "constant") {
+    return Entries::Constant;
+  }
+  if (entries == "stored") {
+    return Entries::Stored;
+  }
+  if (entries == "uniform") {
+    return Entries::Uniform;
+  }
+  TORCH_CHECK_VALUE(entries == "normal", "entries: expected one of ('constant', 'stored', 'uniform', 'normal'), got '",
+                    entries, "'");
+  return Entries::Normal;
+}
+
+// The feedback arguments of an op, checked to be one cell of the table in feedback.h.
+struct FeedbackArgs {
+  const std::optional<at::Tensor>& weight;
+  const std::optional<at::Tensor>& signs;
+  const std::optional<at::Tensor>& magnitude;
+  const std::optional<at::Tensor>& key;
+  c10::string_view entries;
+  double scale;
+  at::IntArrayRef size;
+
+  void check(at::Device device) const {
+    TORCH_CHECK_VALUE(!(weight && signs), "signs: expected None where weight is given, got both");
+    const Entries e = to_entries(entries);
+    TORCH_CHECK_VALUE(std::isfinite(scale), "scale: expected a finite number, got ", scale);
+    const bool stored = e == Entries::Stored;
+    TORCH_CHECK_VALUE(magnitude.has_value() == stored, "magnitude: expected ", stored ? "a tensor" : "None",
+                      " with entries='", entries, "', got ", stored ? "None" : "a tensor");
+    TORCH_CHECK_VALUE(!(stored && key), "key: expected None with entries='stored', got a tensor");
+    TORCH_CHECK_VALUE(key || stored || e == Entries::Constant, "key: expected a tensor with entries='", entries,
+                      "', got None");
+    if (e == Entries::Constant) {
+      const int given = weight.has_value() + signs.has_value() + key.has_value();
+      TORCH_CHECK_VALUE(given == 1,
+                        "entries: expected exactly one of weight, signs and key with entries='constant', got ", given,
+                        " of them");
+    }
+    check_size(size);
+    check_operand("weight", weight, device);
+    check_operand("magnitude", magnitude, device);
+    if (signs) {
+      check_signs(*signs, size, device);
+    }
+    if (key) {
+      check_key(*key, device);
+    }
+  }
+
+ private:
+  void check_operand(const char* name, const std::optional<at::Tensor>& x, at::Device device) const {
+    if (x) {
+      to_dtype(name, x->scalar_type());
+      TORCH_CHECK_VALUE(x->sizes().equals(size), name, ": expected shape ", size, ", got ", x->sizes());
+      check_device(name, *x, device);
+    }
+  }
+};
+
+}  // namespace bioplaus

@@ -1,0 +1,225 @@
+// feedback_weight on the CPU: a chunk of one row at a time, in a buffer that stays in the L1 cache:
+// magnitudes (already scaled), times signs, rounded into the output. Each step is a plain loop over one dtype.
+//
+// Roofline: memory. Bytes per element = those of the weight and the magnitude that are read and of the output that is
+// written (8 for s·sign(W) in fp32); packed signs add 1/8 byte, seeded entries nothing. Three to five operations per
+// element, and for uniform entries a quarter of a Philox call (20 wide multiplications).
+#include "../common/packed_signs.h"
+#include "bits.h"
+#include "convert.h"
+#include "feedback_weight.h"
+#include "strided.h"
+
+namespace bioplaus {
+namespace BK_LEVEL {
+namespace {
+
+template <typename acc_t>
+struct Chunk {
+  explicit Chunk(const FeedbackParams& p) : p(p), key(p.key ? read_key(p.key) : Key{}) {}
+
+  const FeedbackParams& p;
+  const Key key;
+  int64_t row, first, n;
+  alignas(64) acc_t b[kChunk];
+  alignas(64) uint64_t scratch[kChunk];
+};
+
+// --- magnitudes ---
+
+float absolute(float x) { return __builtin_fabsf(x); }
+double absolute(double x) { return __builtin_fabs(x); }
+
+template <typename acc_t, typename T>
+void stored(Chunk<acc_t>& c) {
+  const T* m = static_cast<const T*>(gather(c.p, c.p.magnitude, c.row, c.first, c.n, c.scratch));
+  const acc_t s = static_cast<acc_t>(c.p.scale);
+  if (c.p.weight.data || c.p.signs) {
+    for (int64_t t = 0; t < c.n; ++t) {
+      c.b[t] = absolute(s * static_cast<acc_t>(to_float(m[t])));
+    }
+  } else {
+    for (int64_t t = 0; t < c.n; ++t) {
+      c.b[t] = s * static_cast<acc_t>(to_float(m[t]));
+    }
+  }
+}
+
+template <typename acc_t>
+void words(Chunk<acc_t>& c, uint32_t* w) {
+  const int64_t call = c.first / kNumbersPerCall;
+  const int64_t calls = (c.n + kNumbersPerCall - 1) / kNumbersPerCall;
+  for (int64_t t = 0; t < calls; ++t) {
+    const Philox4 x = draw(c.key, c.row, call + t);
+    w[4 * t] = x.w[0];
+    w[4 * t + 1] = x.w[1];
+    w[4 * t + 2] = x.w[2];
+    w[4 * t + 3] = x.w[3];
+  }
+}
+
+template <typename acc_t>
+void random(Chunk<acc_t>& c) {
+  uint32_t* w = reinterpret_cast<uint32_t*>(c.scratch);
+  words(c, w);
+  if (c.p.entries == Entries::Uniform) {
+    const acc_t s = uniform_scale<acc_t>(c.p.scale);
+    for (int64_t t = 0; t < c.n; ++t) {
+      c.b[t] = uniform(w[t], s);
+    }
+  } else {
+    const acc_t s = static_cast<acc_t>(c.p.scale);
+    for (int64_t t = 0; t < c.n; t += 2) {
+      acc_t na, nb;
+      normal_pair(w[t], w[t + 1], na, nb);
+      c.b[t] = na * s;
+      c.b[t + 1] = nb * s;
+    }
+  }
+  if (c.p.weight.data || c.p.signs) {
+    for (int64_t t = 0; t < c.n; ++t) {
+      c.b[t] = absolute(c.b[t]);
+    }
+  }
+}
+
+template <typename acc_t>
+void magnitudes(Chunk<acc_t>& c) {
+  if (c.p.entries == Entries::Constant) {
+    const acc_t s = static_cast<acc_t>(c.p.scale);
+    for (int64_t t = 0; t < c.n; ++t) {
+      c.b[t] = s;
+    }
+  } else if (c.p.entries == Entries::Stored) {
+    switch (c.p.magnitude.dtype) {
+      case DType::Float32:
+        return stored<acc_t, float>(c);
+      case DType::Float64:
+        return stored<acc_t, double>(c);
+      case DType::BFloat16:
+        return stored<acc_t, BF16>(c);
+      case DType::Float16:
+        return stored<acc_t, FP16>(c);
+    }
+  } else {
+    random(c);
+  }
+}
+
+// --- signs ---
+
+template <typename acc_t, typename T>
+void weight_signs(Chunk<acc_t>& c) {
+  const T* w = static_cast<const T*>(gather(c.p, c.p.weight, c.row, c.first, c.n, c.scratch));
+  for (int64_t t = 0; t < c.n; ++t) {
+    c.b[t] *= static_cast<acc_t>(sign_of<decltype(to_float(w[t]))>(to_float(w[t])));
+  }
+}
+
+template <typename acc_t>
+void flip(acc_t* b, int64_t n, uint32_t negative) {
+  for (int64_t t = 0; t < n; ++t) {
+    b[t] = negative & kBit[t] ? -b[t] : b[t];
+  }
+}
+
+template <typename acc_t>
+void packed_signs(Chunk<acc_t>& c) {
+  const int64_t width = sign_words(c.p.cols);
+  for (int64_t t = 0; t < c.n; t += 32) {
+    const SignWord x = read_signs(c.p.signs, c.p.rows, width, c.row, (c.first + t) / 32);
+    const int64_t n = c.n - t < 32 ? c.n - t : 32;
+    flip(c.b + t, n, x.negative);
+    if (x.nonzero != 0xFFFFFFFFu) {
+      for (int64_t l = 0; l < n; ++l) {
+        c.b[t + l] *= x.nonzero & kBit[l] ? acc_t(1) : acc_t(0);
+      }
+    }
+  }
+}
+
+template <typename acc_t>
+void seeded_signs(Chunk<acc_t>& c) {
+  for (int64_t t = 0; t < c.n; t += kSignsPerCall) {
+    const Philox4 x = draw(c.key, c.row, (c.first + t) / kSignsPerCall);
+    for (int64_t q = 0; q < 4 && t + 32 * q < c.n; ++q) {
+      const int64_t left = c.n - t - 32 * q;
+      flip(c.b + t + 32 * q, left < 32 ? left : 32, x.w[q]);
+    }
+  }
+}
+
+template <typename acc_t>
+void signs(Chunk<acc_t>& c) {
+  if (c.p.signs) {
+    packed_signs(c);
+  } else if (c.p.weight.data) {
+    switch (c.p.weight.dtype) {
+      case DType::Float32:
+        return weight_signs<acc_t, float>(c);
+      case DType::Float64:
+        return weight_signs<acc_t, double>(c);
+      case DType::BFloat16:
+        return weight_signs<acc_t, BF16>(c);
+      case DType::Float16:
+        return weight_signs<acc_t, FP16>(c);
+    }
+  } else if (c.p.entries == Entries::Constant) {
+    seeded_signs(c);
+  }
+}
+
+// --- output ---
+
+template <typename T, typename acc_t>
+void store_as(const Chunk<acc_t>& c, void* out) {
+  T* to = static_cast<T*>(out);
+  for (int64_t t = 0; t < c.n; ++t) {
+    round_to(c.b[t], to[t]);
+  }
+}
+
+void store(const Chunk<double>& c, void* out) { store_as<double>(c, out); }
+
+void store(const Chunk<float>& c, void* out) {
+  switch (c.p.out.dtype) {
+    case DType::BFloat16:
+      return store_as<BF16>(c, out);
+    case DType::Float16:
+      return store_as<FP16>(c, out);
+    default:
+      return store_as<float>(c, out);
+  }
+}
+
+template <typename acc_t>
+void form(const FeedbackParams& p, int64_t begin, int64_t end) {
+  Chunk<acc_t> c(p);
+  const int64_t chunks = (p.cols + kChunk - 1) / kChunk;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    c.row = unit / chunks;
+    c.first = unit % chunks * kChunk;
+    c.n = p.cols - c.first < kChunk ? p.cols - c.first : kChunk;
+    magnitudes(c);
+    signs(c);
+    if (p.out.dense) {
+      store(c, static_cast<char*>(p.out.data) + (c.row * p.out.row_stride + c.first) * size_of(p.out.dtype));
+    } else {
+      store(c, c.scratch);
+      scatter(p, p.out, c.row, c.first, c.n, c.scratch);
+    }
+  }
+}
+
+}  // namespace
+
+void feedback_weight(const FeedbackParams& p, int64_t begin, int64_t end) {
+  if (p.out.dtype == DType::Float64) {
+    form<double>(p, begin, end);
+  } else {
+    form<float>(p, begin, end);
+  }
+}
+
+}  // namespace BK_LEVEL
+}  // namespace bioplaus

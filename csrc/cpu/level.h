@@ -1,0 +1,45 @@
+// Instruction-set levels of the CPU kernels.
+//
+// A source named *_kernel.cpp is compiled once per level, with the level's compiler flags and -DBK_LEVEL=<level>, and
+// defines its entry points in namespace bioplaus::BK_LEVEL. It works on raw pointers and a parameter struct and
+// includes no torch or C++ library header: an inline function of theirs, compiled at a high level and merged by the
+// linker, would run on processors that lack the instructions. The host source beside it calls BK_PICK(name), which
+// follows torch's own choice, so that ATEN_CPU_CAPABILITY forces a lower level.
+//
+// A new level is a row in CMakeLists.txt, a name in the enum and in the three macros below, and its test in level.cpp.
+#pragma once
+
+namespace bioplaus {
+
+enum class Level { DEFAULT, AVX2, AVX512 };
+
+// The best level that was built and that torch uses on this processor.
+Level cpu_level();
+const char* level_name(Level level);
+
+}  // namespace bioplaus
+
+#if defined(BK_X86_LEVELS)
+#define BK_LEVELS {"DEFAULT", "AVX2", "AVX512"}
+#define BK_DECLARE(signature) \
+  namespace DEFAULT {         \
+  signature;                  \
+  }                           \
+  namespace AVX2 {            \
+  signature;                  \
+  }                           \
+  namespace AVX512 {          \
+  signature;                  \
+  }
+#define BK_PICK(name)                                                  \
+  (::bioplaus::cpu_level() == ::bioplaus::Level::AVX512 ? AVX512::name \
+   : ::bioplaus::cpu_level() == ::bioplaus::Level::AVX2 ? AVX2::name   \
+                                                        : DEFAULT::name)
+#else
+#define BK_LEVELS {"DEFAULT"}
+#define BK_DECLARE(signature) \
+  namespace DEFAULT {         \
+  signature;                  \
+  }
+#define BK_PICK(name) DEFAULT::name
+#endif

@@ -1,0 +1,86 @@
+// pack_signs on the CPU.
+//
+// Roofline: memory. Each element is read once (4 bytes in fp32) and 1/4 byte is written; two comparisons and four bit
+// operations per element.
+#include "../common/packed_signs.h"
+#include "bits.h"
+#include "convert.h"
+#include "pack_signs.h"
+#include "strided.h"
+
+namespace bioplaus {
+namespace BK_LEVEL {
+namespace {
+
+// Each lane's comparison is masked by the lane's own bit, and all are combined by OR.
+template <typename T>
+SignWord full_word(const T* w) {
+  uint32_t negative = 0;
+  uint32_t positive = 0;
+// Without the pragma the compiler unrolls the loop whole and then finds nothing to vectorise.
+#pragma omp simd reduction(| : negative, positive)
+  for (int l = 0; l < 32; ++l) {
+    const auto v = to_float(w[l]);
+    negative |= v < 0 ? kBit[l] : 0u;
+    positive |= v > 0 ? kBit[l] : 0u;
+  }
+  return {negative, negative | positive};
+}
+
+template <typename T>
+SignWord ragged_word(const T* w, int64_t n) {
+  T padded[32] = {};
+  for (int64_t l = 0; l < n; ++l) {
+    padded[l] = w[l];
+  }
+  return full_word(padded);
+}
+
+template <typename T>
+void pack(const FeedbackParams& p, int32_t* planes, int64_t begin, int64_t end) {
+  alignas(64) uint64_t scratch[kPackColumns];
+  const int64_t width = sign_words(p.cols);
+  const int64_t column_tiles = (p.cols + kPackColumns - 1) / kPackColumns;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t tile = unit / column_tiles;
+    const int64_t first = unit % column_tiles * kPackColumns;
+    const int64_t n = p.cols - first < kPackColumns ? p.cols - first : kPackColumns;
+    const int64_t rows_left = p.rows - tile * kTileRows;
+    const int64_t row_end = tile * kTileRows + (rows_left < kTileRows ? rows_left : kTileRows);
+    uint32_t zero[kPackColumns / 32] = {};
+    for (int64_t i = tile * kTileRows; i < row_end; ++i) {
+      const T* w = static_cast<const T*>(gather(p, p.weight, i, first, n, scratch));
+      int32_t* negative = planes + i * width + first / 32;
+      int32_t* nonzero = planes + (p.rows + i) * width + first / 32;
+      for (int64_t q = 0; q < sign_words(n); ++q) {
+        const int64_t left = n - 32 * q;
+        const SignWord x = left >= 32 ? full_word(w + 32 * q) : ragged_word(w + 32 * q, left);
+        negative[q] = static_cast<int32_t>(x.negative);
+        nonzero[q] = static_cast<int32_t>(x.nonzero);
+        zero[q] |= left >= 32 ? ~x.nonzero : left > 0 ? ~x.nonzero & ((1u << left) - 1) : 0;
+      }
+    }
+    int32_t* flags = planes + (2 * p.rows + tile) * width + first / 32;
+    for (int64_t q = 0; q < sign_words(n); ++q) {
+      flags[q] = zero[q] != 0;
+    }
+  }
+}
+
+}  // namespace
+
+void pack_signs(const FeedbackParams& p, int32_t* planes, int64_t begin, int64_t end) {
+  switch (p.weight.dtype) {
+    case DType::Float32:
+      return pack<float>(p, planes, begin, end);
+    case DType::Float64:
+      return pack<double>(p, planes, begin, end);
+    case DType::BFloat16:
+      return pack<BF16>(p, planes, begin, end);
+    case DType::Float16:
+      return pack<FP16>(p, planes, begin, end);
+  }
+}
+
+}  // namespace BK_LEVEL
+}  // namespace bioplaus

@@ -1,0 +1,38 @@
+#include <ATen/core/enum_tag.h>
+#include <torch/library.h>
+
+// Every op of the library. Kernels register beside their code, for their dispatch key; the fakes and, for every other
+// device, the reference are registered from Python.
+TORCH_LIBRARY(bioplaus, m) {
+  // Signs of W, one bit each; layout in common/packed_signs.h.
+  m.def("pack_signs(Tensor weight) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("unpack_signs(Tensor signs, SymInt[] size, *, ScalarType dtype) -> Tensor", {at::Tag::pt2_compliant_tag});
+
+  // The key of a draw that changes exactly when W changes.
+  m.def("redraw_key(Tensor key, Tensor weight) -> Tensor", {at::Tag::pt2_compliant_tag});
+
+  // B itself, and the product grad_output · B, from the feedback arguments: common/feedback.h.
+  m.def(
+      "feedback_weight(Tensor? weight, Tensor? signs, Tensor? magnitude, Tensor? key, str entries, float scale, "
+      "SymInt[] size, *, ScalarType dtype) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "feedback_mm(Tensor grad_output, Tensor? weight, Tensor? signs, Tensor? magnitude, Tensor? key, str entries, "
+      "float scale, SymInt in_features) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+
+  // Locally-connected layers, weights (*out, O, *kernel, C/groups).
+  m.def(
+      "lc_forward(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+      "SymInt groups) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "lc_backward_input(Tensor grad_output, Tensor? weight, Tensor? signs, Tensor? magnitude, Tensor? key, "
+      "str entries, float scale, SymInt[] weight_size, SymInt[] input_size, SymInt[] stride, SymInt[] padding, "
+      "SymInt[] dilation, SymInt groups) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "lc_backward_weight(Tensor grad_output, Tensor input, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, "
+      "SymInt[] dilation, SymInt groups) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+}
