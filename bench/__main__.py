@@ -1,0 +1,54 @@
+"""Command line of the benchmarks."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from . import machine, registry, report, runner
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    """Parse the command line and run or report."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="measure; writes one JSON file")
+    run.add_argument("--op", action="append", help="only this op; repeat for several")
+    run.add_argument("--quick", action="store_true", help="a few small cases")
+    run.add_argument("--match", default="", help="only cases whose label contains this")
+    run.add_argument("--seconds", type=float, default=1.0, help="timing of each variant (default 1)")
+    run.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
+    run.add_argument("--out", type=Path, default=RESULTS / "cpu.json", help="default: bench/results/cpu.json")
+    show = commands.add_parser("report", help="write the Markdown table and pictures from a result file")
+    show.add_argument("--results", type=Path, default=RESULTS / "cpu.json")
+    show.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
+    args = parser.parse_args()
+    if args.command == "report":
+        report.write(args.results, args.out)
+        print(args.out)
+        return
+    if args.seconds <= 0 or args.threads < 1:
+        parser.error("--seconds and --threads: expected more than 0")
+    torch.set_num_threads(args.threads)
+    try:
+        cases = [c for c in registry.cases(args.op, args.quick) if args.match in c.label]
+    except ValueError as error:
+        parser.error(str(error))
+    if not cases:
+        parser.error(f"--match: no case has {args.match!r} in its label")
+    result = {"machine": machine.header(), "roofline": machine.roofline()}
+    result["rows"] = runner.run(cases, args.seconds)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = args.out.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=1))
+    temporary.replace(args.out)
+    print(report.table(result))
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""dX = dY B for a linear layer, against dY @ W and against forming B and multiplying."""
+
+from collections.abc import Iterator
+
+import torch
+
+from bioplaus_kernels import ops
+from bioplaus_kernels.feedback import feedback_key
+
+from .gate import mm_gate
+from .registry import Bench, Case, Run, register
+
+SHAPES = ((512, 512), (1024, 4096), (4096, 4096))
+BATCHES = (1, 8, 32, 128, 512, 2048, 4096)
+
+
+@register("feedback_mm")
+def cases() -> Iterator[Case]:
+    """Shapes out x in, batches and dtypes of the issue; --quick keeps 1024 x 4096 in float32."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for out, n in SHAPES:
+            for m in BATCHES:
+                label = f"{out}x{n} M={m} {str(dtype).removeprefix('torch.')}"
+                yield Case(
+                    "feedback_mm",
+                    label,
+                    lambda m=m, out=out, n=n, dtype=dtype: build(m, out, n, dtype),
+                    quick=(out, n) == (1024, 4096) and m in (8, 128) and dtype == torch.float32,
+                    cold=(out, n) == (4096, 4096) and m in (8, 128),
+                )
+
+
+def sign_then_matmul(g: torch.Tensor, w: torch.Tensor, s: float) -> torch.Tensor:
+    """What every peer does."""
+    return g @ (torch.sign(w) * s)
+
+
+def bf16_parts(g: torch.Tensor, w: torch.Tensor, s: float) -> torch.Tensor:
+    """The strongest plain-torch composition: dY as three bf16 parts times bf16 signs."""
+    high = g.bfloat16()
+    middle = (g - high).bfloat16()
+    low = (g - high - middle).bfloat16()
+    sign = torch.sign(w).bfloat16()
+    return ((low @ sign).float() + (middle @ sign).float() + (high @ sign).float()) * s
+
+
+def build(m: int, out: int, n: int, dtype: torch.dtype) -> Bench:
+    """All rules on one shape."""
+    torch.manual_seed(0)
+    g, w = torch.randn(m, out).to(dtype), (torch.randn(out, n) / out**0.5).to(dtype)
+    s, key, signs = n**-0.5, feedback_key(0), ops.pack_signs(w)
+    compiled = torch.compile(sign_then_matmul)
+    stored = ops.feedback_weight(None, None, None, key, "uniform", s, w.shape, dtype=dtype)
+    arguments = {
+        "usf, signs from W": (w, None, None, None, "constant", s),
+        "usf, packed signs": (None, signs, None, None, "constant", s),
+        "fa seeded, ±s": (None, None, None, key, "constant", s),
+        "fa seeded, uniform": (None, None, None, key, "uniform", s),
+        "frsf seeded, uniform": (w, None, None, key, "uniform", s),
+        "frsf stored": (w, None, stored, None, "stored", 1.0),
+        "fa stored": (None, None, stored, None, "stored", 1.0),
+    }
+    variants: dict[str, Run] = {
+        "torch dY @ W": lambda: g @ w,
+        "sign, then matmul": lambda: sign_then_matmul(g, w, s),
+        "sign, then matmul, torch.compile": lambda: compiled(g, w, s),
+    }
+    gate = {}
+    if dtype == torch.float32:
+        variants["three bf16 parts x sign"] = lambda: bf16_parts(g, w, s)
+        gate["three bf16 parts x sign"] = lambda: mm_gate(bf16_parts(g, w, s), g, torch.sign(w) * s)
+    for name, feedback in arguments.items():
+        variants[name] = lambda f=feedback: ops.feedback_mm(g, *f, n)
+        gate[name] = lambda f=feedback: mm_gate(
+            ops.feedback_mm(g, *f, n), g, ops.feedback_weight(*f, w.shape, dtype=torch.float64)
+        )
+    traffic = (g.numel() + w.numel() + m * n) * g.element_size()
+    return Bench(variants, gate, 2.0 * m * out * n, traffic, str(dtype).removeprefix("torch."))

@@ -1,0 +1,38 @@
+"""Forming B and packing signs: bound by memory."""
+
+from collections.abc import Iterator
+
+import torch
+
+from bioplaus_kernels import ops
+from bioplaus_kernels.feedback import feedback_key
+
+from .registry import Bench, Case, register
+
+
+@register("feedback_weight")
+def cases() -> Iterator[Case]:
+    """4096 x 4096 and a convolution's channels-last weight."""
+    yield Case("feedback_weight", "4096x4096 float32", lambda: build(torch.randn(4096, 4096)), quick=True)
+    conv = torch.randn(512, 512, 3, 3).contiguous(memory_format=torch.channels_last)
+    yield Case("feedback_weight", "512x512x3x3 channels-last float32", lambda: build(conv))
+
+
+def build(w: torch.Tensor) -> Bench:
+    """All cells of the table."""
+    key, signs, s = feedback_key(0), ops.pack_signs(w), 0.01
+    cells = {
+        "usf": (w, None, None, None, "constant", s),
+        "usf, packed signs": (None, signs, None, None, "constant", s),
+        "frsf stored": (w, None, w, None, "stored", 1.0),
+        "frsf seeded, uniform": (w, None, None, key, "uniform", s),
+        "fa seeded, ±s": (None, None, None, key, "constant", s),
+        "fa seeded, uniform": (None, None, None, key, "uniform", s),
+        "fa seeded, normal": (None, None, None, key, "normal", s),
+    }
+    variants = {"torch sign(W) * s": lambda: torch.sign(w) * s, "torch.rand_like": lambda: torch.rand_like(w)}
+    for name, cell in cells.items():
+        variants[name] = lambda c=cell: ops.feedback_weight(*c, w.shape, dtype=w.dtype)
+    variants["pack_signs"] = lambda: ops.pack_signs(w)
+    variants["unpack_signs"] = lambda: ops.unpack_signs(signs, w.shape, dtype=w.dtype)
+    return Bench(variants, bytes=2.0 * w.numel() * w.element_size())

@@ -1,0 +1,56 @@
+"""What is measured: cases by op, each with interleaved variants, a correctness gate and its least work."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+Run = Callable[[], object]
+
+
+@dataclass
+class Bench:
+    """One built case.
+
+    variants: what is timed, by name; the first is the baseline that ratios are to.
+    gate: error of a variant over its bound (at most 1 passes); a variant without an entry is torch's own.
+    flops, bytes: the least work of the product and the least traffic to memory, for the roofline; 0 where it has none.
+    cold: evicts nothing if None; else called untimed before each timed call.
+    """
+
+    variants: dict[str, Run]
+    gate: dict[str, Callable[[], float]] = field(default_factory=dict)
+    flops: float = 0.0
+    bytes: float = 0.0
+    unit: str = "float32"
+
+
+@dataclass
+class Case:
+    """One row group of the report: built only when it runs, so that one case's memory is held at a time."""
+
+    op: str
+    label: str
+    build: Callable[[], Bench]
+    quick: bool = False
+    cold: bool = False
+
+
+_REGISTRY: dict[str, Callable[[], Iterator[Case]]] = {}
+
+
+def register(op: str) -> Callable[[Callable[[], Iterator[Case]]], Callable[[], Iterator[Case]]]:
+    """Decorator: the function yields the cases of `op`."""
+
+    def add(function: Callable[[], Iterator[Case]]) -> Callable[[], Iterator[Case]]:
+        _REGISTRY[op] = function
+        return function
+
+    return add
+
+
+def cases(ops: list[str] | None = None, quick: bool = False) -> list[Case]:
+    """The registered cases, of `ops` only if given; raises ValueError for an unknown op."""
+    from . import feedback_mm, feedback_weight, layers, locally_connected, steps  # noqa: F401
+
+    if unknown := set(ops or ()) - set(_REGISTRY):
+        raise ValueError(f"--op: expected one of {', '.join(_REGISTRY)}, got {', '.join(sorted(unknown))}")
+    return [c for op in ops or _REGISTRY for c in _REGISTRY[op]() if c.quick or not quick]

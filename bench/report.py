@@ -1,0 +1,118 @@
+"""The Markdown report and its pictures, from a result file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from tabulate import tabulate
+
+_COLUMNS = ("variant", "ms (p20–p80)", "ratio", "share of roofline", "peak MiB", "error / bound")
+
+
+def share_of_roofline(row: dict[str, Any], roofline: dict[str, float]) -> float | None:
+    """The least time the machine allows, max(flops / product rate, bytes / read rate), over the time taken."""
+    if not row["flops"] and not row["bytes"]:
+        return None
+    peak = roofline.get(row["unit"], 0.0)
+    least = max(row["flops"] / peak if peak else 0.0, row["bytes"] / roofline["read"])
+    return least / (row["ms"] / 1e3)
+
+
+def _cells(row: dict[str, Any], roofline: dict[str, float]) -> list[str]:
+    error = row["error_over_bound"]
+    error_cell = "" if error is None else f"{error:.2g}"
+    if "ms" not in row:
+        return [row["variant"], "not timed", "", "", "", f"{error_cell}: over the bound"]
+    share = share_of_roofline(row, roofline)
+    peak = row["peak_bytes"]
+    return [
+        row["variant"],
+        f"{row['ms']:.3g} ({row['ms_p20']:.3g}–{row['ms_p80']:.3g})",
+        f"{row['ratio']:.2f}",
+        "" if share is None else f"{share:.0%}",
+        "" if peak is None else f"{peak / 2**20:.3g}",
+        error_cell,
+    ]
+
+
+def groups(result: dict[str, Any]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """Rows by (op, case, warm or cold)."""
+    grouped: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        grouped.setdefault((row["op"], row["case"], row["state"]), []).append(row)
+    return grouped
+
+
+def table(result: dict[str, Any]) -> str:
+    """Every row, losing ones too."""
+    lines, last = [], ""
+    for (op, case, state), rows in groups(result).items():
+        if op != last:
+            lines += [f"## {op}", ""]
+            last = op
+        lines += [f"**{case}**{' (cold)' if state == 'cold' else ''}, ratio to {rows[0]['variant']}", ""]
+        cells = [_cells(row, result["roofline"]) for row in rows]
+        lines += [tabulate(cells, _COLUMNS, tablefmt="pipe", disable_numparse=True), ""]
+    return "\n".join(lines)
+
+
+def _picture(op: str, result: dict[str, Any], path: Path) -> None:
+    chosen = {key: rows for key, rows in groups(result).items() if key[0] == op and key[2] == "warm"}
+    variants = list(dict.fromkeys(row["variant"] for rows in chosen.values() for row in rows if "ratio" in row))
+    labels = [key[1] for key in chosen]
+    figure, axes = plt.subplots(figsize=(max(6.0, 0.35 * len(labels) + 3), 4.5), layout="constrained")
+    for variant in variants:
+        found = [
+            next((r["ratio"] for r in rows if r["variant"] == variant and "ratio" in r), None)
+            for rows in chosen.values()
+        ]
+        axes.plot(
+            range(len(labels)), [float("nan") if f is None else f for f in found], marker="o", ms=3, lw=1, label=variant
+        )
+    axes.axhline(1.0, color="black", lw=0.8)
+    axes.set_yscale("log")
+    axes.set_ylabel("time / baseline's (lower is faster)")
+    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
+    axes.legend(fontsize=6, ncols=2)
+    axes.set_title(op)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write(results: Path, out: Path) -> None:
+    """Write `out` and a picture for each op beside it."""
+    result = json.loads(results.read_text())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    machine = "\n".join(f"| {key} | {value} |" for key, value in result["machine"].items())
+    roof = "\n".join(f"| {key} | {value / 1e9:.4g} |" for key, value in result["roofline"].items())
+    pictures = []
+    for op in dict.fromkeys(row["op"] for row in result["rows"]):
+        picture = out.parent / f"{out.stem}-{op}.png"
+        _picture(op, result, picture)
+        pictures.append(f"![{op}]({picture.name})")
+    text = f"""# Benchmarks
+
+Written by `python -m bench report` from one run of `python -m bench run`. Times are medians with the 20th and 80th
+percentile, variants of a case interleaved in one process. A variant whose error is over its bound (twice torch's own in
+the same dtype plus one rounding, against float64) is not timed. Ratios are to the first row of a case. The roofline's
+share is max(flops / product rate, bytes / read rate), from the rates below, over the time taken; a product by int8
+digits can pass 100 % of the float32 rate. Peak is what torch's CPU allocator held for one call.
+
+| machine | |
+|---|---|
+{machine}
+
+| measured in this run | 1e9 flop/s or byte/s |
+|---|---|
+{roof}
+
+{chr(10).join(pictures)}
+
+{table(result)}"""
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(out)

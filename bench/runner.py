@@ -1,0 +1,87 @@
+"""Runs cases: gate first, then interleaved timing and the peak memory of one call."""
+
+import time
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .registry import Bench, Case, Run
+
+_FLUSH_BYTES = 2**29
+
+
+def run(cases: list[Case], seconds: float) -> list[dict[str, Any]]:
+    """One result row for each variant of each case; `seconds` of timing a variant."""
+    rows = []
+    for case in tqdm(cases, unit="case", disable=None):
+        bench = case.build()
+        errors = {name: gate() for name, gate in bench.gate.items()}
+        timed = {name: f for name, f in bench.variants.items() if errors.get(name, 0.0) <= 1.0}
+        times = {"warm": _interleave(timed, seconds, cold=False)}
+        if case.cold:
+            times["cold"] = _interleave(timed, seconds, cold=True)
+        for state, measured in times.items():
+            baseline = median(measured[next(iter(bench.variants))])
+            for name, function in bench.variants.items():
+                row: dict[str, Any] = {"op": case.op, "case": case.label, "state": state, "variant": name}
+                row["error_over_bound"] = errors.get(name)
+                if name in measured:
+                    row |= _summary(measured[name], baseline, bench)
+                    row["peak_bytes"] = peak_bytes(function) if state == "warm" else None
+                rows.append(row)
+    return rows
+
+
+def _interleave(variants: dict[str, Run], seconds: float, cold: bool) -> dict[str, list[float]]:
+    # Rounds over all variants, so that a slow spell of the machine falls on all of them; each sample is long enough to
+    # read on the clock.
+    flush = torch.empty(_FLUSH_BYTES // 4) if cold else None
+    repeats = {}
+    for name, function in variants.items():
+        function()
+        start = time.perf_counter()
+        function()
+        once = time.perf_counter() - start
+        repeats[name] = 1 if cold else max(1, int(0.002 / max(once, 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    end = time.perf_counter() + seconds * len(variants)
+    while time.perf_counter() < end or len(next(iter(samples.values()))) < 5:
+        for name, function in variants.items():
+            if flush is not None:
+                flush.add_(1.0)
+            n = repeats[name]
+            start = time.perf_counter()
+            for _ in range(n):
+                function()
+            samples[name].append((time.perf_counter() - start) / n)
+    return samples
+
+
+def _summary(samples: list[float], baseline: float, bench: Bench) -> dict[str, Any]:
+    cuts = quantiles(samples, n=5)
+    middle = median(samples)
+    return {
+        "ms": middle * 1e3,
+        "ms_p20": cuts[0] * 1e3,
+        "ms_p80": cuts[-1] * 1e3,
+        "ratio": middle / baseline,
+        "gflops": bench.flops / middle / 1e9,
+        "gbytes_per_s": bench.bytes / middle / 1e9,
+        "flops": bench.flops,
+        "bytes": bench.bytes,
+        "unit": bench.unit,
+    }
+
+
+def peak_bytes(function: Run) -> int:
+    """Most bytes that torch's CPU allocator held at once for one call, above what was held before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    held = most = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most

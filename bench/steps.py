@@ -1,0 +1,82 @@
+"""Whole training steps: forward, backward and SGD, against the same model of torch.nn and against BioTorch."""
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+
+import torch
+import torchvision
+
+import bioplaus_kernels as bk
+from recipes import models
+
+from .registry import Bench, Case, Run, register
+
+RULES = ("usf", "frsf", "brsf", "fa", bk.FeedbackAlignment(stored=True))
+
+
+@register("training_step")
+def cases() -> Iterator[Case]:
+    """The models and batches of the issue; --quick keeps the small multilayer perceptron."""
+    for n in (64, 512):
+        yield Case("training_step", f"MLP 5x2048 N={n}", lambda n=n: build(mlp, (n, 2048)))
+    yield Case("training_step", "LeNet N=64", lambda: build(lenet, (64, 1, 32, 32)), quick=True)
+    for size in (64, 224):
+        yield Case("training_step", f"ResNet-18 N=16 {size}", lambda s=size: build(resnet, (16, 3, s, s)))
+    yield Case("training_step", "CIFAR LC net N=16", lambda: build(cifar_lc, (16, 3, 32, 32)))
+
+
+def mlp() -> torch.nn.Module:
+    """Five layers of 2048 units."""
+    layers = [m for _ in range(5) for m in (torch.nn.Linear(2048, 2048), torch.nn.ReLU())]
+    return torch.nn.Sequential(*layers, torch.nn.Linear(2048, 10))
+
+
+def lenet() -> torch.nn.Module:
+    """The recipe's LeNet."""
+    return models.build("lenet", (1, 32, 32), 10)
+
+
+def resnet() -> torch.nn.Module:
+    """torchvision's ResNet-18."""
+    return torchvision.models.resnet18(num_classes=1000)
+
+
+def cifar_lc() -> torch.nn.Module:
+    """Bartunov et al. 2018, table 3."""
+    lc, tanh = bk.nn.LocallyConnected2d, torch.nn.Tanh
+    return torch.nn.Sequential(
+        *(lc(3, 64, 5, 2, "same", input_size=32), tanh(), lc(64, 128, 5, 2, "same", input_size=16), tanh()),
+        *(lc(128, 256, 3, 1, "same", input_size=8), tanh(), torch.nn.Flatten()),
+        *(torch.nn.Linear(16384, 1024), tanh(), torch.nn.Linear(1024, 10)),
+    )
+
+
+def _step(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> Run:
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1e-4, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def build(make: Callable[[], torch.nn.Module], shape: tuple[int, ...]) -> Bench:
+    """One step by each rule; torch.nn's model is the baseline."""
+    torch.manual_seed(0)
+    x, y = torch.randn(shape), torch.randint(10, (shape[0],))
+    state = make().state_dict()
+    variants: dict[str, Run] = {}
+    for rule in (None, *RULES):
+        model = make()
+        model.load_state_dict(state)
+        bk.convert_(model, rule, last_layer="backprop")
+        name = "torch.nn, backprop" if rule is None else rule if isinstance(rule, str) else "fa stored"
+        variants[name] = _step(model, x, y)
+    if find_spec("biotorch") and make is not cifar_lc:
+        from biotorch.module.biomodule import BioModule
+
+        for mode in ("usf", "frsf", "brsf", "fa"):
+            variants[f"BioTorch {mode}"] = _step(BioModule(make(), mode=mode), x, y)
+    return Bench(variants)
