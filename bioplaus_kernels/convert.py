@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._pytree import tree_leaves
 
 from . import nn
@@ -104,6 +105,8 @@ def convert_(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed: expected an integer, got {seed!r}")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn: expected a function of (module, name) or None, got {filter_fn!r}")
     rule = as_rule(feedback)
     last_rule = rule if last_layer is None else as_rule(last_layer, "last_layer")
 
@@ -113,10 +116,12 @@ def convert_(
     if eligible:
         plan[eligible[-1]] = last_rule
     report = Report()
-    owners: dict[int, tuple[str, FeedbackLayer]] = {}
+    # One B for each Parameter: who shares a weight shares the first name it has, and so the key.
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    owners: dict[int, FeedbackLayer] = {}
     for name, module, why in modules:
         if module in plan:
-            report.rows.append(_apply(name, module, plan[module], seed, owners))
+            report.rows.append(_apply(name, module, plan[module], seed, names, owners))
         else:
             current = module.feedback.name if isinstance(module, FeedbackLayer) else "backprop"
             report.rows.append(Row(name, _type(module), "left", current, why or "filter_fn"))
@@ -140,9 +145,15 @@ def _modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, str]]:
     return rows
 
 
-def _obstacle(module: torch.nn.Module) -> str:
+def _obstacle(module: Any) -> str:
     kind = type(module)
     if kind in _PAIRS or kind in _PLAIN or kind in _OWN:
+        attention = isinstance(module, torch.nn.MultiheadAttention)
+        if attention and type(module.out_proj) not in (NonDynamicallyQuantizableLinear, nn.Linear):
+            return f"its out_proj is a {_type(module.out_proj)}: its forward may differ"
+        holder, weight = (module.out_proj, "in_proj_weight") if attention else (module, "weight")
+        if weight not in module._parameters or "weight" not in holder._parameters:
+            return "its weight is computed before each call, not a Parameter"
         weights = [w for n, w in module._parameters.items() if w is not None and n.endswith("weight")]
         unsupported = [w for w in weights if not supported(w)]
         return f"{unsupported[0].dtype} weight" if unsupported else ""
@@ -154,23 +165,27 @@ def _obstacle(module: torch.nn.Module) -> str:
     return "has no feedback rule"
 
 
-def _apply(name: str, module: Any, rule: Rule, seed: int, owners: dict[int, tuple[str, FeedbackLayer]]) -> Row:
+def _apply(
+    name: str, module: Any, rule: Rule, seed: int, names: dict[int, str], owners: dict[int, FeedbackLayer]
+) -> Row:
     if isinstance(rule, Backprop):
         if not isinstance(module, FeedbackLayer):
             return Row(name, _type(module), "left", rule.name, "left to back-propagation")
         module.install_feedback(rule)
-        module.__class__ = _PLAIN.get(type(module), type(module))  # type: ignore[assignment]
+        if type(module) in _PLAIN:
+            for plain in (module, *module.children()):
+                for attribute in ("_feedback", "_rms", "_state_lost"):
+                    vars(plain).pop(attribute, None)
+            module.__class__ = _PLAIN[type(module)]  # type: ignore[assignment]
         return Row(name, _type(module), "restored", rule.name, "")
     module.__class__ = _PAIRS.get(type(module), type(module))
 
-    # One B for each Parameter: who shares a weight takes the key of the name it was first met under.
     def key(weight: str) -> Tensor:
-        full = f"{name}.{weight}" if name else weight
-        return feedback_key(seed, owners.setdefault(id(module.get_parameter(weight)), (full, module))[0])
+        return feedback_key(seed, names[id(module.get_parameter(weight))])
 
     module.install_feedback(rule, key)
     for weight in module.weights():
-        owner = owners.setdefault(id(getattr(module, weight)), (f"{name}.{weight}", module))[1]
+        owner = owners.setdefault(id(getattr(module, weight)), module)
         if owner is not module and owner.feedback == rule:
             module.share_feedback(owner)
     return Row(name, _type(module), "converted", rule.name if rule == type(rule)() else repr(rule), "")
@@ -207,6 +222,8 @@ def check(model: torch.nn.Module, *inputs: Any) -> Check:
     Some models read a layer's weight directly (torchvision's Swin attention); no rule can act there. Buffers, gradients
     and the random state are as before afterwards.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     layers = {name: m for name, m in model.named_modules() if type(m) in (*_PAIRS, *_PLAIN, *_OWN)}
     called: set[torch.nn.Module] = set()
     hooks = [m.register_forward_pre_hook(lambda module, _: called.add(module)) for m in layers.values()]

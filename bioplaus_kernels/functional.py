@@ -5,13 +5,13 @@ namesake's. Rules that draw (`fa`, `frsf`, `brsf`) need `key=`, from `bk.feedbac
 Arguments that do not fit raise ValueError or TypeError; double backward and torch.func transforms raise too.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
 from .backends.reference import checks
@@ -37,17 +37,55 @@ Ints = int | Sequence[int]
 Padding = int | str | Sequence[int] | Sequence[Sequence[int]]
 
 
+def _autocasts(input: Tensor) -> bool:
+    # The meta device has no autocast.
+    return not input.is_meta and torch.is_autocast_enabled(input.device.type)
+
+
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     # torch's own rule: under autocast the products run in the autocast dtype, and float64 is left alone.
-    device = input.device.type
-    if not torch.is_autocast_enabled(device):
+    if not _autocasts(input):
         return input, weight, bias
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(input.device.type)
 
     def cast(t: Tensor) -> Tensor:
         return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
     return cast(input), cast(weight), None if bias is None else cast(bias)
+
+
+Grads = tuple[Tensor | None, ...]
+
+
+class _Refuse(torch.autograd.Function):
+    # The gradients of a backward, tied to the tensors they came from: differentiating them raises, wherever it starts.
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.detach() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            "double backward: the input gradient of a layer with feedback is not the derivative of its output, so it "
+            "cannot be differentiated again; use feedback=None where create_graph=True is needed"
+        )
+
+
+def _once(backward: Callable[..., Grads]) -> Callable[..., Grads]:
+    # torch's once_differentiable raises where .backward() reaches its outputs; autograd.grad goes round it in silence.
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, grad_output: Tensor) -> Grads:
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            grads = backward(ctx, grad_output, saved)
+        if not torch.is_grad_enabled():
+            return grads
+        given = [grad for grad in grads if grad is not None]
+        sources = (grad_output, *(t for t in saved if t is not None and t.is_floating_point()))
+        tied = iter(_Refuse.apply(len(given), *given, *sources))
+        return tuple(None if grad is None else next(tied) for grad in grads)
+
+    return wrapper
 
 
 # The Functions below take (input, weight, bias, signs, magnitude, key, rescale, role, entries, scale, *geometry), where
@@ -64,9 +102,9 @@ def _save(ctx: Any, x: Tensor, input: Tensor, weight: Tensor, bias: Tensor | Non
     ctx.save_for_backward(x if needs_weight else None, *b)
 
 
-def _saved(ctx: Any) -> tuple[Tensor | None, Arguments, Tensor | None]:
+def _saved(ctx: Any, saved: Grads) -> tuple[Tensor | None, Arguments, Tensor | None]:
     # The input (None where no weight gradient is wanted), the ops' feedback arguments, and the factor of scale="match".
-    input, weight, signs, magnitude, key, rescale = ctx.saved_tensors
+    input, weight, signs, magnitude, key, rescale = saved
     sign_source = weight if ctx.role == "sign" else None
     if ctx.role == "magnitude":
         magnitude = weight
@@ -81,7 +119,7 @@ def _bias_grad(ctx: Any, grad_output: Tensor) -> Tensor:
 
 def _grads(
     ctx: Any, grad_input: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None, rescale: Tensor | None
-) -> tuple[Tensor | None, ...]:
+) -> Grads:
     if grad_input is not None and rescale is not None:
         grad_input = grad_input * rescale
     pairs = zip((grad_input, grad_weight, grad_bias), ctx.dtypes, strict=True)
@@ -97,9 +135,9 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, w, b)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, feedback, rescale = _saved(ctx)
+    @_once
+    def backward(ctx: Any, grad_output: Tensor, saved: Grads) -> Grads:
+        input, feedback, rescale = _saved(ctx, saved)
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = ops.feedback_mm(grad_output, *feedback, ctx.weight_shape[1])
@@ -119,9 +157,9 @@ class _Conv(torch.autograd.Function):
         return torch.convolution(x, w, b, *ctx.geometry)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, feedback, rescale = _saved(ctx)
+    @_once
+    def backward(ctx: Any, grad_output: Tensor, saved: Grads) -> Grads:
+        input, feedback, rescale = _saved(ctx, saved)
         mask = ctx.needs_input_grad[:3]
         # The vendor's backward reads only the shape of an operand that no wanted gradient depends on.
         if input is None:
@@ -144,9 +182,9 @@ class _LocallyConnected(torch.autograd.Function):
         return ops.lc_forward(x, w, b, *ctx.geometry)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, feedback, rescale = _saved(ctx)
+    @_once
+    def backward(ctx: Any, grad_output: Tensor, saved: Grads) -> Grads:
+        input, feedback, rescale = _saved(ctx, saved)
         kernel_size = ctx.weight_shape[len(ctx.input_size) + 1 : -1]
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -170,9 +208,9 @@ class _LocallyConnectedTranspose(torch.autograd.Function):
         return y + (b.movedim(-1, 0) if b.dim() > 1 else b.reshape(-1, *[1] * len(output_size)))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, feedback, rescale = _saved(ctx)
+    @_once
+    def backward(ctx: Any, grad_output: Tensor, saved: Grads) -> Grads:
+        input, feedback, rescale = _saved(ctx, saved)
         kernel_size = ctx.weight_shape[grad_output.dim() - 1 : -1]
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -187,7 +225,17 @@ class _LocallyConnectedTranspose(torch.autograd.Function):
 
 def needs_feedback(input: Tensor) -> bool:
     """Whether a backward through `input` can follow; if not, a layer is its torch.nn namesake and forms no B."""
+    _refuse_transforms()
     return torch.is_grad_enabled() and input.requires_grad
+
+
+def _refuse_transforms() -> None:
+    # Inside vmap or jvp a tensor that needs a gradient does not say so, and the feedback would be bypassed in silence.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "torch.func: its transforms (grad, vmap, jvp) do not know feedback; call the layer under torch.no_grad(), "
+            "or with feedback=None"
+        )
 
 
 def resolve(feedback: Feedback, weight: Tensor, fans: Fans, key: Tensor | None = None) -> Operands:
@@ -197,6 +245,7 @@ def resolve(feedback: Feedback, weight: Tensor, fans: Fans, key: Tensor | None =
         checks.shape("feedback", feedback, weight.shape)
         if feedback.device != weight.device:
             checks.fail("feedback", f"a tensor on {weight.device}", feedback.device)
+        no_key(key)
         return Operands("", None, feedback.detach(), None, "stored", 1.0, None)
     rule = as_rule(feedback)
     if isinstance(rule, SignedInit) or getattr(rule, "stored", False):
@@ -204,7 +253,19 @@ def resolve(feedback: Feedback, weight: Tensor, fans: Fans, key: Tensor | None =
     if is_seeded(rule) != (key is not None):
         wanted = "a tensor from feedback.feedback_key(seed, name)" if is_seeded(rule) else "None"
         checks.fail("key", f"{wanted} with feedback={rule.name!r}", "None" if key is None else "a tensor")
+    if key is not None:
+        if not isinstance(key, Tensor):
+            checks.fail("key", "a tensor from feedback.feedback_key(seed, name)", type(key).__name__, TypeError)
+        checks.key(key)
+        if key.device != weight.device:
+            checks.fail("key", f"a tensor on {weight.device}", f"one on {key.device}")
     return operands(rule, weight, root_mean_square(getattr(rule, "scale", 1.0), fans), key=key)
+
+
+def no_key(key: Tensor | None) -> None:
+    """A feedback that draws nothing takes no key."""
+    if key is not None:
+        checks.fail("key", "None where feedback draws nothing", "a tensor")
 
 
 def _arguments(op: Operands) -> tuple[Any, ...]:
@@ -216,15 +277,27 @@ def is_backprop(feedback: Feedback) -> bool:
     return not isinstance(feedback, Tensor) and isinstance(as_rule(feedback), Backprop)
 
 
-def _floating(input: Tensor, weight: Tensor) -> None:
+def _check(input: Tensor, weight: Tensor, bias: Tensor | None, out: int | None = None) -> None:
+    _refuse_transforms()
     checks.floating("input", input)
-    checks.floating("weight", weight)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        checks.floating(name, tensor)
+        if tensor.device != input.device:
+            checks.fail("input", f"a tensor on {tensor.device}, as {name}", f"one on {input.device}")
+        if tensor.dtype != input.dtype and not _autocasts(input):
+            checks.fail("input", f"{tensor.dtype}, as {name}", input.dtype, TypeError)
+    if bias is not None and out is not None:
+        checks.shape("bias", bias, (out,))
 
 
 def linear_with(input: Tensor, weight: Tensor, bias: Tensor | None, op: Operands) -> Tensor:
     """`linear` with the operands of B at hand."""
-    _floating(input, weight)
-    x = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    _check(input, weight, bias, weight.shape[0])
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        checks.fail("input", f"{weight.shape[1]} features in the last dimension", f"shape {tuple(input.shape)}")
+    x = input.flatten(0, -2) if input.dim() > 2 else input.unsqueeze(0) if input.dim() == 1 else input
     y = _Linear.apply(x, weight, bias, *_arguments(op))
     return y if input.dim() == 2 else y.reshape(*input.shape[:-1], weight.shape[0])
 
@@ -237,16 +310,27 @@ def linear(
     Shapes: input (*, in), weight and B (out, in), bias (out). feedback=None is torch.nn.functional.linear.
     """
     if is_backprop(feedback):
+        no_key(key)
         return F.linear(input, weight, bias)
+    checks.rank("weight", weight, 2)
     return linear_with(input, weight, bias, resolve(feedback, weight, linear_fans(weight), key))
 
 
 def ints(name: str, value: Ints, d: int, least: int = 0) -> list[int]:
     """`value` as one integer for each of `d` dimensions."""
-    values = [value] * d if isinstance(value, int) else list(value)
+    values = list(value) if isinstance(value, Sequence) else [value] * d
     if len(values) != d or not all(isinstance(v, int) and v >= least for v in values):
         checks.fail(name, f"an integer of at least {least} or {d} of them", value)
     return values
+
+
+def _check_channels(d: int, input: Tensor, channels: int, divided: int, which: str, groups: int) -> None:
+    if input.dim() not in (d + 1, d + 2):
+        checks.fail("input", f"{d + 2} dimensions, or {d + 1} without a batch", f"shape {tuple(input.shape)}")
+    if groups < 1 or divided % groups:
+        checks.fail("groups", f"a divisor of the weight's {divided} {which}put channels", groups)
+    if input.shape[-d - 1] != channels:
+        checks.fail("input", f"{channels} channels", f"shape {tuple(input.shape)}")
 
 
 def conv_with(
@@ -261,9 +345,8 @@ def conv_with(
     op: Operands,
 ) -> Tensor:
     """A d-dimensional convolution with the operands of B at hand."""
-    _floating(input, weight)
-    if input.dim() not in (d + 1, d + 2):
-        checks.fail("input", f"{d + 2} dimensions, or {d + 1} without a batch", f"shape {tuple(input.shape)}")
+    _check(input, weight, bias, weight.shape[0])
+    _check_channels(d, input, weight.shape[1] * groups, weight.shape[0], "out", groups)
     stride, dilation = ints("stride", stride, d, 1), ints("dilation", dilation, d, 1)
     batched = input.dim() == d + 2
     x = input if batched else input.unsqueeze(0)
@@ -278,6 +361,10 @@ def conv_with(
             x = F.pad(x, [p for t in reversed(total) for p in (0, t % 2)])
         padding = [t // 2 for t in total]
     padding = ints("padding", padding, d)
+    spans = [dil * (k - 1) + 1 for k, dil in zip(weight.shape[2:], dilation, strict=True)]
+    if any(size + 2 * p < span for size, p, span in zip(x.shape[2:], padding, spans, strict=True)):
+        wanted = f"a padded spatial size of at least the dilated kernel {tuple(spans)}"
+        checks.fail("input", wanted, f"spatial size {tuple(x.shape[2:])} and padding {tuple(padding)}")
     y = _Conv.apply(x, weight, bias, *_arguments(op), stride, padding, dilation, False, [0] * d, groups)
     return y if batched else y.squeeze(0)
 
@@ -295,8 +382,10 @@ def _conv(
     key: Tensor | None,
 ) -> Tensor:
     if is_backprop(feedback):
+        no_key(key)
         plain: Any = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
         return plain(input, weight, bias, stride, padding, dilation, groups)
+    checks.rank("weight", weight, d + 2)
     op = resolve(feedback, weight, conv_fans(weight, weight.shape[0]), key)
     return conv_with(d, input, weight, bias, stride, padding, dilation, groups, op)
 
@@ -362,20 +451,24 @@ def conv_transpose_with(
     op: Operands,
 ) -> Tensor:
     """A d-dimensional transposed convolution with the operands of B at hand."""
-    _floating(input, weight)
-    if input.dim() not in (d + 1, d + 2):
-        checks.fail("input", f"{d + 2} dimensions, or {d + 1} without a batch", f"shape {tuple(input.shape)}")
+    _check(input, weight, bias, weight.shape[1] * groups)
+    _check_channels(d, input, weight.shape[0], weight.shape[0], "in", groups)
+    stride, dilation = ints("stride", stride, d, 1), ints("dilation", dilation, d, 1)
+    output_padding = ints("output_padding", output_padding, d)
+    if any(p >= max(s, dil) for p, s, dil in zip(output_padding, stride, dilation, strict=True)):
+        wanted = f"less than stride {tuple(stride)} or dilation {tuple(dilation)}"
+        checks.fail("output_padding", wanted, tuple(output_padding))
     batched = input.dim() == d + 2
     y = _Conv.apply(
         input if batched else input.unsqueeze(0),
         weight,
         bias,
         *_arguments(op),
-        ints("stride", stride, d, 1),
+        stride,
         ints("padding", padding, d),
-        ints("dilation", dilation, d, 1),
+        dilation,
         True,
-        ints("output_padding", output_padding, d),
+        output_padding,
         groups,
     )
     return y if batched else y.squeeze(0)
@@ -395,8 +488,10 @@ def _conv_transpose(
     key: Tensor | None,
 ) -> Tensor:
     if is_backprop(feedback):
+        no_key(key)
         plain: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[d - 1]
         return plain(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    checks.rank("weight", weight, d + 2)
     op = resolve(feedback, weight, conv_fans(weight, weight.shape[1] * groups), key)
     return conv_transpose_with(d, input, weight, bias, stride, padding, output_padding, groups, dilation, op)
 
@@ -488,6 +583,7 @@ def locally_connected_with(
 ) -> Tensor:
     """A locally-connected product with the operands of B at hand; `padding` is flat (before, after) pairs."""
     d = len(stride)
+    _check(input, weight, bias)
     if input.dim() not in (d + 1, d + 2):
         checks.fail("input", f"{d + 2} dimensions, or {d + 1} without a batch", f"shape {tuple(input.shape)}")
     batched = input.dim() == d + 2
@@ -509,6 +605,7 @@ def locally_connected_transpose_with(
 ) -> Tensor:
     """The input gradient of a locally-connected product used forward, y = lc_backward_input(x; V) + c."""
     d = len(stride)
+    _check(input, weight, bias)
     if input.dim() not in (d + 1, d + 2):
         checks.fail("input", f"{d + 2} dimensions, or {d + 1} without a batch", f"shape {tuple(input.shape)}")
     batched = input.dim() == d + 2

@@ -71,6 +71,10 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
             shapes = tuple(tuple(t.shape) for t in (query, key, value))
             raise ValueError(f"query, key, value: expected 3 dimensions each, or 2 unbatched, got shapes {shapes}")
+        batch = 0 if self.batch_first else 1
+        if key.shape[:-1] != value.shape[:-1] or (query.dim() == 3 and query.shape[batch] != key.shape[batch]):
+            shapes = tuple(tuple(t.shape) for t in (query, key, value))
+            raise ValueError(f"key, value: expected equal lengths, and query's batch, got shapes {shapes}")
         if is_causal and attn_mask is None:
             raise ValueError("attn_mask: expected a mask with is_causal=True, got None")
         batched = query.dim() == 3
@@ -87,7 +91,11 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
             k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
         extra = k.shape[2] - key.shape[1 if self.batch_first and batched else 0]
         causal_only = is_causal and key_padding_mask is None and not need_weights and extra == 0
-        mask = None if causal_only else self._mask(key_padding_mask, attn_mask, n, length, extra, q.dtype)
+        mask = (
+            None
+            if causal_only
+            else self._mask(key_padding_mask, attn_mask, n, length, k.shape[2] - extra, extra, q.dtype)
+        )
 
         dropout = self.dropout if self.training else 0.0
         weights = None
@@ -143,15 +151,19 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         attn_mask: Tensor | None,
         n: int,
         length: int,
+        source: int,
         extra: int,
         dtype: torch.dtype,
     ) -> Tensor | None:
         total = None
-        for name, mask, dims in (("key_padding_mask", key_padding_mask, (2,)), ("attn_mask", attn_mask, (2, 3))):
+        for name, mask, shapes in (
+            ("key_padding_mask", key_padding_mask, [(n, source)]),
+            ("attn_mask", attn_mask, [(length, source), (n * self.num_heads, length, source)]),
+        ):
             if mask is None:
                 continue
-            if mask.dim() not in dims:
-                raise ValueError(f"{name}: expected {' or '.join(map(str, dims))} dimensions, got {tuple(mask.shape)}")
+            if tuple(mask.shape) not in shapes:
+                raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
             if mask.dtype == torch.bool:
                 mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
             elif not mask.is_floating_point():

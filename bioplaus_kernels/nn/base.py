@@ -27,6 +27,7 @@ from ..feedback import (
     random_key,
     root_mean_square,
 )
+from ..functional import needs_feedback
 
 Keys = Callable[[str], Tensor]
 
@@ -151,6 +152,12 @@ class FeedbackLayer(torch.nn.Module):
             key=getattr(self, _state(name, "key"), None),
         )
 
+    def operands_for(self, input: Tensor) -> Operands:
+        """`operands()`, or W itself where no gradient goes back through `input` and so nothing of B is wanted."""
+        if needs_feedback(input):
+            return self.operands()
+        return operands(Backprop(), getattr(self, self.weights()[0]), 1.0)
+
     @torch.no_grad()
     def feedback_matrix(self, name: str = "weight") -> Tensor:
         """B of weight `name`, as the next backward would use it, in the weight's shape and dtype."""
@@ -241,6 +248,8 @@ def frozen_signs(model: torch.nn.Module) -> Iterator[None]:
     For gradient accumulation: no optimizer step inside, since the block keeps the signs it began with. Layers whose
     rule does not take its signs from W are unaffected.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     layers = [m for m in model.modules() if isinstance(m, FeedbackLayer) and m.feedback.sign_of_weight]
     if nested := next((m for m in layers if m._frozen is not None), None):
         raise RuntimeError(f"frozen_signs: the signs of {nested} are frozen already")

@@ -42,7 +42,7 @@ class _LocallyConnectedNd(FeedbackLayer):
         dtype: Any,
     ) -> tuple[list[int], list[int]]:
         d = self.d
-        for name, value in (("in_channels", self.in_channels), ("out_channels", self.out_channels), ("groups", groups)):
+        for name, value in (("groups", groups), ("in_channels", self.in_channels), ("out_channels", self.out_channels)):
             if not isinstance(value, int) or value < 1:
                 checks.fail(name, "an integer of at least 1", value)
             if value % groups:
@@ -147,7 +147,14 @@ class _LocallyConnected(_LocallyConnectedNd):
     def forward(self, input: Tensor) -> Tensor:
         self._spatial(input, self.in_channels, self.input_size)
         return locally_connected_with(
-            input, self.weight, self.bias, self.stride, self._pairs, self.dilation, self.groups, self.operands()
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self._pairs,
+            self.dilation,
+            self.groups,
+            self.operands_for(input),
         )
 
     def _size_repr(self) -> str:
@@ -239,7 +246,7 @@ class _LocallyConnectedTranspose(_LocallyConnectedNd):
             self._pairs,
             self.dilation,
             self.groups,
-            self.operands(),
+            self.operands_for(input),
         )
 
     def _size_repr(self) -> str:
