@@ -1,0 +1,192 @@
+"""What the build made: threads, libraries, configuration, and the decisions that setup.py takes."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from bitwise import needs_native
+
+import bioplaus_kernels
+from bioplaus_kernels.backends import native
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@needs_native
+def test_config() -> None:
+    """The build says what it is."""
+    config = native.library.build_config()
+    assert config["version"] == bioplaus_kernels.__version__
+    assert config["torch"] == torch.__version__
+    assert config["openmp"]
+    assert config["cpu_levels"][0] == "DEFAULT"
+    assert native.library.active_cpu_level() in config["cpu_levels"]
+    assert (config["cuda"] is None) == (not config["cuda_archs"])
+    ops = {"feedback_weight", "pack_signs", "redraw_key", "unpack_signs"}
+    assert ops <= set(config["native_ops"]["CPU"])
+    assert set(config["native_ops"]["CUDA"]) >= (ops if config["cuda"] else set())
+
+
+@needs_native
+def test_cpu_level_is_torchs() -> None:
+    """The kernels run at the level that torch's own do, as far as it was built."""
+    level = torch.backends.cpu.get_cpu_capability()
+    assert native.library.active_cpu_level() == (
+        level if level in native.library.build_config()["cpu_levels"] else "DEFAULT"
+    )
+
+
+@needs_native
+def test_threads() -> None:
+    """A parallel loop runs on as many threads as torch is told to use."""
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 1, 3):
+            torch.set_num_threads(threads)
+            assert native.library.num_threads_used() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_one_openmp() -> None:
+    """The module brings no OpenMP library beside torch's: its threads would not know of each other."""
+    program = (
+        "import torch, re, bioplaus_kernels._C as C; C.num_threads_used();"
+        "print(*{m for m in re.findall(r'/\\S*lib[gi]omp\\S*', open('/proc/self/maps').read())})"
+    )
+    result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert len(result.stdout.split()) == 1, result.stdout
+
+
+@needs_native
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+def test_no_path_of_this_machine() -> None:
+    """The module finds torch's libraries because torch is imported first, not by where they were at build time."""
+    output = subprocess.run(
+        ["readelf", "-d", native.library.__file__], check=True, capture_output=True, text=True
+    ).stdout
+    assert "RPATH" not in output
+    assert "RUNPATH" not in output
+    assert "gomp" not in output
+
+
+@pytest.fixture
+def setup_py(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """setup.py as a module, without its call of setup()."""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("no source tree")
+    import setuptools
+
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    spec = importlib.util.spec_from_file_location("bioplaus_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in ("BK_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("text", "people", "cmake"),
+    [
+        ("8.0;9.0;10.0+PTX", ["sm_80", "sm_90", "sm_100+PTX"], ["80-real", "90-real", "100"]),
+        ("8.0 9.0a", ["sm_80", "sm_90a"], ["80-real", "90a-real"]),
+        (" 8.6+PTX ;", ["sm_86+PTX"], ["86"]),
+    ],
+)
+def test_arch_list(setup_py: ModuleType, text: str, people: list[str], cmake: list[str]) -> None:
+    """TORCH_CUDA_ARCH_LIST in torch's own syntax."""
+    assert setup_py.parse_archs(text) == (people, cmake)
+
+
+@pytest.mark.parametrize("text", ["80", "sm_80", "8.0,9.0", ";", "Hopper"])
+def test_bad_arch_list(setup_py: ModuleType, text: str) -> None:
+    """Anything else is an error that shows what is wanted."""
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: expected entries such as"):
+        setup_py.parse_archs(text)
+
+
+def fake_toolkit(home: Path, version: str) -> Path:
+    """A folder that looks like a CUDA toolkit of a version."""
+    (home / "bin").mkdir(parents=True)
+    (home / "include").mkdir()
+    (home / "include" / "cuda_runtime.h").touch()
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.1'\n")
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+def test_cuda_decision(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whether there is a CUDA part depends on torch, the toolkit and the switch, never on a GPU; reasons are given."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    nvcc = fake_toolkit(tmp_path / "right", "13.2")
+    old = fake_toolkit(tmp_path / "old", "12.8")
+
+    monkeypatch.setenv("CUDA_HOME", str(nvcc.parent.parent))
+    assert setup_py.decide_cuda(torch) == (str(nvcc), "13.2")
+
+    monkeypatch.setenv("CUDA_HOME", str(old.parent.parent))
+    assert setup_py.decide_cuda(torch) == (None, f"torch is built with CUDA 13.0 and {old} is 12.8")
+
+    # A wrapper on PATH that has no headers beside it is not a toolkit.
+    monkeypatch.delenv("CUDA_HOME")
+    (tmp_path / "wrapper" / "bin").mkdir(parents=True)
+    shutil.copy(nvcc, tmp_path / "wrapper" / "bin" / "nvcc")
+    monkeypatch.setenv("PATH", str(tmp_path / "wrapper" / "bin"))
+    assert setup_py.find_cuda_home() in (None, Path("/usr/local/cuda"))
+
+    monkeypatch.setenv("BK_CUDA", "0")
+    assert setup_py.decide_cuda(torch) == (None, "BK_CUDA=0")
+    monkeypatch.setenv("BK_CUDA", "yes")
+    with pytest.raises(SystemExit, match="BK_CUDA: expected 0 or 1, got 'yes'"):
+        setup_py.decide_cuda(torch)
+
+    monkeypatch.delenv("BK_CUDA")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert setup_py.decide_cuda(torch) == (None, "torch is not a CUDA build")
+
+
+def test_without_torch(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence says what to do first."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit, match=r"install torch first, then `pip install \. --no-build-isolation`"):
+        setup_py.import_torch()
+
+
+def test_without_compiler(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """The package installs all the same, for the reference backend, and says so in a line."""
+    from setuptools import Distribution, Extension
+
+    monkeypatch.setattr(setup_py, "find_cxx", lambda: None)
+    command = setup_py.CMakeBuild(Distribution({"name": "x", "ext_modules": [Extension("x._C", sources=[])]}))
+    command.ensure_finalized()
+    command.run()
+    assert command.get_outputs() == []
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_sdist(setup_py: ModuleType, tmp_path: Path) -> None:
+    """A source distribution holds what the native build needs."""
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".git", "build", "*.so", "__pycache__", ".venv", "data", "runs")
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path / "dist")]
+    subprocess.run(command, cwd=source, env=environment, check=True, capture_output=True)
+    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    native_sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*")}
+    wanted = {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "bioplaus_kernels/py.typed"}
+    assert (native_sources | wanted) - names == set()
