@@ -232,7 +232,11 @@ class FeedbackLayer(torch.nn.Module):
                 if not rule.stored:
                     self.install_feedback(replace(rule, stored=True))
                 state_dict[prefix + _state("weight", "weight")] = b
-        elif not isinstance(rule, BatchMagnitude):
+        elif isinstance(rule, BatchMagnitude):
+            # BioTorch draws this one without a seed: the layer's own key stays.
+            if not self._state_lost:
+                state_dict.setdefault(prefix + _state("weight", "key"), self.feedback_key)
+        else:
             error_msgs.append(f"{prefix}weight_backward: expected none with feedback={rule.name!r}")
 
 

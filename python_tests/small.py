@@ -1,0 +1,82 @@
+"""One small layer of every class and one rule of every kind, for tests that try each with each."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracle import RICH
+from torch import Tensor
+
+import bioplaus_kernels as bk
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+RULES: dict[str, bk.Rule] = {
+    "backprop": bk.Backprop(),
+    "usf": bk.SignSymmetry(),
+    "usf-match": bk.SignSymmetry(scale="match"),
+    "frsf": bk.FixedMagnitude(),
+    "frsf-stored": bk.FixedMagnitude(stored=True),
+    "brsf": bk.BatchMagnitude(),
+    "fa": bk.FeedbackAlignment(),
+    "fa-constant": bk.FeedbackAlignment(entries="constant"),
+    "fa-stored": bk.FeedbackAlignment(stored=True),
+    "fa_signed_init": bk.SignedInit(),
+}
+# The suffix of the state a rule keeps, and its dtype in a float32 layer; rules that keep nothing are absent.
+STATE = {
+    "frsf": ("key", torch.int64),
+    "frsf-stored": ("weight", torch.float32),
+    "brsf": ("key", torch.int64),
+    "fa": ("key", torch.int64),
+    "fa-constant": ("key", torch.int64),
+    "fa-stored": ("weight", torch.float32),
+    "fa_signed_init": ("signs", torch.int32),
+}
+
+
+def _attention(rule: Any, **kwargs: Any) -> torch.nn.Module:
+    return bk.nn.MultiheadAttention(8, 2, batch_first=True, feedback=rule, **kwargs)
+
+
+LAYERS: dict[str, tuple[Callable[..., torch.nn.Module], tuple[int, ...]]] = {
+    case.layer: (
+        lambda rule, case=case, **kwargs: getattr(bk.nn, case.layer)(
+            *case.args, **case.kwargs, feedback=rule, **kwargs
+        ),
+        case.shape,
+    )
+    for case in RICH
+} | {"MultiheadAttention": (_attention, (2, 3, 8))}
+
+
+def build(name: str, rule: Any, **kwargs: Any) -> tuple[torch.nn.Module, Tensor]:
+    """The layer called `name` with `rule`, and an input that wants a gradient."""
+    make, shape = LAYERS[name]
+    layer = make(rule, **kwargs)
+    weight = next(layer.parameters())
+    return layer, torch.randn(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
+
+
+def call(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    """The layer's output, self-attention for an attention layer."""
+    return layer(x, x, x, need_weights=False)[0] if isinstance(layer, torch.nn.MultiheadAttention) else layer(x)
+
+
+def gradients(layer: Callable[[Tensor], Tensor], x: Tensor, *parameters: Tensor) -> list[Tensor]:
+    """Gradients of a fixed random projection of layer(x) for x and for `parameters` (a module's trainable ones if none)."""
+    if isinstance(layer, torch.nn.Module) and not parameters:
+        parameters = tuple(p for p in layer.parameters() if p.requires_grad)
+    y = call(layer, x) if isinstance(layer, torch.nn.Module) else layer(x)
+    generator = torch.Generator().manual_seed(1)
+    direction = torch.randn(y.shape, generator=generator).to(y)
+    return list(torch.autograd.grad(y, (x, *parameters), direction))
+
+
+def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
+    """Bit for bit."""
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        assert torch.equal(a, e)
