@@ -114,6 +114,8 @@ class CMakeBuild(build_ext):
         cxx = find_cxx()
         if cxx is None:
             say("no native module: no C++ compiler found; every op runs on the reference backend")
+            for extension in self.extensions:  # of an earlier build, which the wheel would pick up
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
             self.extensions = []
             return
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
