@@ -148,11 +148,11 @@ def conv_fans(weight: Tensor, out_channels: int) -> Fans:
     return Fans(weight.shape[1] * kernel, weight.shape[0] * kernel, math.sqrt(2.0 / max(kernel * out_channels, 1)))
 
 
-def lc_fans(weight: Tensor) -> Fans:
-    """Fans of one position's block (O, *kernel, C/groups) of a locally-connected weight."""
+def lc_fans(weight: Tensor, out_channels: int) -> Fans:
+    """Fans of one position's block (O, *kernel, C/groups) of a locally-connected weight, transposed or not."""
     d = (weight.dim() - 2) // 2
     o, kernel = weight.shape[d], math.prod(weight.shape[d + 1 : -1])
-    return Fans(weight.shape[-1] * kernel, o * kernel, math.sqrt(2.0 / max(kernel * o, 1)))
+    return Fans(weight.shape[-1] * kernel, o * kernel, math.sqrt(2.0 / max(kernel * out_channels, 1)))
 
 
 def root_mean_square(scale: Scale, fans: Fans) -> float:

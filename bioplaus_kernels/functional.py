@@ -631,7 +631,7 @@ def _locally_connected(
     checks.rank("weight", weight, 2 * d + 2)
     stride, dilation = ints("stride", stride, d, 1), ints("dilation", dilation, d, 1)
     pairs = pad_pairs(padding, input.shape[-d:], weight.shape[d + 1 : -1], stride, dilation)
-    op = resolve(feedback, weight, lc_fans(weight), key)
+    op = resolve(feedback, weight, lc_fans(weight, weight.shape[d]), key)
     return locally_connected_with(input, weight, bias, stride, pairs, dilation, groups, op)
 
 

@@ -90,7 +90,8 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         if self.add_zero_attn:
             k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
         extra = k.shape[2] - key.shape[1 if self.batch_first and batched else 0]
-        causal_only = is_causal and key_padding_mask is None and not need_weights and extra == 0
+        # As in torch.nn, the hint then stands for the mask, bias_k and the zeros of add_zero_attn hidden with it.
+        causal_only = is_causal and key_padding_mask is None and not need_weights
         mask = (
             None
             if causal_only

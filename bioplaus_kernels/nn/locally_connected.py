@@ -72,7 +72,7 @@ class _LocallyConnectedNd(FeedbackLayer):
         self.bias = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
     def fans(self, name: str = "weight") -> Fans:
-        return lc_fans(self.weight)
+        return lc_fans(self.weight, self.out_channels)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -57,5 +57,5 @@ def unpack_signs(signs: Tensor, size: Sequence[int], *, dtype: torch.dtype) -> T
     checks.packed("signs", signs, packed_shape(size))
     rows, columns = matrix_shape(size)
     planes = signs[: 2 * rows, :, None] >> torch.arange(32, device=signs.device, dtype=torch.int32) & 1
-    negative, nonzero = planes.reshape(2, rows, -1)[:, :, :columns].to(dtype)
+    negative, nonzero = planes.unflatten(0, (2, rows)).flatten(2)[:, :, :columns].to(dtype)
     return ((1 - 2 * negative) * nonzero).reshape(size)

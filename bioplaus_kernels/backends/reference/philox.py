@@ -38,13 +38,13 @@ def words(key: Tensor, rows: int, columns: int, per_call: int) -> Tensor:
     low, high = key & _MASK, (key >> 32) & _MASK
     call = torch.arange(-(-columns // per_call), device=key.device)
     row = torch.arange(rows, device=key.device)[:, None]
-    return philox4x32((call, row, low[2], high[2]), (low[1], high[1])).reshape(rows, -1)
+    return philox4x32((call, row, low[2], high[2]), (low[1], high[1])).flatten(1)
 
 
 def negative_bits(key: Tensor, rows: int, columns: int) -> Tensor:
     """One random bit an element, 128 a call; True means a negative sign."""
     bits = (words(key, rows, columns, 128)[..., None] >> torch.arange(32, device=key.device)) & 1
-    return bits.reshape(rows, -1)[:, :columns].bool()
+    return bits.flatten(1)[:, :columns].bool()
 
 
 def uniform(key: Tensor, rows: int, columns: int, scale: float, dtype: torch.dtype) -> Tensor:
@@ -55,8 +55,8 @@ def uniform(key: Tensor, rows: int, columns: int, scale: float, dtype: torch.dty
 
 def normal(key: Tensor, rows: int, columns: int, scale: float, dtype: torch.dtype) -> Tensor:
     """scale * N(0, 1) by Box and Muller's transform of word pairs."""
-    pairs = (words(key, rows, columns, 4) >> 8).to(dtype).reshape(rows, -1, 2)
+    pairs = (words(key, rows, columns, 4) >> 8).to(dtype).unflatten(1, (-1, 2))
     radius = torch.sqrt(-2.0 * torch.log((pairs[..., 0] + 1.0) * 2.0**-24))
     angle = pairs[..., 1] * (2.0**-24 * 2.0 * math.pi)
     draws = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-    return draws.reshape(rows, -1)[:, :columns] * torch.tensor(scale, dtype=dtype, device=key.device)
+    return draws.flatten(1)[:, :columns] * torch.tensor(scale, dtype=dtype, device=key.device)
