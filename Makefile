@@ -1,0 +1,70 @@
+# make train | test | check | lint | format | build | clean
+#
+# Every target makes what it needs first: the environment in VENV, then the package with its native library.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+# One architecture keeps the build short; its PTX runs on newer GPUs as well. `pip install .` builds for more.
+export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
+
+# Threads that wait by spinning stand in each other's way when other programs want the same few cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+# Names an environment by what is in it. Also for use on the command line: make test VENV='/some/where/$(KEY)'
+KEY := $(shell { $(PYTHON) -VV; cat requirements.txt; } | sha256sum | cut -c1-12)
+
+BIN = $(abspath $(VENV))/bin
+PY = $(BIN)/python
+INSTALLED = $(VENV)/.requirements-$(KEY)
+BUILT = build/.installed
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES = CMakeLists.txt setup.py pyproject.toml $(CSRC)
+
+# The build belongs to one environment and one set of switches, and an environment shared between checkouts holds the
+# editable install of one of them: where either is not what was recorded, install again.
+STATE = $(strip $(abspath $(VENV)) $(KEY) $(TORCH_CUDA_ARCH_LIST) $(BK_CUDA))
+ifneq ($(shell cat $(BUILT) $(VENV)/.checkout 2>/dev/null),$(STATE) $(CURDIR))
+STALE = FORCE
+endif
+
+.PHONY: train test check lint format build clean FORCE
+
+train: build
+	$(PY) -m recipes.train --model lenet --data digits --rule backprop,usf,fa --epochs 20
+
+test: lint
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+check: lint
+	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy bioplaus_kernels
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+build: $(BUILT)
+
+$(BUILT): $(INSTALLED) $(SOURCES) $(STALE)
+	PATH="$(BIN):$$PATH" $(PY) -m pip install --no-build-isolation --no-deps --editable .
+	@mkdir -p $(@D)
+	@echo "$(CURDIR)" > $(VENV)/.checkout
+	@echo "$(STATE)" > $@
+
+$(INSTALLED):
+	PYTHON="$(PYTHON)" scripts/install_debian_packages.sh
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --requirement requirements.txt
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	find bioplaus_kernels -name '*.so' -delete

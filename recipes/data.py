@@ -1,0 +1,112 @@
+"""The data sets a recipe trains on: real images, read by torchvision's and scikit-learn's own loaders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch.utils.data import TensorDataset
+from torchvision import datasets
+from torchvision.datasets.utils import extract_archive
+from torchvision.transforms import v2
+
+# Channels and height = width of the images as they are.
+NATIVE = {"digits": (1, 8), "fashion-mnist": (1, 28), "cifar10": (3, 32), "imagefolder": (3, 224)}
+
+# Where Debian's package dataset-fashion-mnist puts its files.
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+@dataclass
+class Data:
+    train: TensorDataset | datasets.VisionDataset
+    test: TensorDataset | datasets.VisionDataset
+    shape: tuple[int, int, int]
+    classes: int
+
+
+def kind(spec: str) -> str:
+    """``spec`` without its path: a key of :data:`NATIVE`. Raises ValueError for anything else."""
+    name, _, path = spec.partition(":")
+    if name not in NATIVE or (name == "imagefolder") != bool(path):
+        raise ValueError(f"got {spec!r}, want digits, fashion-mnist, cifar10 or imagefolder:PATH")
+    return name
+
+
+def load(spec: str, root: str | Path, size: int, channels: int) -> Data:
+    """The data set ``spec`` with images of ``channels`` x ``size`` x ``size``; downloads go into ``root``.
+
+    Raises ValueError for an unknown ``spec`` and FileNotFoundError for an image folder without its splits.
+    """
+    name = kind(spec)
+    shape = (channels, size, size)
+    if name == "digits":
+        digits = load_digits()
+        images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
+        targets = torch.from_numpy(digits.target)
+        train, test = train_test_split(range(len(images)), test_size=0.2, stratify=targets, random_state=0)
+        prepared = [_in_memory(images[part], targets[part], shape, (0.305,), (0.376,)) for part in (train, test)]
+        return Data(prepared[0], prepared[1], shape, 10)
+    if name == "fashion-mnist":
+        _unpack_debian_fashion_mnist(Path(root))
+        raw = [datasets.FashionMNIST(root, train=train, download=True) for train in (True, False)]
+        prepared = [_in_memory(part.data.unsqueeze(1), part.targets, shape, (0.2860,), (0.3530,)) for part in raw]
+        return Data(prepared[0], prepared[1], shape, 10)
+    if name == "cifar10":
+        augment = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
+        normalise = _normalise(size, channels, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+        return Data(
+            datasets.CIFAR10(root, train=True, download=True, transform=v2.Compose([*augment, *normalise])),
+            datasets.CIFAR10(root, train=False, download=True, transform=v2.Compose(normalise)),
+            shape,
+            10,
+        )
+    folder = Path(spec.partition(":")[2])
+    held_out = next((folder / part for part in ("val", "test") if (folder / part).is_dir()), None)
+    if held_out is None or not (folder / "train").is_dir():
+        raise FileNotFoundError(f"{folder} must hold the folders train and val (or test), each with a folder per class")
+    normalise = _normalise(size, channels, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    # The usual margin: 256 for 224.
+    crop = [v2.Resize(round(size * 8 / 7)), v2.CenterCrop(size)]
+    train_set = datasets.ImageFolder(
+        str(folder / "train"), v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *normalise])
+    )
+    test_set = datasets.ImageFolder(str(held_out), v2.Compose([*crop, *normalise]))
+    if train_set.classes != test_set.classes:
+        raise ValueError(f"{folder}: train and {held_out.name} do not hold the same classes")
+    return Data(train_set, test_set, shape, len(train_set.classes))
+
+
+def _normalise(size: int, channels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> list[v2.Transform]:
+    if channels < len(mean):
+        raise ValueError(f"colour images cannot be given to a model of {channels} channel(s)")
+    return [
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Resize((size, size)),
+        v2.Normalize(mean, std),
+    ]
+
+
+def _in_memory(
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    shape: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> TensorDataset:
+    """Small grey images, prepared once; a second and third channel are a view and cost no memory."""
+    images = v2.Compose(_normalise(shape[1], shape[0], mean, std)[1:])(images)
+    return TensorDataset(images.expand(-1, *shape), targets)
+
+
+def _unpack_debian_fashion_mnist(root: Path) -> None:
+    """Put Debian's files where torchvision looks, unpacked as torchvision's own download does it."""
+    raw = root / "FashionMNIST" / "raw"
+    for archive in sorted(DEBIAN_FASHION_MNIST.glob("*.gz")):
+        if not (raw / archive.stem).exists():
+            raw.mkdir(parents=True, exist_ok=True)
+            extract_archive(str(archive), str(raw))
