@@ -17,7 +17,6 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"
 INSTALL = "`pip install . --no-build-isolation`"
 TOOLS = "`pip install --upgrade setuptools cmake ninja pybind11`"
 
@@ -65,6 +64,11 @@ def find_cuda_home():
         if (home / "include" / "cuda_runtime.h").is_file() and (home / "bin" / "nvcc").is_file():
             return home
     return None
+
+
+def default_archs(nvcc_version):
+    """Blackwell is known to nvcc from 12.8 on."""
+    return "8.0;9.0;10.0+PTX" if tuple(map(int, nvcc_version.split("."))) >= (12, 8) else "8.0;9.0+PTX"
 
 
 def parse_archs(text):
@@ -153,7 +157,7 @@ class CMakeBuild(build_ext):
                 stop(f"BK_CUDA=1, but the CUDA part cannot be built: {found}.")
             say(f"CPU only: {found}")
         else:
-            people, archs = parse_archs(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS)
+            people, archs = parse_archs(os.environ.get("TORCH_CUDA_ARCH_LIST") or default_archs(found))
             defines |= {
                 "BK_CUDA_ARCHS": " ".join(people),
                 "CMAKE_CUDA_COMPILER": nvcc,

@@ -108,6 +108,12 @@ def test_arch_list(setup_py: ModuleType, text: str, people: list[str], cmake: li
     assert setup_py.parse_archs(text) == (people, cmake)
 
 
+def test_default_archs(setup_py: ModuleType) -> None:
+    """Nothing that the nvcc at hand does not know."""
+    assert setup_py.default_archs("13.0") == setup_py.default_archs("12.8") == "8.0;9.0;10.0+PTX"
+    assert setup_py.default_archs("12.6") == "8.0;9.0+PTX"
+
+
 @pytest.mark.parametrize("text", ["80", "sm_80", "8.0,9.0", ";", "Hopper"])
 def test_bad_arch_list(setup_py: ModuleType, text: str) -> None:
     """Anything else is an error that shows what is wanted."""
