@@ -1,0 +1,64 @@
+#pragma once
+
+#include "../common/feedback.h"
+#include "level.h"
+
+namespace bioplaus {
+
+// dX (M×N) = dY (M×K) · s·σ, σ in {−1, 0, 1}, in integers: what feedback_mm_product_kernel.cpp is told.
+//
+// A row of dY becomes fixed point of 2 or 4 bytes relative to its largest entry, cut into digits. Digits lie in tiles
+// of 16 rows × 64 bytes, those of one row of dY one below the other, tiles along K adjacent.
+constexpr int64_t kTileBytes = 1024;
+
+// Columns are formed in panels of four words of packed signs.
+constexpr int64_t kPanel = 128;
+
+// More than this and the double that takes a sum of digits is no longer exact.
+constexpr int64_t kMaxDepth = int64_t{1} << 20;
+
+struct FixedPoint {
+  double unit;  // value of the last place; NaN marks a row that holds an infinity or a NaN
+  double sum;   // of the row's entries, in units
+};
+
+struct SignProduct {
+  int64_t rows, depth, cols;  // M, K, N
+  const void* grad;
+  DType dtype;  // of dY and dX
+  int64_t row_stride, column_stride;
+  void* out;  // contiguous
+  double scale;
+
+  int bytes;  // of a fixed-point entry: 2 or 4
+  int8_t* digits;
+  FixedPoint* fixed;
+};
+
+// Columns of the sign planes: row i's words start at negative + i·width. nonzero and flags are null where no entry is
+// 0.
+struct SignPlanes {
+  const int32_t* negative;
+  const int32_t* nonzero;
+  const int32_t* flags;
+  int64_t width;
+};
+
+// Rows of dY in a tile, and bytes of all its digits.
+BK_DECLARE_PRODUCT(int64_t tile_rows(int bytes))
+BK_DECLARE_PRODUCT(int64_t digit_bytes(int64_t rows, int64_t depth, int bytes))
+
+// Rows of tiles begin … end − 1. False where two bytes lose more than a rounding of the output.
+// `scratch`: depth floats.
+BK_DECLARE_PRODUCT(bool quantise(const SignProduct& p, int64_t begin, int64_t end, float* scratch))
+
+// Tiles tile_begin … tile_end − 1 of the rows, columns first … first + cols − 1 (first a multiple of kPanel), whose
+// signs are the first columns of `signs`. `scratch`: multiply_scratch(…) bytes, 64-byte aligned.
+BK_DECLARE_PRODUCT(int64_t multiply_scratch(const SignProduct& p, int64_t cols))
+BK_DECLARE_PRODUCT(void multiply(const SignProduct& p, const SignPlanes& signs, int64_t tile_begin, int64_t tile_end,
+                                 int64_t first, int64_t cols, char* scratch))
+
+// Words of a seeded sign plane: `calls` calls of every row from call `first` on.
+BK_DECLARE_PRODUCT(void seeded_signs(const int64_t* key, int64_t rows, int64_t first, int64_t calls, int32_t* words))
+
+}  // namespace bioplaus

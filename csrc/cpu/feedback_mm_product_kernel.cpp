@@ -1,0 +1,789 @@
+// feedback_mm on the CPU for constant entries: dX = s · (dY · σ), exactly in integers.
+//
+// A row of dY is rounded once to fixed point relative to its largest entry: 4 bytes, or 2 for half types where that is
+// enough. Its balanced digits (int8, or int16 where bytes have no good instruction) times signs are summed in int32,
+// the digits' sums meet in a double that holds them exactly, and one product with the row's unit and s is rounded to
+// the output. Every step but that last is exact, so every level, blocking and thread count gives the same bits.
+//
+// Roofline, for D digits: D·M·N·K integer multiply-adds, 1024 (AMX), 128 (AVX512_VNNI), 64 (AVX2_VNNI) a cycle, int16
+// 16 (AVX2: 8/3 of a result where fp32 has 16/4) – against 32 and 16 in fp32; at few rows the sign bits that are read,
+// N·K/8 bytes, and their unfolding to N·K bytes in cache, about 2 cycles per 64.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../common/packed_signs.h"
+#include "convert.h"
+#include "feedback_mm.h"
+#include "strided.h"
+
+namespace bioplaus {
+namespace BK_LEVEL {
+namespace {
+
+// Where one factor of the byte product is unsigned the operand holds σ + 1, and Σd is taken off at the end.
+#if defined(__AMX_INT8__)
+using Digit = int8_t;
+constexpr int kBias = 0;
+#elif defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+using Digit = int8_t;
+constexpr int kBias = 1;
+#else
+using Digit = int16_t;
+constexpr int kBias = 0;
+#endif
+
+constexpr int kDigitBits = 8 * sizeof(Digit);
+constexpr int kDepth = 64 / sizeof(Digit);  // entries along K in a tile
+constexpr int kSteps = 16;                  // groups of 4 bytes along K in a tile
+constexpr int kGroup = kDepth / kSteps;     // entries in a group
+constexpr int kColumns = 16;                // of dX in a tile of the operand
+constexpr int kGroups = kPanel / kColumns;  // tiles of the operand side by side in a panel
+constexpr int kTileInts = kTileBytes / 4;   // 16 rows × 16 columns of sums
+
+// The operand is formed for kBlockSteps tiles along K; sums stay int32 for kPassBlocks tiles; kRowTiles tiles of dY's
+// digits of that depth stay in the L2 cache.
+constexpr int64_t kFormBlocks = 16;
+constexpr int64_t kPassBlocks = 4096 / kDepth;
+constexpr int64_t kRowTiles = 16;
+
+int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// --- digits ---
+
+float power_of_two(int e) { return float_of(static_cast<uint32_t>(e + 127) << 23); }
+
+double double_power_of_two(int e) {
+  const uint64_t bits = static_cast<uint64_t>(e + 1023) << 52;
+  double x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// The row as adjacent floats.
+template <typename T>
+void to_floats(const T* x, int64_t n, int64_t stride, float* to) {
+  if (stride == 1) {
+    for (int64_t t = 0; t < n; ++t) {
+      to[t] = to_float(x[t]);
+    }
+  } else {
+    for (int64_t t = 0; t < n; ++t) {
+      to[t] = to_float(x[t * stride]);
+    }
+  }
+}
+
+const float* row_floats(const SignProduct& p, int64_t row, float* scratch) {
+  const char* x = static_cast<const char*>(p.grad) + row * p.row_stride * size_of(p.dtype);
+  switch (p.dtype) {
+    case DType::BFloat16:
+      to_floats(reinterpret_cast<const BF16*>(x), p.depth, p.column_stride, scratch);
+      return scratch;
+    case DType::Float16:
+      to_floats(reinterpret_cast<const FP16*>(x), p.depth, p.column_stride, scratch);
+      return scratch;
+    default:
+      if (p.column_stride == 1) {
+        return reinterpret_cast<const float*>(x);
+      }
+      to_floats(reinterpret_cast<const float*>(x), p.depth, p.column_stride, scratch);
+      return scratch;
+  }
+}
+
+// Sums in a fixed order of 16 lanes, so that every level comes to the same answer.
+struct Lanes {
+  float square[16];
+  float lost[16];
+};
+
+template <int BYTES>
+void cut(const float* x, float up, float more, Digit* to, int64_t& sum, Lanes& lanes) {
+  constexpr int kCount = BYTES / sizeof(Digit);
+  int32_t q[kDepth];
+  float y[kDepth];
+  for (int t = 0; t < kDepth; ++t) {
+    y[t] = x[t] * up * more;
+  }
+  for (int t = 0; t < kDepth; ++t) {
+    q[t] = static_cast<int32_t>(__builtin_rintf(y[t]));
+  }
+  if (BYTES == 2) {
+    for (int b = 0; b < kDepth; b += 16) {
+      for (int l = 0; l < 16; ++l) {
+        const float r = y[b + l] - static_cast<float>(q[b + l]);
+        lanes.square[l] += y[b + l] * y[b + l];
+        lanes.lost[l] += r * r;
+      }
+    }
+  }
+  if (kBias) {
+    for (int t = 0; t < kDepth; ++t) {
+      sum += q[t];
+    }
+  }
+  for (int d = 0; d < kCount; ++d) {
+    for (int t = 0; t < kDepth; ++t) {
+      to[d * kDepth + t] = static_cast<Digit>(q[t]);
+    }
+    for (int t = 0; t < kDepth; ++t) {
+      q[t] = (q[t] + (1 << (kDigitBits - 1))) >> kDigitBits;
+    }
+  }
+}
+
+// One row of dY: `to` is the row's place in its first tile. False where 2 bytes lose too much.
+template <int BYTES>
+bool quantise_row(const SignProduct& p, const float* x, int8_t* to, FixedPoint& fixed) {
+  uint32_t top = 0;
+  for (int64_t t = 0; t < p.depth; ++t) {
+    const uint32_t a = bits_of(x[t]) & 0x7FFFFFFFu;
+    top = top < a ? a : top;
+  }
+  const bool finite = top < 0x7F800000u;
+  // |x| < 2^e, and balanced digits reach 0x7F7F… only: one bit less where the largest entry would exceed it.
+  const float largest = finite ? float_of(top) : 0.0f;
+  int e = static_cast<int>(top >> 23) - 126;
+  if (top < (1u << 23)) {
+    e = -126 - (top ? __builtin_clz(top) - 9 : 0);
+  }
+  e = finite ? e : 0;
+  constexpr double kLimit = BYTES == 2 ? 0x7F7F.0p0 : 0x7F7F7F00.0p0;
+  int shift = 8 * BYTES - 1 - e;
+  if (static_cast<double>(largest) * double_power_of_two(shift) > kLimit) {
+    --shift;
+  }
+  // 2^shift can exceed a float's range, as rows can be subnormal: in two steps, both exact for what stays above 1/2.
+  const int first = shift < 127 ? shift : 127;
+  const float up = finite ? power_of_two(first) : 0.0f;
+  const float more = power_of_two(shift - first);
+
+  Lanes lanes = {};
+  int64_t sum = 0;
+  const int64_t blocks = divide_up(p.depth, kDepth);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t left = p.depth - b * kDepth;
+    Digit* digits = reinterpret_cast<Digit*>(to + b * kTileBytes);
+    if (left >= kDepth && finite) {
+      cut<BYTES>(x + b * kDepth, up, more, digits, sum, lanes);
+    } else {
+      float padded[kDepth] = {};
+      for (int64_t t = 0; finite && t < min(left, kDepth); ++t) {
+        padded[t] = x[b * kDepth + t];
+      }
+      cut<BYTES>(padded, up, more, digits, sum, lanes);
+    }
+  }
+  fixed.unit = finite ? double_power_of_two(-shift) : __builtin_nan("");
+  fixed.sum = static_cast<double>(sum);
+  if (BYTES == 4) {
+    return true;
+  }
+  double square = 0;
+  double lost = 0;
+  for (int l = 0; l < 16; ++l) {
+    square += static_cast<double>(lanes.square[l]);
+    lost += static_cast<double>(lanes.lost[l]);
+  }
+  // The errors of a row add up to about √lost; a rounding of the output is 2^-9 (bf16) or 2^-12 (fp16) of √square on
+  // average. An eighth and a quarter of that may be lost.
+  const double allowed = p.dtype == DType::BFloat16 ? 0x1p-24 : 0x1p-28;
+  return lost <= allowed * square;
+}
+
+// --- operand ---
+
+alignas(64) const int32_t kNoSigns[kPanel / 32] = {};
+
+#if defined(__AVX2__)
+// Four rows of 32 columns are 16 bytes; one shuffle brings to each byte of a tile row the byte that holds its bit.
+// kPicks[part][half]: rows kGroup·part …, columns 16·half … of those.
+struct Unfold {
+  alignas(64) uint8_t pick[sizeof(Digit)][2][64];
+  alignas(64) uint8_t bit[64];
+};
+
+constexpr Unfold unfold_table() {
+  Unfold u{};
+  for (int x = 0; x < 64; ++x) {
+    const int column = x / 4;
+    const int row = x % 4 / static_cast<int>(sizeof(Digit));
+    const bool first_byte = x % static_cast<int>(sizeof(Digit)) == 0;
+    for (int part = 0; part < static_cast<int>(sizeof(Digit)); ++part) {
+      for (int half = 0; half < 2; ++half) {
+        u.pick[part][half][x] =
+            first_byte ? static_cast<uint8_t>(4 * (kGroup * part + row) + 2 * half + column / 8) : uint8_t{0x80};
+      }
+    }
+    u.bit[x] = first_byte ? static_cast<uint8_t>(1 << column % 8) : uint8_t{0};
+  }
+  return u;
+}
+
+constexpr Unfold kUnfold = unfold_table();
+
+// 4 rows × 4 words → 4 × (the word of each row).
+void transpose(const int32_t* const* row, __m128i* to) {
+  const __m128i r0 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[0]));
+  const __m128i r1 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[1]));
+  const __m128i r2 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[2]));
+  const __m128i r3 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[3]));
+  const __m128i a = _mm_unpacklo_epi32(r0, r1);
+  const __m128i b = _mm_unpacklo_epi32(r2, r3);
+  const __m128i c = _mm_unpackhi_epi32(r0, r1);
+  const __m128i d = _mm_unpackhi_epi32(r2, r3);
+  to[0] = _mm_unpacklo_epi64(a, b);
+  to[1] = _mm_unpackhi_epi64(a, b);
+  to[2] = _mm_unpacklo_epi64(c, d);
+  to[3] = _mm_unpackhi_epi64(c, d);
+}
+
+#if defined(__AVX512BW__)
+using Vector = __m512i;
+Vector load(const void* from) { return _mm512_load_si512(from); }
+void store(void* to, Vector x) { _mm512_store_si512(to, x); }
+Vector broadcast(__m128i x) { return _mm512_maskz_broadcast_i32x4(0xFFFF, x); }
+
+template <bool ZEROS>
+Vector entries(Vector negative, Vector nonzero, Vector pick, Vector bit) {
+  const Vector n = _mm512_shuffle_epi8(negative, pick);
+  const Vector z = ZEROS ? _mm512_shuffle_epi8(nonzero, pick) : n;
+  if constexpr (sizeof(Digit) == 1) {
+    const Vector sign = _mm512_mask_blend_epi8(_mm512_test_epi8_mask(n, bit), _mm512_set1_epi8(1 + kBias),
+                                               _mm512_set1_epi8(-1 + kBias));
+    return ZEROS ? _mm512_mask_blend_epi8(_mm512_test_epi8_mask(z, bit), _mm512_set1_epi8(kBias), sign) : sign;
+  } else {
+    const Vector sign =
+        _mm512_mask_blend_epi16(_mm512_test_epi16_mask(n, bit), _mm512_set1_epi16(1), _mm512_set1_epi16(-1));
+    return ZEROS ? _mm512_maskz_mov_epi16(_mm512_test_epi16_mask(z, bit), sign) : sign;
+  }
+}
+#else
+using Vector = __m256i;
+Vector load(const void* from) { return _mm256_load_si256(static_cast<const __m256i*>(from)); }
+void store(void* to, Vector x) { _mm256_store_si256(static_cast<__m256i*>(to), x); }
+Vector broadcast(__m128i x) { return _mm256_broadcastsi128_si256(x); }
+
+Vector has_bit(Vector x, Vector pick, Vector bit) {
+  const Vector picked = _mm256_and_si256(_mm256_shuffle_epi8(x, pick), bit);
+  return sizeof(Digit) == 1 ? _mm256_cmpeq_epi8(picked, bit) : _mm256_cmpeq_epi16(picked, bit);
+}
+
+template <bool ZEROS>
+Vector entries(Vector negative, Vector nonzero, Vector pick, Vector bit) {
+  const Vector one = sizeof(Digit) == 1 ? _mm256_set1_epi8(1) : _mm256_set1_epi16(1);
+  Vector sign = _mm256_or_si256(has_bit(negative, pick, bit), one);
+  if (ZEROS) {
+    sign = _mm256_and_si256(sign, has_bit(nonzero, pick, bit));
+  }
+  return kBias ? _mm256_add_epi8(sign, one) : sign;
+}
+#endif
+
+template <bool ZEROS>
+void form_rows(const int32_t* const* negative, const int32_t* const* nonzero, int8_t* to, int64_t group_stride) {
+  __m128i n[4];
+  __m128i z[4];
+  transpose(negative, n);
+  if (ZEROS) {
+    transpose(nonzero, z);
+  }
+  for (int w = 0; w < 4; ++w) {
+    const Vector nw = broadcast(n[w]);
+    const Vector zw = ZEROS ? broadcast(z[w]) : nw;
+    for (int half = 0; half < 2; ++half) {
+      for (int part = 0; part < static_cast<int>(sizeof(Digit)); ++part) {
+        int8_t* row = to + (2 * w + half) * group_stride + 64 * part;
+        for (int x = 0; x < 64; x += sizeof(Vector)) {
+          store(row + x, entries<ZEROS>(nw, zw, load(kUnfold.pick[part][half] + x), load(kUnfold.bit + x)));
+        }
+      }
+    }
+  }
+}
+#else
+template <bool ZEROS>
+void form_rows(const int32_t* const* negative, const int32_t* const* nonzero, int8_t* to, int64_t group_stride) {
+  for (int r = 0; r < 4; ++r) {
+    for (int j = 0; j < kPanel; ++j) {
+      const uint32_t n = static_cast<uint32_t>(negative[r][j / 32]) >> (j % 32) & 1u;
+      const uint32_t z = ZEROS ? static_cast<uint32_t>(nonzero[r][j / 32]) >> (j % 32) & 1u : 1u;
+      Digit* tile_row = reinterpret_cast<Digit*>(to + j / kColumns * group_stride + 64 * (r / kGroup));
+      tile_row[j % kColumns * kGroup + r % kGroup] = static_cast<Digit>((z ? 1 - 2 * static_cast<int>(n) : 0) + kBias);
+    }
+  }
+}
+#endif
+
+// Tiles of the operand for `blocks` tiles along K from entry k on, and the panel of columns whose words start at
+// `word`: kGroups runs of `blocks` tiles.
+void form_operand(const SignPlanes& s, int64_t rows, int64_t k, int64_t blocks, int64_t word, int8_t* operand) {
+  const int64_t group_stride = blocks * kTileBytes;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t row = k + b * kDepth;
+    bool zeros = false;
+    if (s.flags) {
+      const int32_t* flag = s.flags + row / kTileRows * s.width + word;
+      zeros = flag[0] | flag[1] | flag[2] | flag[3];
+    }
+    for (int quad = 0; quad < kDepth / 4; ++quad) {
+      const int32_t* negative[4];
+      const int32_t* nonzero[4];
+      for (int r = 0; r < 4; ++r) {
+        const int64_t i = row + 4 * quad + r;
+        negative[r] = i < rows ? s.negative + i * s.width + word : kNoSigns;
+        nonzero[r] = i < rows && zeros ? s.nonzero + i * s.width + word : kNoSigns;
+      }
+      int8_t* to = operand + b * kTileBytes + quad * static_cast<int>(sizeof(Digit)) * 64;
+      if (zeros) {
+        form_rows<true>(negative, nonzero, to, group_stride);
+      } else {
+        form_rows<false>(negative, nonzero, to, group_stride);
+      }
+    }
+  }
+}
+
+// --- tile product ---
+
+// c (+)= a · b for `tiles` tiles of digits (a_stride bytes apart) over `blocks` tiles along K, and a panel of the
+// operand (runs group_stride bytes apart). c: kGroups tiles of sums per tile of digits. Only the first `rows` rows of
+// the last tile matter.
+struct Panel {
+  const int8_t* a;
+  int64_t a_stride;
+  int64_t tiles;
+  int rows;
+  const int8_t* b;
+  int64_t group_stride;
+  int64_t blocks;
+  int32_t* c;
+  bool add;
+};
+
+#if defined(__AMX_INT8__)
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Sums in 0 … 3; digits in 4 and 5, the operand in 6 and 7 (two tiles of digits), or digits in 4, the operand in 5 … 7.
+void configure(int rows) {
+  TileConfig config;
+  for (int t = 0; t < 8; ++t) {
+    config.row_bytes[t] = 64;
+    config.rows[t] = t < 5 ? static_cast<uint8_t>(rows) : 16;
+  }
+  _tile_loadconfig(&config);
+}
+
+void two_tiles(const Panel& p, const int8_t* a, const int8_t* b, int32_t* c) {
+  int32_t* below = c + kGroups * kTileInts;
+  if (p.add) {
+    _tile_loadd(0, c, 64);
+    _tile_loadd(1, c + kTileInts, 64);
+    _tile_loadd(2, below, 64);
+    _tile_loadd(3, below + kTileInts, 64);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < p.blocks * kTileBytes; k += kTileBytes) {
+    _tile_loadd(6, b + k, 64);
+    _tile_loadd(4, a + k, 64);
+    _tile_loadd(7, b + p.group_stride + k, 64);
+    _tile_loadd(5, a + p.a_stride + k, 64);
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+  }
+  _tile_stored(0, c, 64);
+  _tile_stored(1, c + kTileInts, 64);
+  _tile_stored(2, below, 64);
+  _tile_stored(3, below + kTileInts, 64);
+}
+
+void one_tile(const Panel& p, const int8_t* a, const int8_t* b, int32_t* c) {
+  if (p.add) {
+    _tile_loadd(0, c, 64);
+    _tile_loadd(1, c + kTileInts, 64);
+    _tile_loadd(2, c + 2 * kTileInts, 64);
+    _tile_loadd(3, c + 3 * kTileInts, 64);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < p.blocks * kTileBytes; k += kTileBytes) {
+    _tile_loadd(4, a + k, 64);
+    _tile_loadd(5, b + k, 64);
+    _tile_loadd(6, b + p.group_stride + k, 64);
+    _tile_loadd(7, b + 2 * p.group_stride + k, 64);
+    _tile_dpbssd(0, 4, 5);
+    _tile_loadd(5, b + 3 * p.group_stride + k, 64);
+    _tile_dpbssd(1, 4, 6);
+    _tile_dpbssd(2, 4, 7);
+    _tile_dpbssd(3, 4, 5);
+  }
+  _tile_stored(0, c, 64);
+  _tile_stored(1, c + kTileInts, 64);
+  _tile_stored(2, c + 2 * kTileInts, 64);
+  _tile_stored(3, c + 3 * kTileInts, 64);
+}
+
+void multiply_panel(const Panel& p) {
+  configure(p.tiles == 1 ? p.rows : 16);
+  for (int g = 0; g < kGroups; g += 2) {
+    for (int64_t t = 0; t + 2 <= p.tiles; t += 2) {
+      two_tiles(p, p.a + t * p.a_stride, p.b + g * p.group_stride, p.c + (t * kGroups + g) * kTileInts);
+    }
+  }
+  if (p.tiles % 2) {
+    const int64_t t = p.tiles - 1;
+    for (int g = 0; g < kGroups; g += 4) {
+      one_tile(p, p.a + t * p.a_stride, p.b + g * p.group_stride, p.c + (t * kGroups + g) * kTileInts);
+    }
+  }
+}
+
+#elif defined(__AVX2__)
+#if defined(__AVX512BW__)
+using Sums = __m512i;
+constexpr int kMaxRows = 8;
+Sums load_sums(const int32_t* c) { return _mm512_load_si512(c); }
+void store_sums(int32_t* c, Sums x) { _mm512_store_si512(c, x); }
+Sums zero_sums() { return _mm512_setzero_si512(); }
+Sums digits_of(const int8_t* a) {
+  int32_t group;
+  __builtin_memcpy(&group, a, 4);
+  return _mm512_set1_epi32(group);
+}
+#if defined(__AVX512VNNI__)
+Sums multiply_add(Sums c, Sums a, Sums b) { return _mm512_dpbusd_epi32(c, b, a); }
+#else
+Sums multiply_add(Sums c, Sums a, Sums b) { return _mm512_add_epi32(c, _mm512_madd_epi16(a, b)); }
+#endif
+#else
+using Sums = __m256i;
+Sums load_sums(const int32_t* c) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(c)); }
+void store_sums(int32_t* c, Sums x) { _mm256_store_si256(reinterpret_cast<__m256i*>(c), x); }
+Sums zero_sums() { return _mm256_setzero_si256(); }
+Sums digits_of(const int8_t* a) {
+  int32_t group;
+  __builtin_memcpy(&group, a, 4);
+  return _mm256_set1_epi32(group);
+}
+#if defined(__AVXVNNI__)
+constexpr int kMaxRows = 6;
+Sums multiply_add(Sums c, Sums a, Sums b) { return _mm256_dpbusd_avx_epi32(c, b, a); }
+#else
+constexpr int kMaxRows = 4;
+Sums multiply_add(Sums c, Sums a, Sums b) { return _mm256_add_epi32(c, _mm256_madd_epi16(a, b)); }
+#endif
+#endif
+
+// ROWS rows of digits by two vectors of the operand, b and b + second; their sums lie c_second apart.
+template <int ROWS>
+void rows_by_two(const Panel& p, const int8_t* a, const int8_t* b, int64_t second, int32_t* c, int64_t c_second) {
+  Sums left[ROWS];
+  Sums right[ROWS];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) {
+    left[r] = p.add ? load_sums(c + r * kColumns) : zero_sums();
+    right[r] = p.add ? load_sums(c + r * kColumns + c_second) : zero_sums();
+  }
+  for (int64_t k = 0; k < p.blocks * kTileBytes; k += kTileBytes) {
+#pragma GCC unroll 1
+    for (int step = 0; step < kSteps; ++step) {
+      const Sums b0 = load_sums(reinterpret_cast<const int32_t*>(b + k + 64 * step));
+      const Sums b1 = load_sums(reinterpret_cast<const int32_t*>(b + k + 64 * step + second));
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) {
+        const Sums d = digits_of(a + k + 64 * r + 4 * step);
+        left[r] = multiply_add(left[r], d, b0);
+        right[r] = multiply_add(right[r], d, b1);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) {
+    store_sums(c + r * kColumns, left[r]);
+    store_sums(c + r * kColumns + c_second, right[r]);
+  }
+}
+
+template <int ROWS>
+void some_rows(int64_t rows, const Panel& p, const int8_t* a, const int8_t* b, int64_t second, int32_t* c,
+               int64_t c_second) {
+  if (rows >= ROWS) {
+    rows_by_two<ROWS>(p, a, b, second, c, c_second);
+  } else if constexpr (ROWS > 1) {
+    some_rows<ROWS - 1>(rows, p, a, b, second, c, c_second);
+  }
+}
+
+void multiply_panel(const Panel& p) {
+  constexpr bool kTwoGroups = sizeof(Sums) == 64;
+  const int64_t second = kTwoGroups ? p.group_stride : 32;
+  const int64_t c_second = kTwoGroups ? kTileInts : kColumns / 2;
+  for (int g = 0; g < kGroups; g += kTwoGroups ? 2 : 1) {
+    for (int64_t t = 0; t < p.tiles; ++t) {
+      const int64_t rows = t + 1 < p.tiles ? 16 : p.rows;
+      for (int64_t r = 0; r < rows; r += kMaxRows) {
+        some_rows<kMaxRows>(rows - r, p, p.a + t * p.a_stride + 64 * r, p.b + g * p.group_stride, second,
+                            p.c + (t * kGroups + g) * kTileInts + r * kColumns, c_second);
+      }
+    }
+  }
+}
+
+#else
+void multiply_panel(const Panel& p) {
+  for (int g = 0; g < kGroups; ++g) {
+    for (int64_t t = 0; t < p.tiles; ++t) {
+      const int rows = t + 1 < p.tiles ? 16 : p.rows;
+      for (int r = 0; r < rows; ++r) {
+        int32_t* c = p.c + (t * kGroups + g) * kTileInts + r * kColumns;
+        int32_t sums[kColumns * kGroup] = {};
+        for (int64_t k = 0; k < p.blocks * kTileBytes; k += kTileBytes) {
+          const Digit* a = reinterpret_cast<const Digit*>(p.a + t * p.a_stride + k + 64 * r);
+          const Digit* b = reinterpret_cast<const Digit*>(p.b + g * p.group_stride + k);
+          for (int step = 0; step < kSteps; ++step) {
+            for (int x = 0; x < kColumns * kGroup; ++x) {
+              sums[x] += a[step * kGroup + x % kGroup] * b[step * kColumns * kGroup + x];
+            }
+          }
+        }
+        for (int j = 0; j < kColumns; ++j) {
+          c[j] = (p.add ? c[j] : 0) + sums[kGroup * j] + sums[kGroup * j + 1];
+        }
+      }
+    }
+  }
+}
+#endif
+
+// --- result ---
+
+template <typename T>
+void store_row(const double* v, double sum, double unit, int64_t n, void* out, int64_t offset) {
+  T* to = static_cast<T*>(out) + offset;
+  T rounded[kColumns];
+  for (int j = 0; j < kColumns; ++j) {
+    round_to(static_cast<float>((v[j] - sum) * unit), rounded[j]);
+  }
+  __builtin_memcpy(to, rounded, static_cast<size_t>(n) * sizeof(T));
+}
+
+// Sums of one row's digits, as one exact number per column.
+template <int COUNT>
+void combine(const int32_t* c, double* v) {
+  for (int j = 0; j < kColumns; ++j) {
+    double x = c[(COUNT - 1) * kColumns + j];
+    for (int d = COUNT - 2; d >= 0; --d) {
+      x = x * (1 << kDigitBits) + c[d * kColumns + j];
+    }
+    v[j] = x;
+  }
+}
+
+// A row that holds infinities or NaNs: they alone decide. Each product with ±1 or 0 is what IEEE makes of it.
+void nonfinite_row(const SignProduct& p, const SignPlanes& s, int64_t row, int64_t first, int64_t cols) {
+  const auto element = [&](int64_t k) {
+    const int64_t at = row * p.row_stride + k * p.column_stride;
+    return p.dtype == DType::BFloat16  ? to_float(static_cast<const BF16*>(p.grad)[at])
+           : p.dtype == DType::Float16 ? to_float(static_cast<const FP16*>(p.grad)[at])
+                                       : static_cast<const float*>(p.grad)[at];
+  };
+  for (int64_t j = 0; j < cols; j += kColumns) {
+    double v[kColumns] = {};
+    for (int64_t k = 0; k < p.depth; ++k) {
+      const float x = element(k);
+      if ((bits_of(x) & 0x7F800000u) != 0x7F800000u) {
+        continue;
+      }
+      const uint32_t negative = static_cast<uint32_t>(s.negative[k * s.width + j / 32]) >> (j % 32);
+      const bool zeros = s.flags && s.flags[k / kTileRows * s.width + j / 32];
+      const uint32_t nonzero = zeros ? static_cast<uint32_t>(s.nonzero[k * s.width + j / 32]) >> (j % 32) : ~0u;
+      for (int l = 0; l < kColumns; ++l) {
+        v[l] += static_cast<double>(x) * (nonzero >> l & 1u ? 1 - 2 * static_cast<int>(negative >> l & 1u) : 0);
+      }
+    }
+    const int64_t n = min(cols - j, kColumns);
+    const int64_t at = row * p.cols + first + j;
+    switch (p.dtype) {
+      case DType::BFloat16:
+        store_row<BF16>(v, 0, p.scale, n, p.out, at);
+        break;
+      case DType::Float16:
+        store_row<FP16>(v, 0, p.scale, n, p.out, at);
+        break;
+      default:
+        store_row<float>(v, 0, p.scale, n, p.out, at);
+    }
+  }
+}
+
+// One workspace per thread: operand, sums of a pass, and where there are several passes, sums of all.
+struct Scratch {
+  int8_t* operand;
+  int32_t* c;
+  double* v;
+};
+
+constexpr int64_t kOperandBytes = kGroups * kFormBlocks * kTileBytes;
+constexpr int64_t kSumBytes = kRowTiles * kGroups * kTileBytes;
+
+// Tiles [tile, tile + tiles) × one panel, over one pass along K.
+void pass(const SignProduct& p, const SignPlanes& s, int64_t tile, int64_t tiles, int64_t word, int64_t block,
+          int64_t blocks, const Scratch& scratch) {
+  const int64_t all = divide_up(p.depth, kDepth);
+  const int64_t rows = min(tiles * (16 * static_cast<int64_t>(sizeof(Digit)) / p.bytes),
+                           p.rows - tile * (16 * static_cast<int64_t>(sizeof(Digit)) / p.bytes));
+  for (int64_t b = 0; b < blocks; b += kFormBlocks) {
+    const int64_t n = min(blocks - b, kFormBlocks);
+    form_operand(s, p.depth, (block + b) * kDepth, n, word, scratch.operand);
+    Panel panel;
+    panel.a = p.digits + (tile * all + block + b) * kTileBytes;
+    panel.a_stride = all * kTileBytes;
+    panel.tiles = tiles;
+    panel.rows = static_cast<int>(rows * (p.bytes / static_cast<int64_t>(sizeof(Digit))) - 16 * (tiles - 1));
+    panel.b = scratch.operand;
+    panel.group_stride = n * kTileBytes;
+    panel.blocks = n;
+    panel.c = scratch.c;
+    panel.add = b > 0;
+    multiply_panel(panel);
+  }
+}
+
+template <int COUNT, typename T>
+void finish(const SignProduct& p, int64_t tile, int64_t tiles, int64_t column, int64_t cols, const int32_t* c,
+            double* v, bool first, bool last) {
+  constexpr int kRows = 16 / COUNT;
+  for (int64_t t = 0; t < tiles; ++t) {
+    for (int r = 0; r < kRows && (tile + t) * kRows + r < p.rows; ++r) {
+      const int64_t row = (tile + t) * kRows + r;
+      const FixedPoint& fixed = p.fixed[row];
+      const double sum = fixed.sum * kBias;
+      const double unit = fixed.unit * p.scale;
+      for (int64_t g = 0; g * kColumns < cols; ++g) {
+        double x[kColumns];
+        combine<COUNT>(c + (t * kGroups + g) * kTileInts + r * COUNT * kColumns, x);
+        if (v) {
+          double* running = v + ((t * kRows + r) * kGroups + g) * kColumns;
+          for (int j = 0; j < kColumns; ++j) {
+            running[j] = (first ? 0 : running[j]) + x[j];
+            x[j] = running[j];
+          }
+        }
+        if (last) {
+          store_row<T>(x, sum, unit, min(cols - g * kColumns, kColumns), p.out, row * p.cols + column + g * kColumns);
+        }
+      }
+    }
+  }
+}
+
+template <int COUNT, typename T>
+void multiply_as(const SignProduct& p, const SignPlanes& s, int64_t tile_begin, int64_t tile_end, int64_t first,
+                 int64_t cols, const Scratch& scratch) {
+  const int64_t blocks = divide_up(p.depth, kDepth);
+  const int64_t panels = divide_up(cols, kPanel);
+  for (int64_t tile = tile_begin; tile < tile_end; tile += kRowTiles) {
+    const int64_t tiles = min(tile_end - tile, kRowTiles);
+    for (int64_t block = 0; block < blocks; block += kPassBlocks) {
+      const int64_t n = min(blocks - block, kPassBlocks);
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        pass(p, s, tile, tiles, panel * (kPanel / 32), block, n, scratch);
+        double* v = blocks > kPassBlocks ? scratch.v + panel * kRowTiles * kTileInts / COUNT * kGroups : nullptr;
+        finish<COUNT, T>(p, tile, tiles, first + panel * kPanel, min(cols - panel * kPanel, kPanel), scratch.c, v,
+                         block == 0, block + n == blocks);
+      }
+    }
+  }
+  for (int64_t row = tile_begin * (16 / COUNT); row < min(tile_end * (16 / COUNT), p.rows); ++row) {
+    if (p.fixed[row].unit != p.fixed[row].unit) {
+      nonfinite_row(p, s, row, first, cols);
+    }
+  }
+}
+
+template <int COUNT>
+void multiply_digits(const SignProduct& p, const SignPlanes& s, int64_t tile_begin, int64_t tile_end, int64_t first,
+                     int64_t cols, const Scratch& scratch) {
+  switch (p.dtype) {
+    case DType::BFloat16:
+      return multiply_as<COUNT, BF16>(p, s, tile_begin, tile_end, first, cols, scratch);
+    case DType::Float16:
+      return multiply_as<COUNT, FP16>(p, s, tile_begin, tile_end, first, cols, scratch);
+    default:
+      return multiply_as<COUNT, float>(p, s, tile_begin, tile_end, first, cols, scratch);
+  }
+}
+
+}  // namespace
+
+int64_t tile_rows(int bytes) { return 16 * static_cast<int64_t>(sizeof(Digit)) / bytes; }
+
+int64_t digit_bytes(int64_t rows, int64_t depth, int bytes) {
+  return divide_up(rows, tile_rows(bytes)) * divide_up(depth, kDepth) * kTileBytes;
+}
+
+bool quantise(const SignProduct& p, int64_t begin, int64_t end, float* scratch) {
+  const int64_t rows = tile_rows(p.bytes);
+  const int64_t blocks = divide_up(p.depth, kDepth);
+  bool good = true;
+  for (int64_t row = begin * rows; row < min(end * rows, p.rows); ++row) {
+    int8_t* to = p.digits + row / rows * blocks * kTileBytes + row % rows * (16 / rows) * 64;
+    const float* x = row_floats(p, row, scratch);
+    good &= p.bytes == 2 ? quantise_row<2>(p, x, to, p.fixed[row]) : quantise_row<4>(p, x, to, p.fixed[row]);
+  }
+  return good;
+}
+
+int64_t multiply_scratch(const SignProduct& p, int64_t cols) {
+  const int64_t running = divide_up(p.depth, kDepth) > kPassBlocks
+                              ? divide_up(cols, kPanel) * kPanel * kRowTiles * tile_rows(p.bytes) * 8
+                              : 0;
+  return kOperandBytes + kSumBytes + running;
+}
+
+void multiply(const SignProduct& p, const SignPlanes& signs, int64_t tile_begin, int64_t tile_end, int64_t first,
+              int64_t cols, char* scratch) {
+  const Scratch parts{reinterpret_cast<int8_t*>(scratch), reinterpret_cast<int32_t*>(scratch + kOperandBytes),
+                      reinterpret_cast<double*>(scratch + kOperandBytes + kSumBytes)};
+  if (p.bytes == 2) {
+    multiply_digits<2 / sizeof(Digit)>(p, signs, tile_begin, tile_end, first, cols, parts);
+  } else {
+    multiply_digits<4 / sizeof(Digit)>(p, signs, tile_begin, tile_end, first, cols, parts);
+  }
+#if defined(__AMX_INT8__)
+  _tile_release();
+#endif
+}
+
+void seeded_signs(const int64_t* key, int64_t rows, int64_t first, int64_t calls, int32_t* words) {
+  const Key k = read_key(key);
+  for (int64_t row = 0; row < rows; ++row) {
+    int32_t* to = words + row * calls * 4;
+    for (int64_t call = 0; call < calls; ++call) {
+      const Philox4 x = draw(k, row, first + call);
+      for (int q = 0; q < 4; ++q) {
+        to[4 * call + q] = static_cast<int32_t>(x.w[q]);
+      }
+    }
+  }
+}
+
+}  // namespace BK_LEVEL
+}  // namespace bioplaus
