@@ -50,6 +50,9 @@ LAYERS: dict[str, tuple[Callable[..., torch.nn.Module], tuple[int, ...]]] = {
     for case in RICH
 } | {"MultiheadAttention": (_attention, (2, 3, 8))}
 
+# One of each family.
+FEW = ["Linear", "Conv2d", "ConvTranspose1d", "LocallyConnected2d", "LocallyConnectedTranspose1d", "MultiheadAttention"]
+
 
 def build(name: str, rule: Any, **kwargs: Any) -> tuple[torch.nn.Module, Tensor]:
     """The layer called `name` with `rule`, and an input that wants a gradient."""
@@ -65,7 +68,7 @@ def call(layer: torch.nn.Module, x: Tensor) -> Tensor:
 
 
 def gradients(layer: Callable[[Tensor], Tensor], x: Tensor, *parameters: Tensor) -> list[Tensor]:
-    """Gradients of a fixed random projection of layer(x) for x and for `parameters` (a module's trainable ones if none)."""
+    """Gradients of a fixed random projection of layer(x) for x and `parameters` (else a module's trainable ones)."""
     if isinstance(layer, torch.nn.Module) and not parameters:
         parameters = tuple(p for p in layer.parameters() if p.requires_grad)
     y = call(layer, x) if isinstance(layer, torch.nn.Module) else layer(x)

@@ -1,4 +1,4 @@
-"""The 14 faults probed in BioTorch 0.0.16, by number, as things that must work here; and its state_dicts, which load."""
+"""The 14 faults probed in BioTorch 0.0.16, by number, as things that must work here; and its state_dicts."""
 
 import copy
 import importlib.util
@@ -211,9 +211,6 @@ def test_brsf_redraws_from_the_weight_and_no_generator() -> None:
         drawn.append(layer.feedback_matrix())
     assert_equal(drawn[:2], drawn[2:])
     assert not torch.equal(drawn[0].abs(), drawn[1].abs())
-
-
-# --- BioTorch's state_dicts ------------------------------------------------------------------------------------------
 
 
 def biotorch_state(rule: str, bias: bool = True) -> dict[str, Tensor]:

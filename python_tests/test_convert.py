@@ -40,9 +40,6 @@ def step(model: nn.Module, x: Tensor) -> list[Tensor]:
     return gradients(model, x)
 
 
-# --- what becomes of a model -----------------------------------------------------------------------------------------
-
-
 def test_resnet18() -> None:
     model = torchvision.models.resnet18()
     report = bk.convert_(model, "usf", last_layer="backprop")
@@ -143,9 +140,6 @@ def test_every_convertible_class() -> None:
     assert [type(m) for m in model.values()] == classes
 
 
-# --- rules for some layers -------------------------------------------------------------------------------------------
-
-
 def test_last_layer_is_the_last_that_matches() -> None:
     model = mlp()
     bk.convert_(model, "fa", last_layer=bk.SignSymmetry(scale="match"), filter_fn=lambda m, name: name != "4")
@@ -202,9 +196,6 @@ def test_convert_does_not_touch_torchs_generator() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# --- shared modules and shared Parameters ----------------------------------------------------------------------------
-
-
 def test_a_module_used_in_two_places_stays_one() -> None:
     model = mlp()
     model.tied = model[2]
@@ -242,9 +233,6 @@ def test_a_shared_parameter_keeps_its_key_when_only_one_user_is_converted_again(
     assert torch.equal(model.a.feedback_matrix(), before)
 
 
-# --- and back --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_none_restores_exactly(rule: str) -> None:
     model = nn.ModuleDict({"net": mlp(), "conv": nn.Conv2d(2, 2, 3), "attention": nn.MultiheadAttention(4, 2)})
@@ -266,9 +254,6 @@ def test_backprop_leaves_our_layers_alone() -> None:
     bk.convert_(model, "backprop")
     assert type(model[0]) is bk.nn.LocallyConnected1d and model[0].feedback == bk.Backprop()
     assert list(model.state_dict()) == ["0.weight", "0.bias"]
-
-
-# --- what is left, and why -------------------------------------------------------------------------------------------
 
 
 class Odd(nn.Linear):
@@ -330,9 +315,6 @@ def test_quantization_aware_layers_are_left() -> None:
     assert "subclass of Linear" in next(row.reason for row in bk.convert_(model, "fa").rows if row.name == "0")
 
 
-# --- layers whose weights are used without a call --------------------------------------------------------------------
-
-
 def swin() -> nn.Module:
     return torchvision.models.SwinTransformer(
         patch_size=[4, 4], embed_dim=8, depths=[2], num_heads=[2], window_size=[2, 2], num_classes=3
@@ -352,6 +334,10 @@ def test_swins_bypassed_weights_are_named() -> None:
     assert checked.bypassed == bypassed and checked.unused == []
     assert set(report.converted) <= set(checked.called)
     assert bypassed[0] in str(checked)
+
+
+def vit(**kwargs: Any) -> nn.Module:
+    return torchvision.models.VisionTransformer(16, 8, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8, **kwargs)
 
 
 class Bypass(nn.Module):
@@ -390,16 +376,12 @@ def test_check_restores_when_the_model_raises() -> None:
     assert model.norm.num_batches_tracked == 0
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_b_16"])
+@pytest.mark.parametrize("name", ["resnet18", "vit"])
 def test_check_calls_torchvisions_models_clean(name: str) -> None:
-    kwargs = {"image_size": 32, "patch_size": 16, "num_layers": 1, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 8}
-    model = torchvision.models.VisionTransformer(**kwargs) if name == "vit_b_16" else torchvision.models.resnet18()
+    model = vit() if name == "vit" else torchvision.models.resnet18()
     report = bk.convert_(model, "usf")
-    checked = bk.check(model.eval(), torch.randn(1, 3, 32, 32))
+    checked = bk.check(model.eval(), torch.randn(1, 3, 16, 16))
     assert checked.bypassed == [] and set(report.converted) <= set(checked.called)
-
-
-# --- attention inside torch's own models -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -448,9 +430,6 @@ def test_vision_transformer() -> None:
     nn.init.normal_(model.heads.head.weight)
     model(torch.randn(1, 3, 16, 16)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.encoder.parameters())
-
-
-# --- meta device -----------------------------------------------------------------------------------------------------
 
 
 def meta_model(rule: str) -> nn.Module:
@@ -520,9 +499,6 @@ def test_meta_model_runs_on_meta(rule: str) -> None:
     assert [grad.shape for grad in through(meta_model(rule), x)] == [(2, 6), (6, 6), (6,)]
 
 
-# --- frozen_signs ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_frozen_signs_gives_the_same_gradients(rule: str) -> None:
     model = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Unflatten(1, (2, 20)), nn.Conv1d(2, 3, 3), nn.Flatten())
@@ -552,7 +528,7 @@ def test_frozen_signs_nested_raises_and_the_outer_block_goes_on() -> None:
     model = mlp()
     bk.convert_(model, "usf")
     with bk.frozen_signs(model):
-        with pytest.raises(RuntimeError, match="frozen_signs.*frozen already"), bk.frozen_signs(model[2]):
+        with pytest.raises(RuntimeError, match=r"frozen_signs.*frozen already"), bk.frozen_signs(model[2]):
             pass
         assert model[0]._frozen is not None
     assert all(m._frozen is None for m in model if isinstance(m, bk.nn.Linear))
@@ -565,9 +541,6 @@ def test_frozen_signs_ends_with_an_exception() -> None:
         raise ZeroDivisionError
     with bk.frozen_signs(model):
         pass
-
-
-# --- arguments -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

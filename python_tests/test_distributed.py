@@ -1,0 +1,178 @@
+"""Feedback that several calls or processes must agree on: data-parallel ranks, recomputed forwards, repeated use."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from small import FEW, RULES, assert_equal, build, call, gradients
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import bioplaus_kernels as bk
+
+
+def _model() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, stride=2),
+        nn.Flatten(),
+        nn.Linear(36, 12),
+        nn.Tanh(),
+        nn.Linear(12, 3),
+    )
+
+
+# rule, and whether the keys are drawn by each rank's own generator as those of layers built directly are.
+CASES = [("fa", False), ("frsf", False), ("brsf", False), ("fa", True), ("fa-stored", True), ("fa_signed_init", False)]
+
+
+def _train(rank: int, world: int, rule: str, direct: bool) -> dict[str, Any]:
+    torch.manual_seed(100 + rank)  # each rank has its own random state
+    model = _model()
+    bk.convert_(model, RULES[rule])
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, bk.nn.FeedbackLayer)}
+    if direct:
+        for layer in layers.values():
+            layer.reset_feedback()
+    ranks = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    inputs = torch.randn(3, 4, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    start, seen = {name: t.clone() for name, t in model.state_dict().items()}, []
+    for x in inputs:
+        seen.append({name: layer.feedback_matrix() for name, layer in layers.items()})
+        optimizer.zero_grad()
+        ranks(x[rank::world]).square().mean().backward()
+        optimizer.step()
+    return {"start": start, "inputs": inputs, "seen": seen, "end": model.state_dict()}
+
+
+def _worker(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    try:
+        results = {case: _train(rank, world, *case) for case in CASES}
+        torch.save(results, f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    """What each of two processes saw, for every case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(_worker, (2, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_ranks_stay_in_step(case: tuple[str, bool], ranks: list[dict[Any, Any]]) -> None:
+    (rule, _), (ours, theirs) = case, (rank[case] for rank in ranks)
+    for a, b in zip(ours["seen"], theirs["seen"], strict=True):
+        assert_equal(list(a.values()), list(b.values()))
+    end = ours["end"]
+    assert_equal(list(end.values()), list(theirs["end"].values()))
+    moved = {name for name, t in end.items() if not torch.equal(t, ours["start"][name])}
+    assert moved == {name for name in end if "feedback" not in name}
+    if rule == "brsf":
+        # A draw a step; one process would not end as two do: sums round differently, and another bit is another draw.
+        assert not torch.equal(ours["seen"][0]["4"].abs(), ours["seen"][1]["4"].abs())
+        return
+    # One process on whole batches does the same.
+    model = _model()
+    bk.convert_(model, RULES[rule])
+    model.load_state_dict(ours["start"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for x in ours["inputs"]:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    for name, t in model.state_dict().items():
+        torch.testing.assert_close(t, end[name])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", FEW)
+def test_activation_checkpointing(name: str, rule: str, use_reentrant: bool) -> None:
+    layer, x = build(name, RULES[rule])
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    results = []
+    for recompute in (False, True):
+        # Two uses: brSF's second draw must equal its first, recomputed or not.
+        def run(x: Tensor, recompute: bool = recompute) -> Tensor:
+            if not recompute:
+                return torch.sin(call(layer, x))
+            return checkpoint(lambda x: torch.sin(call(layer, x)), x, use_reentrant=use_reentrant)
+
+        for p in (x, *trained):
+            p.grad = None
+        (run(x) * run(2 * x)).sum().backward()
+        results.append([p.grad.clone() for p in (x, *trained)])
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("rule", ["usf", "brsf", "fa"])
+def test_checkpointing_a_model_with_frozen_signs(rule: str, use_reentrant: bool) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    bk.convert_(model, rule)
+    x = torch.randn(4, 6, requires_grad=True)
+    model(x).square().sum().backward()
+    expected = [x.grad, *(p.grad for p in model.parameters())]
+    x.grad = None
+    model.zero_grad()
+    with bk.frozen_signs(model):
+        checkpoint(model, x, use_reentrant=use_reentrant).square().sum().backward()
+    assert_equal([x.grad, *(p.grad for p in model.parameters())], expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ["Linear", "Conv2d", "LocallyConnected2d", "MultiheadAttention"])
+def test_gradient_accumulation(name: str, rule: str) -> None:
+    layer, x = build(name, RULES[rule], dtype=torch.float64)
+    expected = gradients(
+        lambda x: call(layer, x).sum(), x, *(trained := [p for p in layer.parameters() if p.requires_grad])
+    )
+    parts = [part.detach().requires_grad_() for part in x.chunk(2)]
+    total = [torch.zeros_like(p) for p in trained]
+    inputs = []
+    for part in parts:
+        own, *grads = gradients(lambda x: call(layer, x).sum(), part, *trained)
+        inputs.append(own)
+        total = [t + g for t, g in zip(total, grads, strict=True)]
+    for actual, e in zip([torch.cat(inputs), *total], expected, strict=True):
+        torch.testing.assert_close(actual, e)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_layer_used_twice(rule: str) -> None:
+    layer = bk.nn.Linear(6, 6, feedback=RULES[rule])
+    twin = bk.nn.Linear(6, 6, feedback=RULES[rule])
+    twin.load_state_dict(layer.state_dict())
+    x = torch.randn(4, 6, requires_grad=True)
+    once = gradients(lambda x: twin(torch.tanh(layer(x))), x, layer.weight, twin.weight)
+    twice = gradients(lambda x: layer(torch.tanh(layer(x))), x, layer.weight)
+    assert torch.equal(twice[0], once[0])
+    torch.testing.assert_close(twice[1], once[1] + once[2])
+
+
+@pytest.mark.parametrize("rule", ["usf", "brsf", "fa"])
+def test_backward_twice_through_a_retained_graph(rule: str) -> None:
+    layer, x = build("Conv2d", rule)
+    y = layer(x)
+    first: Any = torch.autograd.grad(y.sum(), (x, layer.weight), retain_graph=True)
+    assert_equal(list(first), list(torch.autograd.grad(y.sum(), (x, layer.weight))))
+
+
+@pytest.mark.parametrize("rule", ["usf", "usf-match", "frsf", "brsf"])
+def test_a_weight_changed_between_forward_and_backward_is_noticed(rule: str) -> None:
+    layer, x = build("Linear", RULES[rule])
+    y = layer(x)
+    with torch.no_grad():
+        layer.weight.neg_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

@@ -1,0 +1,171 @@
+"""A layer's state: copies, pickles, files, dtypes, seeds."""
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from small import FEW, LAYERS, RULES, STATE, assert_equal, build, call, gradients
+from torch import Tensor, nn
+
+import bioplaus_kernels as bk
+
+
+def names(layer: nn.Module) -> list[str]:
+    return [name for name in layer.state_dict() if "feedback" in name]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_what_is_in_the_state_dict(layer: str, rule: str) -> None:
+    module, _ = build(layer, RULES[rule])
+    suffix, dtype = STATE.get(rule, ("", None))
+    prefixes = ("in_proj_", "out_proj.") if layer == "MultiheadAttention" else ("",)
+    wanted = [f"{prefix}feedback_{suffix}" for prefix in prefixes] if suffix else []
+    assert sorted(names(module)) == sorted(wanted)
+    for name in wanted:
+        state = module.state_dict(keep_vars=True)[name]
+        assert state.dtype == dtype and not state.requires_grad
+        # A key is a buffer; a stored B, |M| or signs a Parameter, which data-parallel wrappers shard.
+        assert isinstance(state, nn.Parameter) == (suffix != "key")
+        if suffix == "key":
+            assert state.shape == (3,) and state[0] == 1 and state[2] == 0
+
+
+def _deepcopy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model)
+
+
+def _pickle(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def _save_and_load(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("duplicate", [_deepcopy, _pickle, _save_and_load])
+@pytest.mark.parametrize("layer", ["Linear", "Conv2d", "LocallyConnected1d", "MultiheadAttention"])
+def test_a_copy_has_the_same_gradients(layer: str, duplicate: Any, rule: str) -> None:
+    module, x = build(layer, RULES[rule])
+    other = duplicate(module)
+    assert type(other) is type(module) and other.feedback == module.feedback
+    assert repr(other) == repr(module)
+    assert not {t.data_ptr() for t in module.state_dict().values()} & {
+        t.data_ptr() for t in other.state_dict().values()
+    }
+    assert_equal(gradients(other, x), gradients(module, x))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("layer", FEW)
+def test_a_state_dict_carries_the_feedback(layer: str, rule: str) -> None:
+    module, x = build(layer, RULES[rule])
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    other, _ = build(layer, RULES[rule])
+    drawn = rule in STATE or rule == "backprop" or rule.startswith("usf")
+    assert drawn and not torch.equal(gradients(other, x)[0], gradients(module, x)[0])
+    other.load_state_dict(torch.load(file))
+    assert_equal(gradients(other, x), gradients(module, x))
+
+
+@pytest.mark.parametrize("rule", ["frsf", "brsf", "fa"])
+def test_loading_the_key_alone_moves_b(rule: str) -> None:
+    a, b = (bk.nn.Linear(6, 5, feedback=rule) for _ in range(2))
+    b.load_state_dict({"weight": a.weight, "bias": a.bias, "feedback_key": b.feedback_key.clone()})
+    assert not torch.equal(a.feedback_matrix(), b.feedback_matrix())
+    b.load_state_dict(a.state_dict())
+    assert torch.equal(a.feedback_matrix(), b.feedback_matrix())
+
+
+@pytest.mark.parametrize(
+    "key", [torch.tensor([2, 5, 0]), torch.tensor([0, 5, 0]), torch.tensor([1, 5]), torch.zeros(3, dtype=torch.int64)]
+)
+def test_a_key_of_another_layout_is_refused(key: Tensor) -> None:
+    model = nn.Sequential(bk.nn.Linear(6, 5, feedback="fa"))
+    state = model.state_dict() | {"0.feedback_key": key}
+    with pytest.raises(RuntimeError, match=r"0\.feedback_key: expected \(layout version 1, key, stream\), got \["):
+        model.load_state_dict(state)
+
+
+@pytest.mark.parametrize(("saved", "built"), [("fa", "usf"), ("usf", "fa"), ("fa", "fa-stored"), ("fa-stored", "fa")])
+def test_a_state_dict_of_another_rule_does_not_load_in_silence(saved: str, built: str) -> None:
+    state = bk.nn.Linear(6, 5, feedback=RULES[saved]).state_dict()
+    with pytest.raises(RuntimeError, match=r"(Missing|Unexpected) key.*feedback_"):
+        bk.nn.Linear(6, 5, feedback=RULES[built]).load_state_dict(state)
+
+
+def test_plain_torch_state_dicts_load_where_a_rule_keeps_nothing() -> None:
+    plain = nn.Linear(6, 5)
+    layer = bk.nn.Linear(6, 5, feedback="usf")
+    layer.load_state_dict(plain.state_dict())
+    plain.load_state_dict(layer.state_dict())
+    assert torch.equal(layer.weight, plain.weight)
+
+
+@pytest.mark.parametrize("convert", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.double()])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("layer", ["Linear", "Conv2d", "LocallyConnected2d", "MultiheadAttention"])
+def test_a_change_of_dtype_keeps_the_draw(layer: str, rule: str, convert: Any) -> None:
+    module, x = build(layer, RULES[rule])
+    before = module.feedback_matrix()
+    keys = {name: t.clone() for name, t in module.state_dict().items() if name.endswith(("key", "signs"))}
+    convert(module)
+    weight = next(module.parameters())
+    for name, t in module.state_dict().items():
+        kept = keys.get(name)
+        assert t.dtype == weight.dtype if kept is None else torch.equal(t, kept)
+    assert module.feedback_matrix().dtype == weight.dtype
+    # brSF draws anew, since W has changed; half types round.
+    if rule != "brsf":
+        torch.testing.assert_close(module.feedback_matrix().float(), before, rtol=1e-2, atol=1e-3)
+    assert all(grad.dtype == weight.dtype for grad in gradients(module, x.detach().to(weight.dtype).requires_grad_()))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("layer", FEW)
+def test_a_layer_built_directly_draws_from_torchs_generator(layer: str, rule: str) -> None:
+    results = []
+    x = None
+    for seed in (7, 7, 8):
+        torch.manual_seed(seed)
+        module, made = build(layer, RULES[rule])
+        x = made if x is None else x
+        results.append(gradients(module, x))
+    assert_equal(results[0], results[1])
+    assert not torch.equal(results[0][0], results[2][0])
+
+
+@pytest.mark.parametrize("rule", ["fa", "frsf", "brsf", "fa-stored"])
+def test_two_layers_built_one_after_the_other_differ(rule: str) -> None:
+    a, b = (bk.nn.Linear(6, 5, feedback=RULES[rule]) for _ in range(2))
+    assert not torch.equal(a.feedback_matrix(), b.feedback_matrix())
+
+
+@pytest.mark.parametrize("rule", STATE)
+@pytest.mark.parametrize("layer", ["Linear", "ConvTranspose2d", "LocallyConnected1d", "MultiheadAttention"])
+def test_reset_parameters_draws_again(layer: str, rule: str) -> None:
+    module, x = build(layer, RULES[rule])
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    module.reset_parameters()
+    changed = {name for name, t in module.state_dict().items() if not torch.equal(t, before[name])}
+    wanted = set(names(module))
+    if layer == "MultiheadAttention" and rule == "fa_signed_init":
+        # torch.nn's own leaves the weight of out_proj, and so its signs, as they are.
+        wanted.remove("out_proj.feedback_signs")
+    assert wanted and changed >= wanted
+    call(module, x).sum().backward()
+
+
+def test_a_rule_in_repr() -> None:
+    assert repr(bk.nn.Linear(2, 3, feedback="usf")) == (
+        "Linear(in_features=2, out_features=3, bias=True, feedback=SignSymmetry(scale='xiao'))"
+    )
