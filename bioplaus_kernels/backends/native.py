@@ -3,18 +3,26 @@
 from importlib import import_module, util
 from types import ModuleType
 
+import torch
+
+from .reference import OPS
+
 
 def _load() -> tuple[ModuleType | None, str]:
     name = f"{__name__.split('.')[0]}._C"
     if util.find_spec(name) is None:
         return None, "not built: install with `pip install . --no-build-isolation` where there is a C++ compiler"
     try:
-        return import_module(name), ""
+        module = import_module(name)
+        missing = [op for op in OPS if not hasattr(torch.ops.bioplaus, op)]
+        if not missing:
+            return module, ""
+        problem = f"built from other sources than these: no {', '.join(missing)}"
     except ImportError as error:
-        return None, (
-            f"built, but it does not load ({error}); "
-            "rebuild against the torch in use: `pip install . --no-build-isolation --force-reinstall --no-deps`"
-        )
+        problem = f"built, but it does not load ({error})"
+    return None, (
+        f"{problem}; rebuild against the torch in use: `pip install . --no-build-isolation --force-reinstall --no-deps`"
+    )
 
 
 library, reason = _load()
