@@ -186,3 +186,8 @@ def test_the_oracle_tells_feedback_from_back_propagation() -> None:
     check(case, layer, layer.feedback_matrix(), x, layer(x))
     with pytest.raises(AssertionError):
         check(case, layer, layer.weight, x, layer(x))
+
+
+def test_uninitialized_memory_shows() -> None:
+    for empty in (torch.empty(3), torch.empty_like(torch.ones(3)), torch.ones(2).new_empty(3)):
+        assert empty.isnan().all()

@@ -202,6 +202,19 @@ def test_normal_draws(layer: str) -> None:
 
 
 @layers
+@pytest.mark.parametrize("entries", ["uniform", "normal", "constant"])
+def test_neighbours_are_independent(layer: str, entries: str) -> None:
+    b = build(layer, bk.FeedbackAlignment(scale=1.0, entries=entries)).feedback_matrix().flatten(1)
+    if entries != "constant":
+        assert b.unique().numel() > 0.99 * b.numel()
+    # A generator call gives four words along a row, or four words of 32 signs.
+    for rows, columns in ((0, 1), (0, 2), (0, 3), (0, 4), (0, 32), (1, 0), (1, 1)):
+        if columns < b.shape[1]:
+            one, other = b[rows:, columns:], b[: b.shape[0] - rows, : b.shape[1] - columns]
+            assert abs((one * other).mean()) < 5 / math.sqrt(one.numel()), (rows, columns)
+
+
+@layers
 def test_random_signs_are_fair(layer: str) -> None:
     b = build(layer, bk.FeedbackAlignment(entries="constant", scale=1.0)).feedback_matrix()
     assert abs(b.mean()) < 5 / math.sqrt(b.numel())
@@ -322,6 +335,16 @@ def test_batch_magnitude_sees_the_smallest_change_of_a_whole_weight() -> None:
     with torch.no_grad():
         built.weight.copy_(built.weight.nextafter(torch.tensor(math.inf)))
     assert not torch.equal(built.feedback_matrix().abs(), first.abs())
+
+
+def test_batch_magnitude_watches_64_elements_all_over_the_weight() -> None:
+    built = build("Conv2d", "brsf")
+    numel, flat = built.weight.numel(), built.weight.data.view(-1)
+    draws = [built.feedback_matrix().abs()]
+    for k in range(64):
+        flat[k * numel // 64] += 1
+        draws.append(built.feedback_matrix().abs())
+    assert torch.stack(draws).flatten(1).unique(dim=0).shape[0] == 65
 
 
 def test_gradient_of_brsf_uses_the_draw_of_its_own_forward() -> None:
