@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import bioplaus_kernels as bk
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def assert_follows_b(layer: nn.Module, x: Tensor, f: Any) -> None:
     """The gradients of `layer` are those of f(x, W, bias) with B in the input gradient."""

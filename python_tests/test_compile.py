@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from small import LAYERS, RULES, assert_equal, build, call, gradients
+from small import FEW, LAYERS, RULES, assert_equal, build, call, gradients
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import bioplaus_kernels as bk
 from bioplaus_kernels.backends import native
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 # A block of a residual network, an attention block and a locally-connected one.
 MODELS = {
     "residual": (
@@ -39,7 +40,7 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in LAYERS])
 def test_every_layer_and_rule_is_one_graph(layer: str, rule: str) -> None:
     module, x = build(layer, RULES[rule])
     counter = CompileCounterWithBackend("aot_eager")

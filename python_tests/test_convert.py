@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import bioplaus_kernels as bk
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 torchvision = pytest.importorskip("torchvision")
 
 

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import bioplaus_kernels as bk
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def _model() -> nn.Module:
     return nn.Sequential(

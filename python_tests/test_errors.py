@@ -15,6 +15,7 @@ from bioplaus_kernels import nn, ops
 from bioplaus_kernels.backends import reference
 from bioplaus_kernels.feedback import feedback_key
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 Wrong = tuple[str, Callable[[], Any], type[Exception], str]
 
 

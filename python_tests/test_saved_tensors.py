@@ -12,6 +12,7 @@ import bioplaus_kernels as bk
 from bioplaus_kernels import ops
 from bioplaus_kernels.backends.reference.pack_signs import packed_shape
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 KEY = 24  # bytes of a key: three int64
 
 

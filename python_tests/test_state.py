@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import bioplaus_kernels as bk
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def names(layer: nn.Module) -> list[str]:
     return [name for name in layer.state_dict() if "feedback" in name]
