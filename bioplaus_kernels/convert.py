@@ -174,7 +174,7 @@ def _apply(
         module.install_feedback(rule)
         if type(module) in _PLAIN:
             for plain in (module, *module.children()):
-                for attribute in ("_feedback", "_rms", "_state_lost"):
+                for attribute in ("_feedback", "_plans", "_state_lost"):
                     vars(plain).pop(attribute, None)
             module.__class__ = _PLAIN[type(module)]  # type: ignore[assignment]
         return Row(name, _type(module), "restored", rule.name, "")

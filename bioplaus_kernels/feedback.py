@@ -167,9 +167,9 @@ def root_mean_square(scale: Scale, fans: Fans) -> float:
 
 
 class Operands(NamedTuple):
-    """What the ops take in B's place: see `ops.feedback_weight`. `weight` says what W itself serves as."""
+    """What the ops take in B's place: see `ops.feedback_weight`. `role` says what W itself serves as."""
 
-    weight: Literal["", "sign", "magnitude"]
+    role: Literal["", "sign", "magnitude"]
     signs: Tensor | None
     magnitude: Tensor | None
     key: Tensor | None
@@ -178,30 +178,49 @@ class Operands(NamedTuple):
     rescale: Tensor | None
 
 
+BACKPROP = Operands("magnitude", None, None, None, "stored", 1.0, None)
+
+
+class Plan(NamedTuple):
+    """What of a rule's operands is known before a call."""
+
+    role: Literal["", "sign"]
+    entries: str
+    scale: float
+    match: bool
+    redraw: bool
+
+
+def plan(rule: Rule, rms: float) -> Plan:
+    """The plan of a rule other than back-propagation, for a layer whose B has root mean square `rms`."""
+    entries, scale = getattr(rule, "entries", "constant"), rms
+    if getattr(rule, "stored", False):
+        entries, scale = "stored", 1.0
+    return Plan(
+        "sign" if rule.sign_of_weight else "",
+        entries,
+        scale / _UNIT_RMS.get(entries, 1.0),
+        getattr(rule, "scale", None) == "match",
+        isinstance(rule, BatchMagnitude),
+    )
+
+
 def operands(
-    rule: Rule,
+    plan: Plan,
     weight: Tensor,
-    rms: float,
-    *,
     signs: Tensor | None = None,
     magnitude: Tensor | None = None,
     key: Tensor | None = None,
 ) -> Operands:
-    """The operands of `rule` for one call; `signs` are packed signs of W (frozen) or W₀, `magnitude` a stored B."""
-    if isinstance(rule, Backprop):
-        return Operands("magnitude", None, None, None, "stored", 1.0, None)
-    use: Literal["", "sign"] = "sign" if rule.sign_of_weight and signs is None else ""
+    """The operands of one call; `signs` are packed signs of W (frozen) or W₀, `magnitude` a stored B or |M|."""
     rescale = None
-    if getattr(rule, "scale", None) == "match":
+    if plan.match:
         norm_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         rescale = torch.linalg.vector_norm(weight.detach(), dtype=norm_dtype) / math.sqrt(max(weight.numel(), 1))
-    if magnitude is not None:
-        return Operands(use, signs, magnitude, None, "stored", 1.0, rescale)
-    entries = getattr(rule, "entries", "constant")
-    if isinstance(rule, BatchMagnitude):
+    if plan.redraw:
         assert key is not None
         key = ops.redraw_key(key, weight.detach())
-    return Operands(use, signs, None, key, entries, rms / _UNIT_RMS[entries], rescale)
+    return Operands(plan.role if signs is None else "", signs, magnitude, key, plan.entries, plan.scale, rescale)
 
 
 def is_seeded(rule: Rule) -> bool:

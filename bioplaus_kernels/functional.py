@@ -16,6 +16,7 @@ from torch import Tensor
 from . import ops
 from .backends.reference import checks
 from .feedback import (
+    BACKPROP,
     Backprop,
     Fans,
     Operands,
@@ -27,6 +28,7 @@ from .feedback import (
     lc_fans,
     linear_fans,
     operands,
+    plan,
     root_mean_square,
 )
 
@@ -76,10 +78,10 @@ def _once(backward: Callable[..., Grads]) -> Callable[..., Grads]:
     @functools.wraps(backward)
     def wrapper(ctx: Any, grad_output: Tensor) -> Grads:
         saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return backward(ctx, grad_output, saved)
         with torch.no_grad():
             grads = backward(ctx, grad_output, saved)
-        if not torch.is_grad_enabled():
-            return grads
         given = [grad for grad in grads if grad is not None]
         sources = (grad_output, *(t for t in saved if t is not None and t.is_floating_point()))
         tied = iter(_Refuse.apply(len(given), *given, *sources))
@@ -88,12 +90,11 @@ def _once(backward: Callable[..., Grads]) -> Callable[..., Grads]:
     return wrapper
 
 
-# The Functions below take (input, weight, bias, signs, magnitude, key, rescale, role, entries, scale, *geometry), where
-# `role` says what the weight itself is in B. They save what their backward reads and nothing else.
+# The Functions below take (input, weight, bias, *Operands, *geometry) and save what their backward reads, nothing else.
 
 
 def _save(ctx: Any, x: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, feedback: tuple[Any, ...]) -> None:
-    signs, magnitude, key, rescale, ctx.role, ctx.entries, ctx.scale = feedback
+    ctx.role, signs, magnitude, key, ctx.entries, ctx.scale, rescale = feedback
     ctx.dtypes = input.dtype, weight.dtype, None if bias is None else bias.dtype
     ctx.weight_shape = weight.shape
     ctx.bias_per_position = bias is not None and bias.dim() > 1
@@ -122,8 +123,11 @@ def _grads(
 ) -> Grads:
     if grad_input is not None and rescale is not None:
         grad_input = grad_input * rescale
-    pairs = zip((grad_input, grad_weight, grad_bias), ctx.dtypes, strict=True)
-    grads = (None if grad is None else grad.to(dtype) for grad, dtype in pairs)
+    grads = [grad_input, grad_weight, grad_bias]
+    for i, dtype in enumerate(ctx.dtypes):
+        grad = grads[i]
+        if grad is not None and grad.dtype != dtype:
+            grads[i] = grad.to(dtype)
     return *grads, *(None,) * (len(ctx.needs_input_grad) - 3)
 
 
@@ -240,6 +244,8 @@ def _refuse_transforms() -> None:
 
 def resolve(feedback: Feedback, weight: Tensor, fans: Fans, key: Tensor | None = None) -> Operands:
     """The operands of what a caller of a function here passed as `feedback`."""
+    _refuse_transforms()
+    checks.floating("weight", weight)
     if isinstance(feedback, Tensor):
         checks.floating("feedback", feedback)
         checks.shape("feedback", feedback, weight.shape)
@@ -248,6 +254,9 @@ def resolve(feedback: Feedback, weight: Tensor, fans: Fans, key: Tensor | None =
         no_key(key)
         return Operands("", None, feedback.detach(), None, "stored", 1.0, None)
     rule = as_rule(feedback)
+    if isinstance(rule, Backprop):
+        no_key(key)
+        return BACKPROP
     if isinstance(rule, SignedInit) or getattr(rule, "stored", False):
         raise ValueError(f"feedback: {rule} keeps state: use its layer in bioplaus_kernels.nn, or pass B as a tensor")
     if is_seeded(rule) != (key is not None):
@@ -259,7 +268,7 @@ def resolve(feedback: Feedback, weight: Tensor, fans: Fans, key: Tensor | None =
         checks.key(key)
         if key.device != weight.device:
             checks.fail("key", f"a tensor on {weight.device}", f"one on {key.device}")
-    return operands(rule, weight, root_mean_square(getattr(rule, "scale", 1.0), fans), key=key)
+    return operands(plan(rule, root_mean_square(getattr(rule, "scale", 1.0), fans)), weight, key=key)
 
 
 def no_key(key: Tensor | None) -> None:
@@ -268,17 +277,21 @@ def no_key(key: Tensor | None) -> None:
         checks.fail("key", "None where feedback draws nothing", "a tensor")
 
 
-def _arguments(op: Operands) -> tuple[Any, ...]:
-    return op.signs, op.magnitude, op.key, op.rescale, op.weight, op.entries, op.scale
-
-
 def is_backprop(feedback: Feedback) -> bool:
     """Whether `feedback` means B = W."""
     return not isinstance(feedback, Tensor) and isinstance(as_rule(feedback), Backprop)
 
 
-def _check(input: Tensor, weight: Tensor, bias: Tensor | None, out: int | None = None) -> None:
-    _refuse_transforms()
+# The layers' hot path checks only what torch lets pass: where torch or an op raises, `_explain*` raises instead if it
+# finds an argument to name.
+
+
+def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if input.device != weight.device or input.dtype not in checks.DTYPES:
+        _explain(input, weight, bias)
+
+
+def _explain(input: Tensor, weight: Tensor, bias: Tensor | None, out: int | None = None) -> None:
     checks.floating("input", input)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
@@ -294,12 +307,17 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, out: int | None =
 
 def linear_with(input: Tensor, weight: Tensor, bias: Tensor | None, op: Operands) -> Tensor:
     """`linear` with the operands of B at hand."""
-    _check(input, weight, bias, weight.shape[0])
-    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
-        checks.fail("input", f"{weight.shape[1]} features in the last dimension", f"shape {tuple(input.shape)}")
-    x = input.flatten(0, -2) if input.dim() > 2 else input.unsqueeze(0) if input.dim() == 1 else input
-    y = _Linear.apply(x, weight, bias, *_arguments(op))
-    return y if input.dim() == 2 else y.reshape(*input.shape[:-1], weight.shape[0])
+    _check(input, weight, bias)
+    dims = input.dim()
+    try:
+        x = input if dims == 2 else input.flatten(0, -2) if dims > 2 else input.unsqueeze(0)
+        y: Tensor = _Linear.apply(x, weight, bias, *op)
+    except Exception:
+        _explain(input, weight, bias, weight.shape[0])
+        if dims == 0 or input.shape[-1] != weight.shape[1]:
+            checks.fail("input", f"{weight.shape[1]} features in the last dimension", f"shape {tuple(input.shape)}")
+        raise
+    return y if dims == 2 else y.reshape(*input.shape[:-1], weight.shape[0])
 
 
 def linear(
@@ -324,7 +342,7 @@ def ints(name: str, value: Ints, d: int, least: int = 0) -> list[int]:
     return values
 
 
-def _check_channels(d: int, input: Tensor, channels: int, divided: int, which: str, groups: int) -> None:
+def _explain_channels(d: int, input: Tensor, channels: int, divided: int, which: str, groups: int) -> None:
     if input.dim() not in (d + 1, d + 2):
         checks.fail("input", f"{d + 2} dimensions, or {d + 1} without a batch", f"shape {tuple(input.shape)}")
     if groups < 1 or divided % groups:
@@ -338,35 +356,37 @@ def conv_with(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Ints,
-    padding: Ints | str,
-    dilation: Ints,
+    stride: Sequence[int],
+    padding: Sequence[int] | str,
+    dilation: Sequence[int],
     groups: int,
     op: Operands,
 ) -> Tensor:
     """A d-dimensional convolution with the operands of B at hand."""
-    _check(input, weight, bias, weight.shape[0])
-    _check_channels(d, input, weight.shape[1] * groups, weight.shape[0], "out", groups)
-    stride, dilation = ints("stride", stride, d, 1), ints("dilation", dilation, d, 1)
-    batched = input.dim() == d + 2
-    x = input if batched else input.unsqueeze(0)
+    _check(input, weight, bias)
+    dims = input.dim()
+    x = input if dims == d + 2 else input.unsqueeze(0)
     if isinstance(padding, str):
-        if padding not in ("same", "valid"):
-            checks.fail("padding", "integers, 'same' or 'valid'", repr(padding))
-        if padding == "same" and any(s != 1 for s in stride):
-            checks.fail("padding", "integers where stride is not 1", "'same'")
-        total = [dil * (k - 1) * (padding == "same") for k, dil in zip(weight.shape[2:], dilation, strict=True)]
-        # An odd total pads one more at the end, as torch does.
-        if any(t % 2 for t in total):
-            x = F.pad(x, [p for t in reversed(total) for p in (0, t % 2)])
-        padding = [t // 2 for t in total]
-    padding = ints("padding", padding, d)
-    spans = [dil * (k - 1) + 1 for k, dil in zip(weight.shape[2:], dilation, strict=True)]
-    if any(size + 2 * p < span for size, p, span in zip(x.shape[2:], padding, spans, strict=True)):
-        wanted = f"a padded spatial size of at least the dilated kernel {tuple(spans)}"
-        checks.fail("input", wanted, f"spatial size {tuple(x.shape[2:])} and padding {tuple(padding)}")
-    y = _Conv.apply(x, weight, bias, *_arguments(op), stride, padding, dilation, False, [0] * d, groups)
-    return y if batched else y.squeeze(0)
+        x, padding = _same(x, weight, padding, dilation)
+    try:
+        y: Tensor = _Conv.apply(x, weight, bias, *op, stride, padding, dilation, False, (0,) * d, groups)
+    except Exception:
+        _explain(input, weight, bias, weight.shape[0])
+        _explain_channels(d, input, weight.shape[1] * groups, weight.shape[0], "out", groups)
+        spans = [dil * (k - 1) + 1 for k, dil in zip(weight.shape[2:], dilation, strict=True)]
+        if any(size + 2 * p < span for size, p, span in zip(x.shape[2:], padding, spans, strict=True)):
+            wanted = f"a padded spatial size of at least the dilated kernel {tuple(spans)}"
+            checks.fail("input", wanted, f"spatial size {tuple(x.shape[2:])} and padding {tuple(padding)}")
+        raise
+    return y if dims == d + 2 else y.squeeze(0)
+
+
+def _same(x: Tensor, weight: Tensor, padding: str, dilation: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
+    # "same" or "valid" as integers, and the input they apply to: an odd total pads one more at the end, as torch does.
+    total = [dil * (k - 1) * (padding == "same") for k, dil in zip(weight.shape[2:], dilation, strict=True)]
+    if any(t % 2 for t in total):
+        x = F.pad(x, [p for t in reversed(total) for p in (0, t % 2)])
+    return x, [t // 2 for t in total]
 
 
 def _conv(
@@ -387,6 +407,13 @@ def _conv(
         return plain(input, weight, bias, stride, padding, dilation, groups)
     checks.rank("weight", weight, d + 2)
     op = resolve(feedback, weight, conv_fans(weight, weight.shape[0]), key)
+    stride, dilation = ints("stride", stride, d, 1), ints("dilation", dilation, d, 1)
+    if not isinstance(padding, str):
+        padding = ints("padding", padding, d)
+    elif padding not in ("same", "valid"):
+        checks.fail("padding", "integers, 'same' or 'valid'", repr(padding))
+    elif padding == "same" and any(s != 1 for s in stride):
+        checks.fail("padding", "integers where stride is not 1", "'same'")
     return conv_with(d, input, weight, bias, stride, padding, dilation, groups, op)
 
 
@@ -443,35 +470,27 @@ def conv_transpose_with(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Ints,
-    padding: Ints,
-    output_padding: Ints,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
     groups: int,
-    dilation: Ints,
+    dilation: Sequence[int],
     op: Operands,
 ) -> Tensor:
     """A d-dimensional transposed convolution with the operands of B at hand."""
-    _check(input, weight, bias, weight.shape[1] * groups)
-    _check_channels(d, input, weight.shape[0], weight.shape[0], "in", groups)
-    stride, dilation = ints("stride", stride, d, 1), ints("dilation", dilation, d, 1)
-    output_padding = ints("output_padding", output_padding, d)
-    if any(p >= max(s, dil) for p, s, dil in zip(output_padding, stride, dilation, strict=True)):
-        wanted = f"less than stride {tuple(stride)} or dilation {tuple(dilation)}"
-        checks.fail("output_padding", wanted, tuple(output_padding))
-    batched = input.dim() == d + 2
-    y = _Conv.apply(
-        input if batched else input.unsqueeze(0),
-        weight,
-        bias,
-        *_arguments(op),
-        stride,
-        ints("padding", padding, d),
-        dilation,
-        True,
-        output_padding,
-        groups,
-    )
-    return y if batched else y.squeeze(0)
+    _check(input, weight, bias)
+    dims = input.dim()
+    x = input if dims == d + 2 else input.unsqueeze(0)
+    try:
+        y: Tensor = _Conv.apply(x, weight, bias, *op, stride, padding, dilation, True, output_padding, groups)
+    except Exception:
+        _explain(input, weight, bias, weight.shape[1] * groups)
+        _explain_channels(d, input, weight.shape[0], weight.shape[0], "in", groups)
+        if any(p >= max(s, dil) for p, s, dil in zip(output_padding, stride, dilation, strict=True)):
+            wanted = f"less than stride {tuple(stride)} or dilation {tuple(dilation)}"
+            checks.fail("output_padding", wanted, tuple(output_padding))
+        raise
+    return y if dims == d + 2 else y.squeeze(0)
 
 
 def _conv_transpose(
@@ -493,6 +512,8 @@ def _conv_transpose(
         return plain(input, weight, bias, stride, padding, output_padding, groups, dilation)
     checks.rank("weight", weight, d + 2)
     op = resolve(feedback, weight, conv_fans(weight, weight.shape[1] * groups), key)
+    stride, dilation = ints("stride", stride, d, 1), ints("dilation", dilation, d, 1)
+    padding, output_padding = ints("padding", padding, d), ints("output_padding", output_padding, d)
     return conv_transpose_with(d, input, weight, bias, stride, padding, output_padding, groups, dilation, op)
 
 
@@ -582,14 +603,17 @@ def locally_connected_with(
     op: Operands,
 ) -> Tensor:
     """A locally-connected product with the operands of B at hand; `padding` is flat (before, after) pairs."""
-    d = len(stride)
-    _check(input, weight, bias)
+    batched = _batched(len(stride), input, weight, bias)
+    x = input if batched else input.unsqueeze(0)
+    y: Tensor = _LocallyConnected.apply(x, weight, bias, *op, stride, padding, dilation, groups)
+    return y if batched else y.squeeze(0)
+
+
+def _batched(d: int, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    _explain(input, weight, bias)
     if input.dim() not in (d + 1, d + 2):
         checks.fail("input", f"{d + 2} dimensions, or {d + 1} without a batch", f"shape {tuple(input.shape)}")
-    batched = input.dim() == d + 2
-    x = input if batched else input.unsqueeze(0)
-    y = _LocallyConnected.apply(x, weight, bias, *_arguments(op), stride, padding, dilation, groups)
-    return y if batched else y.squeeze(0)
+    return input.dim() == d + 2
 
 
 def locally_connected_transpose_with(
@@ -604,15 +628,9 @@ def locally_connected_transpose_with(
     op: Operands,
 ) -> Tensor:
     """The input gradient of a locally-connected product used forward, y = lc_backward_input(x; V) + c."""
-    d = len(stride)
-    _check(input, weight, bias)
-    if input.dim() not in (d + 1, d + 2):
-        checks.fail("input", f"{d + 2} dimensions, or {d + 1} without a batch", f"shape {tuple(input.shape)}")
-    batched = input.dim() == d + 2
+    batched = _batched(len(stride), input, weight, bias)
     x = input if batched else input.unsqueeze(0)
-    y = _LocallyConnectedTranspose.apply(
-        x, weight, bias, *_arguments(op), output_size, stride, padding, dilation, groups
-    )
+    y: Tensor = _LocallyConnectedTranspose.apply(x, weight, bias, *op, output_size, stride, padding, dilation, groups)
     return y if batched else y.squeeze(0)
 
 

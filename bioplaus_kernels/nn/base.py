@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..backends.reference import checks
 from ..backends.reference.philox import LAYOUT_VERSION
 from ..feedback import (
+    BACKPROP,
     Backprop,
     BatchMagnitude,
     Fans,
@@ -24,6 +26,7 @@ from ..feedback import (
     draw,
     is_seeded,
     operands,
+    plan,
     random_key,
     root_mean_square,
 )
@@ -34,7 +37,7 @@ Keys = Callable[[str], Tensor]
 
 def supported(weight: Tensor) -> bool:
     """Whether a rule other than back-propagation can take `weight`."""
-    return weight.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return weight.dtype in checks.DTYPES
 
 
 class FeedbackLayer(torch.nn.Module):
@@ -99,8 +102,12 @@ class FeedbackLayer(torch.nn.Module):
                 signs = ops.pack_signs(weight.detach())
                 self.register_parameter(_state(name, "signs"), torch.nn.Parameter(signs, requires_grad=False))
         self._feedback = rule
-        self._rms = {name: root_mean_square(getattr(rule, "scale", 1.0), self.fans(name)) for name in self.weights()}
+        self._plans = {} if isinstance(rule, Backprop) else {n: plan(rule, self.rms(n)) for n in self.weights()}
         self.reset_feedback(key)
+
+    def rms(self, name: str = "weight") -> float:
+        """The root mean square of B's entries; 1 for scale="match"."""
+        return root_mean_square(getattr(self._feedback, "scale", 1.0), self.fans(name))
 
     @torch.no_grad()
     def reset_feedback(self, key: Keys | None = None) -> None:
@@ -115,7 +122,7 @@ class FeedbackLayer(torch.nn.Module):
                 if is_seeded(rule):
                     getattr(self, _state(name, "key")).copy_(own)
                 elif not weight.is_meta:
-                    getattr(self, _state(name, "weight")).copy_(draw(rule, own, weight, self._rms[name]))
+                    getattr(self, _state(name, "weight")).copy_(draw(rule, own, weight, self.rms(name)))
         self._state_lost = False
 
     def share_feedback(self, other: "FeedbackLayer") -> None:
@@ -138,25 +145,20 @@ class FeedbackLayer(torch.nn.Module):
                 f"the feedback state of this {type(self).__name__} was lost by to_empty(): "
                 "call reset_parameters(), convert_ the model again, or load a state_dict"
             )
-        rule, signs = self._feedback, None
-        if isinstance(rule, SignedInit):
+        rule, signs, magnitude, key = self._feedback, None, None, None
+        if self._frozen is not None:
+            signs = self._frozen.get(name)
+        if is_seeded(rule):
+            key = getattr(self, _state(name, "key"))
+        elif isinstance(rule, SignedInit):
             signs = getattr(self, _state(name, "signs"))
-        elif self._frozen is not None and rule.sign_of_weight:
-            signs = self._frozen[name]
-        return operands(
-            rule,
-            getattr(self, name),
-            self._rms[name],
-            signs=signs,
-            magnitude=getattr(self, _state(name, "weight"), None),
-            key=getattr(self, _state(name, "key"), None),
-        )
+        elif not isinstance(rule, SignSymmetry):
+            magnitude = getattr(self, _state(name, "weight"))
+        return operands(self._plans[name], getattr(self, name), signs, magnitude, key)
 
     def operands_for(self, input: Tensor) -> Operands:
         """`operands()`, or W itself where no gradient goes back through `input` and so nothing of B is wanted."""
-        if needs_feedback(input):
-            return self.operands()
-        return operands(Backprop(), getattr(self, self.weights()[0]), 1.0)
+        return self.operands() if self.uses_feedback and needs_feedback(input) else BACKPROP
 
     @torch.no_grad()
     def feedback_matrix(self, name: str = "weight") -> Tensor:
@@ -165,7 +167,7 @@ class FeedbackLayer(torch.nn.Module):
         if not self.uses_feedback:
             return weight.detach().clone()
         op = self.operands(name)
-        sign_source = weight if op.weight == "sign" else None
+        sign_source = weight if op.role == "sign" else None
         b = ops.feedback_weight(
             sign_source, op.signs, op.magnitude, op.key, op.entries, op.scale, weight.shape, dtype=weight.dtype
         )
@@ -219,7 +221,7 @@ class FeedbackLayer(torch.nn.Module):
         state_dict.pop(prefix + "bias_backward", None)
         if isinstance(rule, SignSymmetry):
             found = float(b.abs().max()) if b.numel() else 0.0
-            own = self._rms["weight"]
+            own = self.rms()
             if rule.scale != "match" and abs(found - own) > 1e-5 * own:
                 error_msgs.append(
                     f"{prefix}weight_backward: its magnitude is {found:.9g}, this layer's scale={rule.scale!r} is "

@@ -25,10 +25,10 @@ class _ConvForward(_Conv, torch.nn.modules.conv._ConvNd):
     def forward(self, input: Tensor) -> Tensor:
         if not (self.uses_feedback and needs_feedback(input)):
             return super().forward(input)
-        padding: tuple[int, ...] | str | int = self.padding
+        padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
+            padding = (0,) * len(self.kernel_size)
         d = len(self.kernel_size)
         return conv_with(
             d, input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, self.operands()

@@ -10,6 +10,9 @@ from torch import Tensor
 _ENTRIES = ("constant", "stored", "uniform", "normal")
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 def fail(name: str, wanted: str, got: object, error: type[Exception] = ValueError) -> NoReturn:
     """Raise `error` about argument `name`."""
     raise error(f"{name}: expected {wanted}, got {got}")
@@ -17,7 +20,7 @@ def fail(name: str, wanted: str, got: object, error: type[Exception] = ValueErro
 
 def dtype(name: str, value: torch.dtype) -> None:
     """`value` must be a dtype the ops know."""
-    if value not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if value not in DTYPES:
         fail(name, "float32, bfloat16, float16 or float64", value, TypeError)
 
 
