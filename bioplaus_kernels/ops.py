@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends import native, reference
-from .backends.reference.lc import output_size
+from .backends.reference.lc import memory_format, output_size
 from .backends.reference.pack_signs import packed_shape
 
 P = ParamSpec("P")
@@ -89,7 +89,8 @@ def _fake_lc_forward(
 ) -> Tensor:
     d = len(stride)
     out = output_size(input.shape[2:], weight.shape[d + 1 : -1], stride, padding, dilation)
-    return input.new_empty(input.shape[0], weight.shape[d], *out)
+    size = (input.shape[0], weight.shape[d], *out)
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
 
 
 def _fake_lc_backward_input(
@@ -107,7 +108,10 @@ def _fake_lc_backward_input(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    return grad_output.new_empty(grad_output.shape[0], weight_size[-1] * groups, *input_size)
+    size = (grad_output.shape[0], weight_size[-1] * groups, *input_size)
+    return torch.empty(
+        size, dtype=grad_output.dtype, device=grad_output.device, memory_format=memory_format(grad_output)
+    )
 
 
 def _fake_lc_backward_weight(

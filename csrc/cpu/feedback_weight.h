@@ -10,4 +10,7 @@ constexpr int64_t kChunk = 1024;
 
 BK_DECLARE(void feedback_weight(const FeedbackParams& p, int64_t begin, int64_t end))
 
+// Columns first … first + n − 1 of one row, in p.out's dtype, into adjacent memory: B block by block.
+BK_DECLARE(void feedback_run(const FeedbackParams& p, int64_t row, int64_t first, int64_t n, void* out))
+
 }  // namespace bioplaus

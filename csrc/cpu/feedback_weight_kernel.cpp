@@ -173,24 +173,25 @@ void signs(Chunk<acc_t>& c) {
 
 // --- output ---
 
+// Entries skip … n − 1 of the chunk.
 template <typename T, typename acc_t>
-void store_as(const Chunk<acc_t>& c, void* out) {
+void store_as(const Chunk<acc_t>& c, int64_t skip, void* out) {
   T* to = static_cast<T*>(out);
-  for (int64_t t = 0; t < c.n; ++t) {
-    round_to(c.b[t], to[t]);
+  for (int64_t t = skip; t < c.n; ++t) {
+    round_to(c.b[t], to[t - skip]);
   }
 }
 
-void store(const Chunk<double>& c, void* out) { store_as<double>(c, out); }
+void store(const Chunk<double>& c, int64_t skip, void* out) { store_as<double>(c, skip, out); }
 
-void store(const Chunk<float>& c, void* out) {
+void store(const Chunk<float>& c, int64_t skip, void* out) {
   switch (c.p.out.dtype) {
     case DType::BFloat16:
-      return store_as<BF16>(c, out);
+      return store_as<BF16>(c, skip, out);
     case DType::Float16:
-      return store_as<FP16>(c, out);
+      return store_as<FP16>(c, skip, out);
     default:
-      return store_as<float>(c, out);
+      return store_as<float>(c, skip, out);
   }
 }
 
@@ -205,15 +206,41 @@ void form(const FeedbackParams& p, int64_t begin, int64_t end) {
     magnitudes(c);
     signs(c);
     if (p.out.dense) {
-      store(c, static_cast<char*>(p.out.data) + (c.row * p.out.row_stride + c.first) * size_of(p.out.dtype));
+      store(c, 0, static_cast<char*>(p.out.data) + (c.row * p.out.row_stride + c.first) * size_of(p.out.dtype));
     } else {
-      store(c, c.scratch);
+      store(c, 0, c.scratch);
       scatter(p, p.out, c.row, c.first, c.n, c.scratch);
     }
   }
 }
 
+template <typename acc_t>
+void form_run(const FeedbackParams& p, int64_t row, int64_t first, int64_t n, void* out) {
+  Chunk<acc_t> c(p);
+  c.row = row;
+  const int64_t end = first + n;
+  char* to = static_cast<char*>(out);
+  while (first < end) {
+    // Draws and packed words start at multiples of 128 columns.
+    c.first = first / kSignsPerCall * kSignsPerCall;
+    c.n = end - c.first < kChunk ? end - c.first : kChunk;
+    magnitudes(c);
+    signs(c);
+    store(c, first - c.first, to);
+    to += (c.first + c.n - first) * size_of(p.out.dtype);
+    first = c.first + c.n;
+  }
+}
+
 }  // namespace
+
+void feedback_run(const FeedbackParams& p, int64_t row, int64_t first, int64_t n, void* out) {
+  if (p.out.dtype == DType::Float64) {
+    form_run<double>(p, row, first, n, out);
+  } else {
+    form_run<float>(p, row, first, n, out);
+  }
+}
 
 void feedback_weight(const FeedbackParams& p, int64_t begin, int64_t end) {
   if (p.out.dtype == DType::Float64) {

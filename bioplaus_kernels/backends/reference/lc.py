@@ -36,6 +36,14 @@ def output_size(
     ]
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Format of an op's result: channels-last where the activation it is given is, else contiguous."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last):
+        return last
+    return torch.contiguous_format
+
+
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
@@ -117,7 +125,7 @@ def lc_forward(
     y = y.permute(2, 1, 3, 0).reshape(input.shape[0], o, *out)
     if bias is not None:
         y = y + (bias.movedim(-1, 0) if bias.dim() > 1 else bias.reshape(-1, *[1] * d)).to(acc)
-    return y.to(input.dtype).contiguous()
+    return y.to(input.dtype).contiguous(memory_format=memory_format(input))
 
 
 def lc_backward_input(
@@ -156,7 +164,7 @@ def lc_backward_input(
     total.index_add_(1, flat.reshape(-1), x.reshape(n, flat.numel(), c))
     total = total.reshape(n, *padded, c)
     total = F.pad(total, [0, 0, *(-p for p in _pad(padding))])
-    return total.movedim(-1, 1).to(grad_output.dtype).contiguous()
+    return total.movedim(-1, 1).to(grad_output.dtype).contiguous(memory_format=memory_format(grad_output))
 
 
 def lc_backward_weight(

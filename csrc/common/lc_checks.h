@@ -1,0 +1,110 @@
+// From the arguments of a locally-connected op to its geometry: checks shared by the CPU's and CUDA's host code.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
+
+#include "checks.h"
+#include "lc_geometry.h"
+
+namespace bioplaus {
+
+using LcSize = c10::SmallVector<int64_t, 8>;
+
+// Stride, padding and dilation as the ops take them; padding is (before, after) per dim.
+struct LcArgs {
+  at::IntArrayRef stride, padding, dilation;
+  int64_t groups;
+
+  int64_t dims() const { return static_cast<int64_t>(stride.size()); }
+
+  void check_rank(const char* name, const at::Tensor& x, int64_t rank) const {
+    TORCH_CHECK_VALUE(x.dim() == rank, name, ": expected ", rank, " dimensions, got shape ", x.sizes());
+  }
+
+  void check(at::IntArrayRef kernel) const {
+    const size_t d = stride.size();
+    TORCH_CHECK_VALUE(d >= 1 && d <= kLcDims, "stride: expected 1, 2 or 3 integers, got ", stride);
+    check_integers("stride", stride, d, 1);
+    check_integers("padding", padding, 2 * d, 0);
+    check_integers("dilation", dilation, d, 1);
+    check_integers("kernel_size", kernel, d, 1);
+    TORCH_CHECK_VALUE(groups >= 1, "groups: expected at least 1, got ", groups);
+  }
+
+  // Spatial size of the output.
+  LcSize output(at::IntArrayRef input, at::IntArrayRef kernel) const {
+    LcSize out;
+    for (size_t i = 0; i < stride.size(); ++i) {
+      const int64_t room = input[i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel[i] - 1) - 1;
+      TORCH_CHECK_VALUE(room >= 0, "input: expected a padded spatial size of at least the dilated kernel ", kernel,
+                        ", got spatial size ", input);
+      out.push_back(room / stride[i] + 1);
+    }
+    return out;
+  }
+
+  // `weight` is (*out, O, *kernel, C/groups); `input` the spatial size.
+  LcGeometry geometry(int64_t batch, at::IntArrayRef weight, at::IntArrayRef input) const {
+    const size_t d = stride.size();
+    const auto kernel = weight.slice(d + 1, d);
+    const LcSize out = output(input, kernel);
+    TORCH_CHECK_VALUE(weight.slice(0, d).equals(out), "weight: expected positions ", at::IntArrayRef(out),
+                      " for spatial input ", input, ", got ", weight.slice(0, d));
+    TORCH_CHECK_VALUE(weight[d] % groups == 0, "groups: expected a divisor of the ", weight[d],
+                      " output channels, got ", groups);
+    LcGeometry g{};
+    g.n = batch;
+    g.groups = groups;
+    g.c = weight.back();
+    g.o = weight[d] / groups;
+    for (size_t i = 0; i < kLcDims; ++i) {
+      g.in[i] = g.out[i] = g.kernel[i] = g.stride[i] = g.dilation[i] = 1;
+    }
+    for (size_t i = 0; i < d; ++i) {
+      const size_t to = kLcDims - d + i;
+      g.in[to] = input[i];
+      g.out[to] = out[i];
+      g.kernel[to] = kernel[i];
+      g.stride[to] = stride[i];
+      g.before[to] = padding[2 * i];
+      g.dilation[to] = dilation[i];
+    }
+    return g;
+  }
+
+ private:
+  static void check_integers(const char* name, at::IntArrayRef values, size_t count, int64_t least) {
+    bool good = values.size() == count;
+    for (const int64_t v : values) {
+      good = good && v >= least;
+    }
+    TORCH_CHECK_VALUE(good, name, ": expected ", count, " integers of at least ", least, ", got ", values);
+  }
+};
+
+inline void check_same(const char* name, const at::Tensor& x, const at::Tensor& other) {
+  TORCH_CHECK_TYPE(x.scalar_type() == other.scalar_type(), name, ": expected ", other.scalar_type(), ", got ",
+                   x.scalar_type());
+  check_device(name, x, other.device());
+}
+
+inline void check_shape(const char* name, const at::Tensor& x, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(x.sizes().equals(shape), name, ": expected shape ", shape, ", got ", x.sizes());
+}
+
+// Results are channels-last where the op's first tensor is, else contiguous.
+inline at::MemoryFormat lc_memory_format(const at::Tensor& x) {
+  if (x.is_contiguous()) {
+    return at::MemoryFormat::Contiguous;
+  }
+  if (x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast)) {
+    return at::MemoryFormat::ChannelsLast;
+  }
+  if (x.dim() == 5 && x.is_contiguous(at::MemoryFormat::ChannelsLast3d)) {
+    return at::MemoryFormat::ChannelsLast3d;
+  }
+  return at::MemoryFormat::Contiguous;
+}
+
+}  // namespace bioplaus

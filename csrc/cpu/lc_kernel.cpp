@@ -1,0 +1,314 @@
+// What surrounds the tile products of the locally-connected ops: layout changes, and the products of one sample.
+//
+// Roofline: lc_dot and lc_axpy read each weight once and lc_outer writes it once, two operations per weight: memory
+// bandwidth. The layout changes read and write each activation once per op.
+#include "convert.h"
+#include "lc.h"
+#include "strided.h"
+
+// Vectors are passed between inlined functions alone.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+namespace bioplaus {
+namespace BK_LEVEL {
+namespace {
+
+// --- copies ---
+
+BK_INLINE void convert_to(float x, float& y) { y = x; }
+BK_INLINE void convert_to(double x, double& y) { y = x; }
+BK_INLINE void convert_to(BF16 x, float& y) { y = to_float(x); }
+BK_INLINE void convert_to(FP16 x, float& y) { y = to_float(x); }
+BK_INLINE void convert_to(float x, BF16& y) { round_to(x, y); }
+BK_INLINE void convert_to(float x, FP16& y) { round_to(x, y); }
+BK_INLINE void convert_to(BF16 x, BF16& y) { y = x; }
+BK_INLINE void convert_to(FP16 x, FP16& y) { y = x; }
+
+template <typename From, typename To>
+void copy_run(const From* from, To* to, int64_t n) {
+  for (int64_t t = 0; t < n; ++t) {
+    convert_to(from[t], to[t]);
+  }
+}
+
+// to[i·ld_to + j] = from[j·ld_from + i], in blocks that keep to a few cache lines on both sides.
+template <typename From, typename To>
+void transpose(const From* from, int64_t ld_from, To* to, int64_t ld_to, int64_t rows, int64_t cols) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t i0 = 0; i0 < rows; i0 += kBlock) {
+    const int64_t i1 = i0 + kBlock < rows ? i0 + kBlock : rows;
+    for (int64_t j0 = 0; j0 < cols; j0 += kBlock) {
+      const int64_t j1 = j0 + kBlock < cols ? j0 + kBlock : cols;
+      for (int64_t i = i0; i < i1; ++i) {
+        for (int64_t j = j0; j < j1; ++j) {
+          convert_to(from[j * ld_from + i], to[i * ld_to + j]);
+        }
+      }
+    }
+  }
+}
+
+// The dim of stride 1; dims of size 1 have no stride to speak of.
+int unit_dim(const int64_t* size, const int64_t* stride) {
+  for (int d = 0; d < 3; ++d) {
+    if (size[d] > 1 && stride[d] == 1) {
+      return d;
+    }
+  }
+  return -1;
+}
+
+template <typename From, typename To>
+void copy_box(const LcCopy& c) {
+  const From* from = static_cast<const From*>(c.from);
+  To* to = static_cast<To*>(c.to);
+  const int u = unit_dim(c.size, c.from_stride);
+  const int v = unit_dim(c.size, c.to_stride);
+  if (u < 0 || v < 0 || u == v) {
+    const int inner = v >= 0 ? v : u >= 0 ? u : 2;
+    const int a = inner == 0 ? 1 : 0;
+    const int b = 3 - inner - a;
+    const int64_t fs = c.from_stride[inner], ts = c.to_stride[inner], n = c.size[inner];
+    for (int64_t i = 0; i < c.size[a]; ++i) {
+      for (int64_t j = 0; j < c.size[b]; ++j) {
+        const From* f = from + i * c.from_stride[a] + j * c.from_stride[b];
+        To* t = to + i * c.to_stride[a] + j * c.to_stride[b];
+        if (u == inner && v == inner) {
+          copy_run(f, t, n);
+        } else {
+          for (int64_t l = 0; l < n; ++l) {
+            convert_to(f[l * fs], t[l * ts]);
+          }
+        }
+      }
+    }
+    return;
+  }
+  const int outer = 3 - u - v;
+  for (int64_t i = 0; i < c.size[outer]; ++i) {
+    transpose(from + i * c.from_stride[outer], c.from_stride[v], to + i * c.to_stride[outer], c.to_stride[u], c.size[u],
+              c.size[v]);
+  }
+}
+
+// --- one sample ---
+
+// Rows of half types are widened piece by piece in the L1 cache.
+constexpr int64_t kPiece = 1024;
+
+const float* widen(const float* w, int64_t, float*) { return w; }
+const double* widen(const double* w, int64_t, double*) { return w; }
+template <typename T>
+const float* widen(const T* w, int64_t n, float* scratch) {
+  copy_run(w, scratch, n);
+  return scratch;
+}
+
+template <typename acc_t>
+constexpr int64_t kLanes = 64 / sizeof(acc_t);
+
+template <typename acc_t>
+struct Lanes {
+  typedef acc_t type __attribute__((vector_size(64)));
+};
+
+template <typename acc_t>
+BK_INLINE typename Lanes<acc_t>::type load(const acc_t* x) {
+  typename Lanes<acc_t>::type v;
+  __builtin_memcpy(&v, x, sizeof v);
+  return v;
+}
+
+template <typename acc_t>
+BK_INLINE void store(acc_t* x, const typename Lanes<acc_t>::type& v) {
+  __builtin_memcpy(x, &v, sizeof v);
+}
+
+// Four rows at a time against the same x.
+template <int kRows, typename acc_t>
+BK_INLINE void dot_rows(const acc_t* const* w, const acc_t* x, int64_t n, acc_t* y) {
+  constexpr int64_t lanes = kLanes<acc_t>;
+  typename Lanes<acc_t>::type sum[kRows][2] = {};
+  int64_t j = 0;
+  for (; j + 2 * lanes <= n; j += 2 * lanes) {
+    for (int r = 0; r < kRows; ++r) {
+      sum[r][0] += load(w[r] + j) * load(x + j);
+      sum[r][1] += load(w[r] + j + lanes) * load(x + j + lanes);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    acc_t part[lanes];
+    store(part, sum[r][0] + sum[r][1]);
+    acc_t total = 0;
+    for (int64_t l = 0; l < lanes; ++l) {
+      total += part[l];
+    }
+    for (int64_t l = j; l < n; ++l) {
+      total += w[r][l] * x[l];
+    }
+    y[r] += total;
+  }
+}
+
+template <typename acc_t, typename T>
+void dot(const T* w, int64_t ldw, int64_t rows, int64_t cols, const acc_t* x, acc_t* y) {
+  constexpr int kRows = 4;
+  alignas(64) acc_t scratch[kRows][sizeof(T) == sizeof(acc_t) ? 1 : kPiece];
+  const int64_t piece = sizeof(T) == sizeof(acc_t) ? cols : kPiece;
+  for (int64_t i = 0; i < rows; i += kRows) {
+    const int64_t count = rows - i < kRows ? rows - i : kRows;
+    for (int64_t r = 0; r < count; ++r) {
+      y[i + r] = 0;
+    }
+    for (int64_t j = 0; j < cols; j += piece) {
+      const int64_t n = cols - j < piece ? cols - j : piece;
+      const acc_t* wide[kRows];
+      for (int64_t r = 0; r < count; ++r) {
+        wide[r] = widen(w + (i + r) * ldw + j, n, scratch[r]);
+      }
+      if (count == kRows) {
+        dot_rows<kRows>(wide, x + j, n, y + i);
+      } else {
+        for (int64_t r = 0; r < count; ++r) {
+          dot_rows<1>(wide + r, x + j, n, y + i + r);
+        }
+      }
+    }
+  }
+}
+
+template <int kRows, typename acc_t>
+BK_INLINE void axpy_rows(const acc_t* const* w, const acc_t* g, int64_t n, acc_t* y) {
+  constexpr int64_t lanes = kLanes<acc_t>;
+  int64_t j = 0;
+  for (; j + lanes <= n; j += lanes) {
+    auto sum = load(y + j);
+    for (int r = 0; r < kRows; ++r) {
+      sum += load(w[r] + j) * g[r];
+    }
+    store(y + j, sum);
+  }
+  for (; j < n; ++j) {
+    for (int r = 0; r < kRows; ++r) {
+      y[j] += w[r][j] * g[r];
+    }
+  }
+}
+
+template <typename acc_t, typename T>
+void axpy(const T* w, int64_t ldw, int64_t rows, int64_t cols, const acc_t* g, acc_t* y) {
+  constexpr int kRows = 8;
+  alignas(64) acc_t scratch[kRows][sizeof(T) == sizeof(acc_t) ? 1 : kPiece];
+  const int64_t piece = sizeof(T) == sizeof(acc_t) ? cols : kPiece;
+  for (int64_t i = 0; i < rows; i += kRows) {
+    const int64_t count = rows - i < kRows ? rows - i : kRows;
+    for (int64_t j = 0; j < cols; j += piece) {
+      const int64_t n = cols - j < piece ? cols - j : piece;
+      const acc_t* wide[kRows];
+      for (int64_t r = 0; r < count; ++r) {
+        wide[r] = widen(w + (i + r) * ldw + j, n, scratch[r]);
+      }
+      if (count == kRows) {
+        axpy_rows<kRows>(wide, g + i, n, y + j);
+      } else {
+        for (int64_t r = 0; r < count; ++r) {
+          axpy_rows<1>(wide + r, g + i + r, n, y + j);
+        }
+      }
+    }
+  }
+}
+
+template <typename acc_t, typename T>
+void outer(T* w, int64_t ldw, int64_t rows, int64_t cols, const acc_t* g, const acc_t* x) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; ++j) {
+      convert_to(g[i] * x[j], w[i * ldw + j]);
+    }
+  }
+}
+
+template <typename acc_t>
+void add(acc_t* to, int64_t ld_to, const acc_t* from, int64_t ld_from, int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; ++j) {
+      to[i * ld_to + j] += from[i * ld_from + j];
+    }
+  }
+}
+
+template <typename acc_t>
+void add_bias(acc_t* y, const acc_t* b, int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; ++j) {
+      y[i * cols + j] += b[i];
+    }
+  }
+}
+
+// Calls f with a pointer of the dtype's type and one of its accumulation type.
+template <typename F>
+void with_types(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::Float32:
+      return f(static_cast<float*>(nullptr), static_cast<float*>(nullptr));
+    case DType::Float64:
+      return f(static_cast<double*>(nullptr), static_cast<double*>(nullptr));
+    case DType::BFloat16:
+      return f(static_cast<BF16*>(nullptr), static_cast<float*>(nullptr));
+    case DType::Float16:
+      return f(static_cast<FP16*>(nullptr), static_cast<float*>(nullptr));
+  }
+}
+
+}  // namespace
+
+void lc_copy(const LcCopy& c) {
+  const bool widens = size_of(c.to_dtype) > size_of(c.from_dtype);
+  with_types(widens ? c.from_dtype : c.to_dtype, [&]<typename T, typename acc_t>(T*, acc_t*) {
+    if (c.to_dtype == c.from_dtype) {
+      copy_box<T, T>(c);
+    } else if (widens) {
+      copy_box<T, acc_t>(c);
+    } else {
+      copy_box<acc_t, T>(c);
+    }
+  });
+}
+
+void lc_dot(DType dtype, const void* w, int64_t ldw, int64_t rows, int64_t cols, const void* x, void* y) {
+  with_types(dtype, [&]<typename T, typename acc_t>(T*, acc_t*) {
+    dot(static_cast<const T*>(w), ldw, rows, cols, static_cast<const acc_t*>(x), static_cast<acc_t*>(y));
+  });
+}
+
+void lc_axpy(DType dtype, const void* w, int64_t ldw, int64_t rows, int64_t cols, const void* g, void* y) {
+  with_types(dtype, [&]<typename T, typename acc_t>(T*, acc_t*) {
+    axpy(static_cast<const T*>(w), ldw, rows, cols, static_cast<const acc_t*>(g), static_cast<acc_t*>(y));
+  });
+}
+
+void lc_outer(DType dtype, void* w, int64_t ldw, int64_t rows, int64_t cols, const void* g, const void* x) {
+  with_types(dtype, [&]<typename T, typename acc_t>(T*, acc_t*) {
+    outer(static_cast<T*>(w), ldw, rows, cols, static_cast<const acc_t*>(g), static_cast<const acc_t*>(x));
+  });
+}
+
+void lc_add(bool wide, void* to, int64_t ld_to, const void* from, int64_t ld_from, int64_t rows, int64_t cols) {
+  if (wide) {
+    add(static_cast<double*>(to), ld_to, static_cast<const double*>(from), ld_from, rows, cols);
+  } else {
+    add(static_cast<float*>(to), ld_to, static_cast<const float*>(from), ld_from, rows, cols);
+  }
+}
+
+void lc_add_bias(bool wide, void* y, const void* b, int64_t rows, int64_t cols) {
+  if (wide) {
+    add_bias(static_cast<double*>(y), static_cast<const double*>(b), rows, cols);
+  } else {
+    add_bias(static_cast<float*>(y), static_cast<const float*>(b), rows, cols);
+  }
+}
+
+}  // namespace BK_LEVEL
+}  // namespace bioplaus
