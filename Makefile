@@ -42,19 +42,20 @@ check: lint
 
 lint: build
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check --exclude '*.md' .
 	$(BIN)/mypy bioplaus_kernels
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix-only .
-	$(BIN)/ruff format .
+	$(BIN)/ruff format --exclude '*.md' .
 	$(BIN)/clang-format -i $(CSRC)
 
 build: $(BUILT)
 
 $(BUILT): $(INSTALLED) $(SOURCES) $(STALE)
 	PATH="$(BIN):$$PATH" $(PY) -m pip install --no-build-isolation --no-deps --editable .
+	@cd / && $(PY) -m bioplaus_kernels
 	@mkdir -p $(@D)
 	@echo "$(CURDIR)" > $(VENV)/.checkout
 	@echo "$(STATE)" > $@

@@ -1,0 +1,37 @@
+"""LeNet on the real Fashion-MNIST, one epoch, with every rule."""
+
+import pytest
+
+import bioplaus_kernels as bk
+from recipes import data, report, train
+
+# Highest test error, and between what the mean angles of W to B and of the gradients lie after the epoch, in degrees.
+EXPECTED = {
+    "backprop": (0.15, (0, 0), (0, 0)),
+    "usf": (0.18, (25, 36), (20, 55)),
+    "frsf": (0.18, (35, 47), (25, 65)),
+    "brsf": (0.19, (35, 50), (25, 65)),
+    "fa": (0.30, (60, 88), (45, 89)),
+    "fa_signed_init": (0.20, (30, 50), (30, 80)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not data.DEBIAN_FASHION_MNIST.is_dir(), reason="needs Fashion-MNIST: Debian's package dataset-fashion-mnist"
+)
+@pytest.mark.usefixtures("one_thread")
+def test_lenet_learns_fashion_mnist(tmp_path):
+    args = ["--model", "lenet", "--data", "fashion-mnist", "--data-root", str(tmp_path / "data"), "--epochs", "1"]
+    runs = train.main([*args, "--rule", ",".join(bk.feedback.RULES), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    assert runs.keys() == EXPECTED.keys()
+    for rule, (before, after) in runs.items():
+        highest, weight, grad = EXPECTED[rule]
+        assert after["train_loss"] < 0.4 * before["test_loss"], rule
+        assert after["test_loss"] < after["train_loss"], rule
+        assert after["test_error"] < highest, rule
+        assert weight[0] <= report.mean_angle(after, "angle_weight") <= weight[1], rule
+        assert grad[0] <= report.mean_angle(after, "angle_grad") <= grad[1], rule
+    # Feedback alignment's name: W turns towards B.
+    before, after = runs["fa"]
+    assert after["angle_weight/fc3"] < before["angle_weight/fc3"] - 15
