@@ -147,6 +147,15 @@ def test_fashion_mnist_in_debians_place(tmp_path, monkeypatch):
     assert torch.equal(image[0], image[2])
 
 
+def test_fashion_mnist_that_cannot_be_had(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [f"{tmp_path.as_uri()}/nowhere/"])
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out", "--data", "fashion-mnist", "--data-root", tmp_path)
+    message = capsys.readouterr().err
+    assert "argument --data: Error downloading" in message and "dataset-fashion-mnist" in message
+
+
 def test_digits_are_a_fixed_split():
     first, second = data.load("digits", "", 8, 1), data.load("digits", "", 8, 1)
     assert (len(first.train), len(first.test)) == (1437, 360)
@@ -248,6 +257,7 @@ def test_stops_when_the_loss_is_not_finite(tmp_path, capsys):
         (["--batch-size", "5000"], "argument --batch-size: got 5000, there are only 1437 images"),
         (["--device", "gpu"], "argument --device:"),
         (["--device", "cuda:99"], "argument --device: got 'cuda:99', and torch sees"),
+        (["--model", "lenet", "--image-size", "4"], "argument --image-size: lenet takes no images of 1 x 4 x 4"),
         (["--model", "vit_b_16"], "argument --image-size: vit_b_16 takes no images of 3 x 32 x 32"),
         (["--resume"], "argument --resume: needs --out"),
     ],

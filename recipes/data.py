@@ -39,7 +39,8 @@ def kind(spec: str) -> str:
 def load(spec: str, root: str | Path, size: int, channels: int) -> Data:
     """The data set ``spec`` with images of ``channels`` x ``size`` x ``size``; downloads go into ``root``.
 
-    Raises ValueError for an unknown ``spec`` and FileNotFoundError for an image folder without its splits.
+    Raises ValueError for an unknown ``spec`` or images of too few channels, and RuntimeError or OSError where the files
+    cannot be had.
     """
     name = kind(spec)
     shape = (channels, size, size)
@@ -52,7 +53,10 @@ def load(spec: str, root: str | Path, size: int, channels: int) -> Data:
         return Data(prepared[0], prepared[1], shape, 10)
     if name == "fashion-mnist":
         _unpack_debian_fashion_mnist(Path(root))
-        raw = [datasets.FashionMNIST(root, train=train, download=True) for train in (True, False)]
+        try:
+            raw = [datasets.FashionMNIST(root, train=train, download=True) for train in (True, False)]
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}\nDebian has these files in its package dataset-fashion-mnist.") from error
         prepared = [_in_memory(part.data.unsqueeze(1), part.targets, shape, (0.2860,), (0.3530,)) for part in raw]
         return Data(prepared[0], prepared[1], shape, 10)
     if name == "cifar10":

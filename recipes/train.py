@@ -134,7 +134,7 @@ def compare(args: argparse.Namespace) -> dict[str, list[report.Row]]:
     channels, size = models.input_for(args.model, *datasets.NATIVE[datasets.kind(args.data)])
     try:
         data = datasets.load(args.data, args.data_root, args.image_size or size, channels)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         raise BadArgument(f"argument --data: {error}") from error
     if args.batch_size > len(data.train):
         raise BadArgument(f"argument --batch-size: got {args.batch_size}, there are only {len(data.train)} images")
@@ -148,8 +148,8 @@ def train(args: argparse.Namespace, rule: str, data: datasets.Data, folder: Path
     """One run; writes into ``folder`` after every epoch."""
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
-    model = models.build(args.model, data.shape, data.classes)
     try:
+        model = models.build(args.model, data.shape, data.classes)
         with torch.no_grad():
             model.eval()(torch.zeros(1, *data.shape))
     except (RuntimeError, ValueError, AssertionError) as error:
