@@ -22,10 +22,14 @@ BUILT = build/.installed
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES = CMakeLists.txt setup.py pyproject.toml $(CSRC)
 
-# The build belongs to one environment and one set of switches, and an environment shared between checkouts holds the
-# editable install of one of them: where either is not what was recorded, install again.
+# A build belongs to one environment and one set of switches, which CMake remembers: for others start anew.
 STATE = $(strip $(abspath $(VENV)) $(KEY) $(TORCH_CUDA_ARCH_LIST) $(BK_CUDA))
-ifneq ($(shell cat $(BUILT) $(VENV)/.checkout 2>/dev/null),$(STATE) $(CURDIR))
+ifneq ($(shell cat $(BUILT) 2>/dev/null),$(STATE))
+ANEW = rm -rf build
+STALE = FORCE
+endif
+# An environment shared between checkouts holds the editable install of one of them.
+ifneq ($(shell cat $(VENV)/.checkout 2>/dev/null),$(CURDIR))
 STALE = FORCE
 endif
 
@@ -54,6 +58,7 @@ format: $(INSTALLED)
 build: $(BUILT)
 
 $(BUILT): $(INSTALLED) $(SOURCES) $(STALE)
+	$(ANEW)
 	PATH="$(BIN):$$PATH" $(PY) -m pip install --no-build-isolation --no-deps --editable .
 	@cd / && $(PY) -m bioplaus_kernels
 	@mkdir -p $(@D)
