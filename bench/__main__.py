@@ -5,6 +5,9 @@ import json
 import os
 from pathlib import Path
 
+# torch's profiler, which counts the bytes, otherwise writes two lines a use.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
 import torch
 
 from . import machine, registry, report, runner
