@@ -1,8 +1,8 @@
 #include "feedback_mm.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -12,6 +12,7 @@
 #include <atomic>
 
 #include "../common/form.h"
+#include "feedback_weight.h"
 #include "pack_signs.h"
 
 namespace bioplaus {
@@ -21,6 +22,8 @@ namespace {
 constexpr int64_t kSlab = 512;
 // Rows whose digits are held at once where they take more bytes than the rows themselves.
 constexpr int64_t kFewRows = 256;
+// Fewer entries of B than this are not worth a second thread.
+constexpr int64_t kFormGrain = 8192;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -153,16 +156,26 @@ at::Tensor sign_product(const at::Tensor& grad, const FeedbackParams& b) {
   return out;
 }
 
-at::Tensor reference(const at::Tensor& grad_output, const std::optional<at::Tensor>& weight,
-                     const std::optional<at::Tensor>& signs, const std::optional<at::Tensor>& magnitude,
-                     const std::optional<at::Tensor>& key, c10::string_view entries, double scale,
-                     c10::SymInt in_features) {
-  using Op = at::Tensor(const at::Tensor&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
-                        const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, c10::string_view, double,
-                        c10::SymInt);
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("bioplaus::feedback_mm", "").typed<Op>();
-  return op.redispatch(c10::DispatchKeySet(c10::DispatchKey::CompositeExplicitAutograd), grad_output, weight, signs,
-                       magnitude, key, entries, scale, in_features);
+// dX = dY · B where no digits serve: B a slab of columns at a time, in a buffer, times torch's own product. The slab is
+// formed at memory bandwidth, or at the generator's rate; the product takes the rest.
+at::Tensor slab_product(const at::Tensor& grad, const FeedbackParams& b) {
+  const at::Tensor out = at::empty({grad.size(0), b.cols}, grad.options());
+  const auto run = BK_PICK(feedback_run);
+  const int64_t width = std::min(b.cols, kSlab);
+  const at::Tensor slab = at::empty({b.rows * width}, grad.options());
+  for (int64_t first = 0; first < b.cols; first += width) {
+    const int64_t cols = std::min(width, b.cols - first);
+    const at::Tensor block = slab.narrow(0, 0, b.rows * cols).view({b.rows, cols});
+    char* to = static_cast<char*>(block.mutable_data_ptr());
+    at::parallel_for(0, b.rows, divide_up(kFormGrain, cols), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        run(b, row, first, cols, to + row * cols * grad.element_size());
+      }
+    });
+    at::Tensor part = out.narrow(1, first, cols);
+    at::mm_out(part, grad, block);
+  }
+  return out;
 }
 
 at::Tensor feedback_mm_cpu(const at::Tensor& grad_output, const std::optional<at::Tensor>& weight,
@@ -179,8 +192,9 @@ at::Tensor feedback_mm_cpu(const at::Tensor& grad_output, const std::optional<at
     return at::zeros({grad_output.size(0), in_features}, grad_output.options());
   }
   const Entries e = to_entries(entries);
-  if (grad_output.scalar_type() == at::kDouble || e != Entries::Constant || size[0] > kMaxDepth) {
-    return reference(grad_output, weight, signs, magnitude, key, entries, scale, in_features);
+  const at::ScalarType dtype = grad_output.scalar_type();
+  if (e == Entries::Stored && !weight && !signs && scale == 1 && magnitude->scalar_type() == dtype) {
+    return at::mm(grad_output, *magnitude);
   }
 
   const auto planes = signs ? signs->contiguous() : at::Tensor();
@@ -190,12 +204,17 @@ at::Tensor feedback_mm_cpu(const at::Tensor& grad_output, const std::optional<at
   b.scale = scale;
   b.signs = signs ? planes.const_data_ptr<int32_t>() : nullptr;
   b.key = key ? words.const_data_ptr<int64_t>() : nullptr;
+  b.out.dtype = to_dtype("grad_output", dtype);
   Operands operands(b, size, false);
   if (weight) {
     operands.add(b.weight, *weight, const_cast<void*>(weight->const_data_ptr()));
   }
+  if (magnitude) {
+    operands.add(b.magnitude, *magnitude, const_cast<void*>(magnitude->const_data_ptr()));
+  }
   operands.finish();
-  return sign_product(grad_output, b);
+  const bool digits = e == Entries::Constant && dtype != at::kDouble && size[0] <= kMaxDepth;
+  return digits ? sign_product(grad_output, b) : slab_product(grad_output, b);
 }
 
 }  // namespace
