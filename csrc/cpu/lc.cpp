@@ -16,7 +16,12 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <vector>
 
@@ -33,7 +38,10 @@ namespace {
 // cache, and beside the weights they are little.
 constexpr int64_t kMaxLanes = 128;
 constexpr int64_t kMinLanes = 32;
-constexpr int64_t kRowBytes = 5 << 19;
+constexpr int64_t kFewSamples = 4;
+// Shorter runs of a patch are worth gathering.
+constexpr int64_t kLeastRun = 48;
+constexpr int64_t kRowBytes = 5 << 18;
 constexpr int64_t kTileBytes = 1 << 19;
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -151,10 +159,12 @@ class Rows {
  public:
   Rows(const Activation& x, Innermost innermost, int64_t lanes, int64_t slots, Arena& arena)
       : x_(x), innermost_(innermost), lanes_(lanes), width_(x.size[2] * x.c) {
+    // Samples a multiple of 4 KiB apart would share the lines of a cache set.
+    stride_n_ = innermost == Innermost::Channel && width_ % 256 == 0 ? width_ + 16 : width_;
     in_place_ = x.dtype == acc_dtype<acc_t> && x.channels_last() && (innermost == Innermost::Channel || lanes == 1);
     if (!in_place_) {
       for (int64_t i = 0; i < slots; ++i) {
-        kept_.push_back({-1, -1, 0, arena.take<acc_t>(width_ * lanes)});
+        kept_.push_back({-1, -1, 0, arena.take<acc_t>(stride_n_ * lanes)});
       }
     }
   }
@@ -182,13 +192,13 @@ class Rows {
       std::memset(k.data, 0, width_ * lanes_ * sizeof(acc_t));
     }
     copy_box(k.data, acc_dtype<acc_t>,
-             batch ? std::array{int64_t{1}, x_.c * lanes_, lanes_} : std::array{width_, x_.c, int64_t{1}},
+             batch ? std::array{int64_t{1}, x_.c * lanes_, lanes_} : std::array{stride_n_, x_.c, int64_t{1}},
              x_.at(first, d, h), x_.dtype, {x_.stride_n, x_.stride[2], x_.stride_c}, count, x_.size[2], x_.c);
     return k.data;
   }
 
   // Between samples, where the channel is innermost.
-  int64_t stride_n() const { return in_place_ ? x_.stride_n : width_; }
+  int64_t stride_n() const { return in_place_ ? x_.stride_n : stride_n_; }
 
  private:
   struct Kept {
@@ -198,7 +208,7 @@ class Rows {
 
   const Activation& x_;
   Innermost innermost_;
-  int64_t lanes_, width_;
+  int64_t lanes_, width_, stride_n_;
   bool in_place_;
   std::vector<Kept> kept_;
   int64_t clock_ = 0;
@@ -220,6 +230,22 @@ class Patches {
         const bool inside = d >= 0 && d < g_.in[0] && h >= 0 && h < g_.in[1];
         rows_[i * g_.kernel[1] + j] = inside ? rows.get(first, count, d, h) : nullptr;
       }
+    }
+  }
+
+  // Whether the runs of position `ow` are whole and lie together in each row: a product can then read them in place.
+  bool in_place(int64_t ow) const {
+    const int64_t w0 = lc_start(g_, 2, ow);
+    return g_.groups == 1 && g_.dilation[2] == 1 && w0 >= 0 && w0 + g_.kernel[2] <= g_.in[2] &&
+           g_.kernel[2] * g_.c >= kLeastRun;
+  }
+
+  // Calls f(first column, run of kernel width · c channels of `lanes` elements, or null in the padding) row by row.
+  template <typename F>
+  void for_runs(int64_t ow, int64_t lanes, const F& f) const {
+    const int64_t run = g_.kernel[2] * g_.c, start = lc_start(g_, 2, ow) * g_.c * lanes;
+    for (size_t t = 0; t < rows_.size(); ++t) {
+      f(static_cast<int64_t>(t) * run, rows_[t] ? rows_[t] + start : nullptr);
     }
   }
 
@@ -262,7 +288,7 @@ int64_t choose_lanes(int64_t n, int64_t bytes_per_lane) {
 
 // Rows of a block of weights that is copied before it is used.
 int64_t choose_block(int64_t rows, int64_t row_bytes) {
-  return balanced(rows, std::max<int64_t>(kTileBytes / std::max<int64_t>(row_bytes, 1), 8));
+  return balanced(rows, std::max<int64_t>(kTileBytes / 2 / std::max<int64_t>(row_bytes, 1), 8));
 }
 
 // Blocks of the weights, or of B, as acc_t: in place where they can be.
@@ -348,6 +374,7 @@ struct Forward {
   bool bias_per_position;
 
   int64_t lanes, chunks, tile, tiles, block;
+  bool few;  // each sample's patch is a row of its own, and each output a dot product
 
   Forward(const LcGeometry& geometry, const Activation& input, const Activation& output, const at::Tensor& weight,
           const at::Tensor& b, bool per_position)
@@ -357,8 +384,9 @@ struct Forward {
     bias = b.defined() ? static_cast<const char*>(b.const_data_ptr()) : nullptr;
     lanes = choose_lanes(g.n, (g.kernel[0] * g.kernel[1] * g.in[2] * g.groups * g.c) * sizeof(acc_t));
     chunks = divide_up(g.n, lanes);
+    few = g.n <= kFewSamples;
     // Whole vectors.
-    lanes = lanes == 1 ? 1 : round_up(lanes, lanes <= 8 ? 8 : 16);
+    lanes = few ? g.n : round_up(lanes, lanes <= 8 ? 8 : 16);
     tile = balanced(g.out[2], std::clamp<int64_t>(kTileBytes / (o * lanes * sizeof(acc_t)), 1, 16));
     tiles = divide_up(g.out[2], tile);
     block = w.in_place() ? g.o : choose_block(g.o, k * sizeof(acc_t));
@@ -374,7 +402,7 @@ class ForwardTask {
       : op_(op),
         g_(op.g),
         patches_(op.g),
-        rows_(op.x, Innermost::Batch, op.lanes, patches_.slots(), arena),
+        rows_(op.x, op.few ? Innermost::Channel : Innermost::Batch, op.lanes, patches_.slots(), arena),
         blocks_(op.w, op.block, arena) {
     patch_ = arena.take<acc_t>(lc_columns(g_) * op.lanes);
     out_ = arena.take<acc_t>(op.tile * g_.groups * g_.o * op.lanes);
@@ -411,16 +439,35 @@ class ForwardTask {
         std::memset(to, 0, g_.o * lanes * sizeof(acc_t));
         continue;
       }
-      patches_.gather(patch_, ow, group, lanes, 0);
-      if (lanes == 1) {
-        BK_PICK(lc_dot)(op_.w.dtype, op_.w.at(p, group * g_.o, 0), k, g_.o, k, patch_, to);
+      if (op_.few) {
+        for (int64_t n = 0; n < lanes; ++n) {
+          patches_.gather(patch_ + n * k, ow, group, 1, n * rows_.stride_n());
+        }
+        BK_PICK(lc_dot)(op_.w.dtype, op_.w.at(p, group * g_.o, 0), k, g_.o, k, patch_, lanes, to);
         continue;
+      }
+      const bool in_place = patches_.in_place(ow);
+      if (!in_place) {
+        patches_.gather(patch_, ow, group, lanes, 0);
       }
       for (int64_t i = 0; i < g_.o; i += op_.block) {
         const int64_t count = std::min(op_.block, g_.o - i);
         int64_t ld;
         const acc_t* w = blocks_.get(p, group * g_.o + i, count, 0, k, ld);
-        gemm(count, lanes, k, w, ld, patch_, lanes, to + i * lanes, lanes, false);
+        if (!in_place) {
+          gemm(count, lanes, k, w, ld, patch_, lanes, to + i * lanes, lanes, false);
+          continue;
+        }
+        bool more = false;
+        patches_.for_runs(ow, lanes, [&](int64_t column, const acc_t* x) {
+          if (x) {
+            gemm(count, lanes, g_.kernel[2] * g_.c, w + column, ld, x, lanes, to + i * lanes, lanes, more);
+            more = true;
+          }
+        });
+        if (!more) {
+          std::memset(to + i * lanes, 0, count * lanes * sizeof(acc_t));
+        }
       }
     }
     if (op_.bias) {
@@ -455,8 +502,10 @@ struct BackwardInput {
     lanes = balanced(g.n, kMaxLanes);
     chunks = divide_up(g.n, lanes);
     const int64_t row_bytes = lanes * g.in[2] * g.groups * g.c * static_cast<int64_t>(sizeof(acc_t));
-    band = std::clamp<int64_t>(2 * kTileBytes / std::max<int64_t>(row_bytes, 1), 1, g.in[0] * g.in[1]);
-    block = b.in_place() || (b.plain && lanes == 1) ? g.o : choose_block(g.o, lc_columns(g) * sizeof(acc_t));
+    band = std::clamp<int64_t>(kTileBytes / std::max<int64_t>(row_bytes, 1), 1, g.in[0] * g.in[1]);
+    // A small batch is bound by reading B: rows of it are used up while they are in the cache.
+    const bool whole = (b.in_place() && lanes > 32) || (b.plain && lanes == 1);
+    block = whole ? g.o : choose_block(g.o, lc_columns(g) * sizeof(acc_t) * (b.in_place() ? 2 : 1));
     in_place = dx.dtype == acc_dtype<acc_t> && dx.channels_last();
   }
 
@@ -681,6 +730,20 @@ class BackwardWeightTask {
       acc_t* to = op_.in_place ? reinterpret_cast<acc_t*>(dw) : sums_;
       for (int64_t n0 = 0; n0 < count; n0 += op_.patch) {
         const int64_t samples = std::min(op_.patch, count - n0);
+        if (patches_.in_place(ow)) {
+          const int64_t run = g_.kernel[2] * g_.c;
+          patches_.for_runs(ow, 1, [&](int64_t column, const acc_t* x) {
+            if (x) {
+              gemm(rows, run, samples, dy + i * op_.lanes + n0, op_.lanes, x + n0 * x_.stride_n(), x_.stride_n(),
+                   to + column, k, accumulate || n0 > 0);
+            } else if (!accumulate && n0 == 0) {
+              for (int64_t r = 0; r < rows; ++r) {
+                std::memset(to + r * k + column, 0, run * sizeof(acc_t));
+              }
+            }
+          });
+          continue;
+        }
         if (i == 0 || op_.patch < count) {
           for (int64_t n = 0; n < samples; ++n) {
             patches_.gather(patch_ + n * k, ow, group, 1, (n0 + n) * x_.stride_n());
@@ -713,10 +776,23 @@ void with_acc(at::ScalarType dtype, const F& f) {
   }
 }
 
+// Asks for huge pages in a large new tensor: writing one is bound by page faults.
+at::Tensor with_huge_pages(at::Tensor x) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr()) / kPage * kPage + kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(x.mutable_data_ptr()) + x.nbytes()) / kPage * kPage;
+  if (begin < end) {
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#endif
+  return x;
+}
+
 at::Tensor empty_activation(const at::Tensor& like, int64_t channels, at::IntArrayRef spatial) {
   LcSize size{like.size(0), channels};
   size.append(spatial.begin(), spatial.end());
-  return at::empty(size, like.options(), lc_memory_format(like));
+  return with_huge_pages(at::empty(size, like.options(), lc_memory_format(like)));
 }
 
 at::Tensor lc_forward_cpu(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
@@ -839,7 +915,7 @@ at::Tensor lc_backward_weight_cpu(const at::Tensor& grad_output, const at::Tenso
   LcGeometry g = args.geometry(input.size(0), size, spatial);
   check_shape("grad_output", grad_output, shape);
 
-  const at::Tensor grad_weight = at::empty(size, grad_output.options());
+  const at::Tensor grad_weight = with_huge_pages(at::empty(size, grad_output.options()));
   if (grad_weight.numel() == 0 || g.n == 0) {
     return grad_weight.zero_();
   }

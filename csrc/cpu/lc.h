@@ -17,9 +17,10 @@ struct LcCopy {
 // `acc` below is float64 where the dtype is float64, else float32.
 BK_DECLARE(void lc_copy(const LcCopy& copy))
 
-// One sample. `w` is (rows × cols) of `dtype` with leading dimension ldw; x, g and y hold `acc`.
-// y[i] = Σ_j w[i, j] · x[j]
-BK_DECLARE(void lc_dot(DType dtype, const void* w, int64_t ldw, int64_t rows, int64_t cols, const void* x, void* y))
+// `w` is (rows × cols) of `dtype` with leading dimension ldw; x, g and y hold `acc`.
+// y[i, s] = Σ_j w[i, j] · x[s, j], for few samples s
+BK_DECLARE(void lc_dot(DType dtype, const void* w, int64_t ldw, int64_t rows, int64_t cols, const void* x,
+                       int64_t samples, void* y))
 // y[j] += Σ_i g[i] · w[i, j], the sum over i taken in order
 BK_DECLARE(void lc_axpy(DType dtype, const void* w, int64_t ldw, int64_t rows, int64_t cols, const void* g, void* y))
 // w[i, j] = g[i] · x[j]

@@ -1,4 +1,4 @@
-// What surrounds the tile products of the locally-connected ops: layout changes, and the products of one sample.
+// What surrounds the tile products of the locally-connected ops: layout changes, and the products of few samples.
 //
 // Roofline: lc_dot and lc_axpy read each weight once and lc_outer writes it once, two operations per weight: memory
 // bandwidth. The layout changes read and write each activation once per op.
@@ -31,21 +31,100 @@ void copy_run(const From* from, To* to, int64_t n) {
   }
 }
 
-// to[i·ld_to + j] = from[j·ld_from + i], in blocks that keep to a few cache lines on both sides.
+// to[i·ld_to + j] = from[j·ld_from + i].
 template <typename From, typename To>
-void transpose(const From* from, int64_t ld_from, To* to, int64_t ld_to, int64_t rows, int64_t cols) {
-  constexpr int64_t kBlock = 16;
-  for (int64_t i0 = 0; i0 < rows; i0 += kBlock) {
-    const int64_t i1 = i0 + kBlock < rows ? i0 + kBlock : rows;
-    for (int64_t j0 = 0; j0 < cols; j0 += kBlock) {
-      const int64_t j1 = j0 + kBlock < cols ? j0 + kBlock : cols;
-      for (int64_t i = i0; i < i1; ++i) {
-        for (int64_t j = j0; j < j1; ++j) {
-          convert_to(from[j * ld_from + i], to[i * ld_to + j]);
-        }
-      }
+void transpose_edge(const From* from, int64_t ld_from, To* to, int64_t ld_to, int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; ++j) {
+      convert_to(from[j * ld_from + i], to[i * ld_to + j]);
     }
   }
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define BK_TRANSPOSE
+#endif
+#endif
+
+#if defined(BK_TRANSPOSE)
+typedef float F8 __attribute__((vector_size(32)));
+
+template <typename From>
+BK_INLINE void load8(const From* from, F8& v) {
+  float x[8];
+  for (int l = 0; l < 8; ++l) {
+    convert_to(from[l], x[l]);
+  }
+  __builtin_memcpy(&v, x, sizeof v);
+}
+
+template <typename To>
+BK_INLINE void store8(const F8& v, To* to) {
+  float x[8];
+  __builtin_memcpy(x, &v, sizeof v);
+  for (int l = 0; l < 8; ++l) {
+    convert_to(x[l], to[l]);
+  }
+}
+
+// Pairs of rows are interleaved by 1, 2 and 4 elements.
+BK_INLINE void transpose8(F8* r) {
+  F8 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    a[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = __builtin_shufflevector(a[i], a[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+    b[i + 1] = __builtin_shufflevector(a[i], a[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    b[i + 2] = __builtin_shufflevector(a[i + 1], a[i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
+    b[i + 3] = __builtin_shufflevector(a[i + 1], a[i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = __builtin_shufflevector(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    r[i + 4] = __builtin_shufflevector(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+template <typename From, typename To>
+BK_INLINE void transpose_block(const From* from, int64_t ld_from, To* to, int64_t ld_to) {
+  F8 r[8];
+  for (int j = 0; j < 8; ++j) {
+    load8(from + j * ld_from, r[j]);
+  }
+  transpose8(r);
+  for (int i = 0; i < 8; ++i) {
+    store8(r[i], to + i * ld_to);
+  }
+}
+
+BK_INLINE void transpose_block(const double* from, int64_t ld_from, double* to, int64_t ld_to) {
+  transpose_edge(from, ld_from, to, ld_to, 8, 8);
+}
+#else
+template <typename From, typename To>
+BK_INLINE void transpose_block(const From* from, int64_t ld_from, To* to, int64_t ld_to) {
+  transpose_edge(from, ld_from, to, ld_to, 8, 8);
+}
+#endif
+
+// Blocks of 8 rows of `to`, along which lines are filled one after the other. `ahead` is the distance to what is read
+// next: pieces of activations lie too far apart for the processor to foresee them.
+template <typename From, typename To>
+void transpose(const From* from, int64_t ld_from, To* to, int64_t ld_to, int64_t rows, int64_t cols, int64_t ahead) {
+  const int64_t whole = cols / 8 * 8;
+  int64_t i = 0;
+  for (; i + 8 <= rows; i += 8) {
+    for (int64_t j = 0; j < whole; j += 8) {
+      for (int64_t l = 0; l < 8; ++l) {
+        __builtin_prefetch(from + ahead + (j + l) * ld_from + i);
+      }
+      transpose_block(from + j * ld_from + i, ld_from, to + i * ld_to + j, ld_to);
+    }
+    transpose_edge(from + whole * ld_from + i, ld_from, to + i * ld_to + whole, ld_to, 8, cols - whole);
+  }
+  transpose_edge(from + i, ld_from, to + i * ld_to, ld_to, rows - i, cols);
 }
 
 // The dim of stride 1; dims of size 1 have no stride to speak of.
@@ -87,11 +166,11 @@ void copy_box(const LcCopy& c) {
   const int outer = 3 - u - v;
   for (int64_t i = 0; i < c.size[outer]; ++i) {
     transpose(from + i * c.from_stride[outer], c.from_stride[v], to + i * c.to_stride[outer], c.to_stride[u], c.size[u],
-              c.size[v]);
+              c.size[v], c.from_stride[outer]);
   }
 }
 
-// --- one sample ---
+// --- few samples ---
 
 // Rows of half types are widened piece by piece in the L1 cache.
 constexpr int64_t kPiece = 1024;
@@ -124,9 +203,9 @@ BK_INLINE void store(acc_t* x, const typename Lanes<acc_t>::type& v) {
   __builtin_memcpy(x, &v, sizeof v);
 }
 
-// Four rows at a time against the same x.
+// Some rows at a time against the same x.
 template <int kRows, typename acc_t>
-BK_INLINE void dot_rows(const acc_t* const* w, const acc_t* x, int64_t n, acc_t* y) {
+BK_INLINE void dot_rows(const acc_t* const* w, const acc_t* x, int64_t n, acc_t* y, int64_t stride_y) {
   constexpr int64_t lanes = kLanes<acc_t>;
   typename Lanes<acc_t>::type sum[kRows][2] = {};
   int64_t j = 0;
@@ -139,26 +218,29 @@ BK_INLINE void dot_rows(const acc_t* const* w, const acc_t* x, int64_t n, acc_t*
   for (int r = 0; r < kRows; ++r) {
     acc_t part[lanes];
     store(part, sum[r][0] + sum[r][1]);
-    acc_t total = 0;
-    for (int64_t l = 0; l < lanes; ++l) {
-      total += part[l];
+    for (int64_t step = lanes / 2; step > 0; step /= 2) {
+      for (int64_t l = 0; l < step; ++l) {
+        part[l] += part[l + step];
+      }
     }
+    acc_t total = part[0];
     for (int64_t l = j; l < n; ++l) {
       total += w[r][l] * x[l];
     }
-    y[r] += total;
+    y[r * stride_y] += total;
   }
 }
 
 template <typename acc_t, typename T>
-void dot(const T* w, int64_t ldw, int64_t rows, int64_t cols, const acc_t* x, acc_t* y) {
+void dot(const T* w, int64_t ldw, int64_t rows, int64_t cols, const acc_t* x, int64_t samples, acc_t* y) {
   constexpr int kRows = 4;
   alignas(64) acc_t scratch[kRows][sizeof(T) == sizeof(acc_t) ? 1 : kPiece];
   const int64_t piece = sizeof(T) == sizeof(acc_t) ? cols : kPiece;
   for (int64_t i = 0; i < rows; i += kRows) {
     const int64_t count = rows - i < kRows ? rows - i : kRows;
-    for (int64_t r = 0; r < count; ++r) {
-      y[i + r] = 0;
+    acc_t* yi = y + i * samples;
+    for (int64_t r = 0; r < count * samples; ++r) {
+      yi[r] = 0;
     }
     for (int64_t j = 0; j < cols; j += piece) {
       const int64_t n = cols - j < piece ? cols - j : piece;
@@ -166,11 +248,13 @@ void dot(const T* w, int64_t ldw, int64_t rows, int64_t cols, const acc_t* x, ac
       for (int64_t r = 0; r < count; ++r) {
         wide[r] = widen(w + (i + r) * ldw + j, n, scratch[r]);
       }
-      if (count == kRows) {
-        dot_rows<kRows>(wide, x + j, n, y + i);
-      } else {
-        for (int64_t r = 0; r < count; ++r) {
-          dot_rows<1>(wide + r, x + j, n, y + i + r);
+      for (int64_t s = 0; s < samples; ++s) {
+        if (count == kRows) {
+          dot_rows<kRows>(wide, x + s * cols + j, n, yi + s, samples);
+        } else {
+          for (int64_t r = 0; r < count; ++r) {
+            dot_rows<1>(wide + r, x + s * cols + j, n, yi + r * samples + s, samples);
+          }
         }
       }
     }
@@ -276,9 +360,10 @@ void lc_copy(const LcCopy& c) {
   });
 }
 
-void lc_dot(DType dtype, const void* w, int64_t ldw, int64_t rows, int64_t cols, const void* x, void* y) {
+void lc_dot(DType dtype, const void* w, int64_t ldw, int64_t rows, int64_t cols, const void* x, int64_t samples,
+            void* y) {
   with_types(dtype, [&]<typename T, typename acc_t>(T*, acc_t*) {
-    dot(static_cast<const T*>(w), ldw, rows, cols, static_cast<const acc_t*>(x), static_cast<acc_t*>(y));
+    dot(static_cast<const T*>(w), ldw, rows, cols, static_cast<const acc_t*>(x), samples, static_cast<acc_t*>(y));
   });
 }
 
