@@ -18,8 +18,9 @@
 namespace bioplaus {
 namespace {
 
-// Columns that a thread takes at a time: it forms their signs once for all rows.
-constexpr int64_t kSlab = 512;
+// Columns that a thread takes at a time, once for all rows. Wide, as a weight is read fastest in long runs; two slabs
+// of bits and their non-zero plane for every thread are at most the bits of the whole weight.
+constexpr int64_t kSlab = 1024;
 // Rows whose digits are held at once where they take more bytes than the rows themselves.
 constexpr int64_t kFewRows = 256;
 // Fewer entries of B than this are not worth a second thread.
@@ -46,37 +47,55 @@ double entry_scale(double scale, at::ScalarType dtype) {
                                 : s;
 }
 
-// Signs of a slab of columns: a view of packed signs, or formed in `planes`.
+int64_t bytes_of(DType dtype) { return dtype == DType::Float64 ? 8 : dtype == DType::Float32 ? 4 : 2; }
+
+// Signs of a slab of up to `width` columns. Those of a weight and the seeded ones are formed 64 rows at a time.
 class SlabSigns {
  public:
-  SlabSigns(const FeedbackParams& p, int64_t width)
-      : p_(p), planes_(p.signs ? 0 : (2 * p.rows + sign_tiles(p.rows)) * sign_words(width)) {}
+  SlabSigns(const FeedbackParams& b, int64_t width)
+      : b_(b),
+        rows_(divide_up(b.rows, kTileRows) * kTileRows),
+        columns_(2 * sign_words(width) * rows_),
+        zeros_(sign_words(width) * rows_ / kTileRows),
+        strip_((2 * kTileRows + 1) * sign_words(width)),
+        signs_{columns_.get(), columns_.get() + sign_words(width) * rows_, zeros_.get(), rows_} {}
 
-  SignPlanes form(int64_t first, int64_t cols) {
-    if (p_.signs) {
-      const int64_t width = sign_words(p_.cols);
-      const int32_t* planes = p_.signs + first / 32;
-      return {planes, planes + p_.rows * width, planes + 2 * p_.rows * width, width};
+  const SignColumns& form(int64_t first, int64_t cols) const {
+    const auto arrange = BK_PICK_PRODUCT(arrange);
+    const int64_t words = sign_words(cols);
+    if (b_.signs) {
+      const int64_t width = sign_words(b_.cols);
+      const int32_t* planes = b_.signs + first / 32;
+      arrange({planes, planes + b_.rows * width, planes + 2 * b_.rows * width, width}, 0, b_.rows, words, signs_);
+      return signs_;
     }
-    const int64_t width = sign_words(cols);
-    int32_t* planes = planes_.get();
-    if (p_.key) {
-      BK_PICK_PRODUCT(seeded_signs)(p_.key, p_.rows, first / kSignsPerCall, width / 4, planes);
-      return {planes, nullptr, nullptr, width};
+    int32_t* planes = strip_.get();
+    for (int64_t row = 0; row < b_.rows; row += kTileRows) {
+      const int64_t rows = std::min(kTileRows, b_.rows - row);
+      if (b_.key) {
+        BK_PICK_PRODUCT(seeded_signs)(b_.key, row, row + rows, first / kSignsPerCall, words / 4, planes);
+        arrange({planes, nullptr, nullptr, words}, row, rows, words, signs_);
+      } else {
+        FeedbackParams strip = b_;
+        strip.rows = rows;
+        strip.cols = cols;
+        strip.column_size[0] = cols;
+        strip.weight.data = static_cast<char*>(b_.weight.data) +
+                            (row * b_.weight.row_stride + first * b_.weight.stride[0]) * bytes_of(b_.weight.dtype);
+        BK_PICK(pack_signs)(strip, planes, 0, divide_up(cols, kPackColumns));
+        arrange({planes, planes + rows * words, planes + 2 * rows * words, words}, row, rows, words, signs_);
+      }
     }
-    FeedbackParams slab = p_;
-    slab.cols = cols;
-    slab.column_size[0] = cols;
-    slab.weight.data = static_cast<char*>(p_.weight.data) + first * p_.weight.stride[0] * bytes_of(p_.weight.dtype);
-    BK_PICK(pack_signs)(slab, planes, 0, sign_tiles(p_.rows) * divide_up(cols, kPackColumns));
-    return {planes, planes + p_.rows * width, planes + 2 * p_.rows * width, width};
+    return signs_;
   }
 
  private:
-  static int64_t bytes_of(DType dtype) { return dtype == DType::Float64 ? 8 : dtype == DType::Float32 ? 4 : 2; }
-
-  const FeedbackParams& p_;
-  Buffer<int32_t> planes_;
+  const FeedbackParams& b_;
+  int64_t rows_;
+  Buffer<int32_t> columns_;
+  Buffer<uint8_t> zeros_;
+  Buffer<int32_t> strip_;
+  SignColumns signs_;
 };
 
 bool quantise_rows(const SignProduct& p) {
@@ -103,18 +122,18 @@ void multiply_slabs(const SignProduct& p, const FeedbackParams& b) {
   const int64_t parts = std::clamp<int64_t>(threads / slabs, 1, tiles);
   at::parallel_for(0, slabs * parts, 1, [&](int64_t begin, int64_t end) {
     const Buffer<char> scratch(BK_PICK_PRODUCT(multiply_scratch)(p, width));
-    SlabSigns signs(b, width);
-    SignPlanes planes{};
+    const SlabSigns signs(b, width);
+    SignColumns columns{};
     int64_t formed = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t first = unit / parts * width;
       const int64_t cols = std::min(width, p.cols - first);
       if (formed != first) {
-        planes = signs.form(first, cols);
+        columns = signs.form(first, cols);
         formed = first;
       }
       const int64_t part = unit % parts;
-      kernel(p, planes, tiles * part / parts, tiles * (part + 1) / parts, first, cols, scratch.get());
+      kernel(p, columns, tiles * part / parts, tiles * (part + 1) / parts, first, cols, scratch.get());
     }
   });
 }

@@ -35,13 +35,22 @@ struct SignProduct {
   FixedPoint* fixed;
 };
 
-// Columns of the sign planes: row i's words start at negative + i·width. nonzero and flags are null where no entry is
-// 0.
+// Some columns of row-major sign planes, from some row on: row i's words start at negative + i·width. nonzero and flags
+// (one row of them for 64) are null where no entry is 0.
 struct SignPlanes {
   const int32_t* negative;
   const int32_t* nonzero;
   const int32_t* flags;
   int64_t width;
+};
+
+// The same words column by column, so that operands are formed from adjacent memory: word w of row i lies at
+// w·rows + i. `rows` is a multiple of 64; those after the last hold 0.
+struct SignColumns {
+  int32_t* negative;
+  int32_t* nonzero;
+  uint8_t* zeros;  // w·rows/64 + i/64: whether the non-zero plane is needed
+  int64_t rows;
 };
 
 // Rows of dY in a tile, and bytes of all its digits.
@@ -52,13 +61,19 @@ BK_DECLARE_PRODUCT(int64_t digit_bytes(int64_t rows, int64_t depth, int bytes))
 // `scratch`: depth floats.
 BK_DECLARE_PRODUCT(bool quantise(const SignProduct& p, int64_t begin, int64_t end, float* scratch))
 
-// Tiles tile_begin … tile_end − 1 of the rows, columns first … first + cols − 1 (first a multiple of kPanel), whose
-// signs are the first columns of `signs`. `scratch`: multiply_scratch(…) bytes, 64-byte aligned.
-BK_DECLARE_PRODUCT(int64_t multiply_scratch(const SignProduct& p, int64_t cols))
-BK_DECLARE_PRODUCT(void multiply(const SignProduct& p, const SignPlanes& signs, int64_t tile_begin, int64_t tile_end,
-                                 int64_t first, int64_t cols, char* scratch))
+// Words of a seeded sign plane: rows begin … end − 1, `calls` calls each from call `first` on.
+BK_DECLARE_PRODUCT(void seeded_signs(const int64_t* key, int64_t begin, int64_t end, int64_t first, int64_t calls,
+                                     int32_t* words))
 
-// Words of a seeded sign plane: `calls` calls of every row from call `first` on.
-BK_DECLARE_PRODUCT(void seeded_signs(const int64_t* key, int64_t rows, int64_t first, int64_t calls, int32_t* words))
+// Rows first … first + rows − 1 of `words` words (a multiple of 4); first is a multiple of 64, and so is rows but for
+// the last.
+BK_DECLARE_PRODUCT(void arrange(const SignPlanes& from, int64_t first, int64_t rows, int64_t words,
+                                const SignColumns& to))
+
+// Tiles tile_begin … tile_end − 1 of the rows, columns first … first + cols − 1, whose signs are `signs`. `scratch`:
+// multiply_scratch(…) bytes.
+BK_DECLARE_PRODUCT(int64_t multiply_scratch(const SignProduct& p, int64_t cols))
+BK_DECLARE_PRODUCT(void multiply(const SignProduct& p, const SignColumns& signs, int64_t tile_begin, int64_t tile_end,
+                                 int64_t first, int64_t cols, char* scratch))
 
 }  // namespace bioplaus

@@ -38,14 +38,20 @@ constexpr int kDepth = 64 / sizeof(Digit);  // entries along K in a tile
 constexpr int kSteps = 16;                  // groups of 4 bytes along K in a tile
 constexpr int kGroup = kDepth / kSteps;     // entries in a group
 constexpr int kColumns = 16;                // of dX in a tile of the operand
-constexpr int kGroups = kPanel / kColumns;  // tiles of the operand side by side in a panel
+constexpr int kGroups = 32 / kColumns;      // tiles of the operand side by side: the columns of a word of signs
 constexpr int kTileInts = kTileBytes / 4;   // 16 rows × 16 columns of sums
 
 // The operand is formed for kBlockSteps tiles along K; sums stay int32 for kPassBlocks tiles; kRowTiles tiles of dY's
 // digits of that depth stay in the L2 cache.
-constexpr int64_t kFormBlocks = 16;
+constexpr int64_t kFormBlocks = 8;
 constexpr int64_t kPassBlocks = 4096 / kDepth;
 constexpr int64_t kRowTiles = 16;
+
+}  // namespace
+
+int64_t tile_rows(int bytes) { return 16 * static_cast<int64_t>(sizeof(Digit)) / bytes; }
+
+namespace {
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -195,7 +201,42 @@ bool quantise_row(const SignProduct& p, const float* x, int8_t* to, FixedPoint& 
 
 // --- operand ---
 
-alignas(64) const int32_t kNoSigns[kPanel / 32] = {};
+// Four words of four rows, `stride` words apart → the four rows of each word, `rows` words apart.
+void transpose(const int32_t* from, int64_t stride, int32_t* to, int64_t rows) {
+#if defined(__SSE2__)
+  const auto row = [&](int64_t r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + r * stride)); };
+  const auto store = [&](int64_t w, __m128i x) { _mm_store_si128(reinterpret_cast<__m128i*>(to + w * rows), x); };
+  const __m128i a = _mm_unpacklo_epi32(row(0), row(1));
+  const __m128i b = _mm_unpacklo_epi32(row(2), row(3));
+  const __m128i c = _mm_unpackhi_epi32(row(0), row(1));
+  const __m128i d = _mm_unpackhi_epi32(row(2), row(3));
+  store(0, _mm_unpacklo_epi64(a, b));
+  store(1, _mm_unpackhi_epi64(a, b));
+  store(2, _mm_unpacklo_epi64(c, d));
+  store(3, _mm_unpackhi_epi64(c, d));
+#else
+  for (int64_t w = 0; w < 4; ++w) {
+    for (int64_t r = 0; r < 4; ++r) {
+      to[w * rows + r] = from[r * stride + w];
+    }
+  }
+#endif
+}
+
+// Four words of up to 64 rows; the rows that are missing become 0.
+void arrange_words(const int32_t* from, int64_t width, int64_t rows, int32_t* to, int64_t to_rows) {
+  for (int64_t i = 0; i < kTileRows; i += 4) {
+    if (i + 4 <= rows) {
+      transpose(from + i * width, width, to + i, to_rows);
+    } else {
+      int32_t edge[16] = {};
+      for (int64_t r = 0; i + r < rows; ++r) {
+        __builtin_memcpy(edge + 4 * r, from + (i + r) * width, 4 * sizeof(int32_t));
+      }
+      transpose(edge, 4, to + i, to_rows);
+    }
+  }
+}
 
 #if defined(__AVX2__)
 // Four rows of 32 columns are 16 bytes; one shuffle brings to each byte of a tile row the byte that holds its bit.
@@ -224,27 +265,13 @@ constexpr Unfold unfold_table() {
 
 constexpr Unfold kUnfold = unfold_table();
 
-// 4 rows × 4 words → 4 × (the word of each row).
-void transpose(const int32_t* const* row, __m128i* to) {
-  const __m128i r0 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[0]));
-  const __m128i r1 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[1]));
-  const __m128i r2 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[2]));
-  const __m128i r3 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[3]));
-  const __m128i a = _mm_unpacklo_epi32(r0, r1);
-  const __m128i b = _mm_unpacklo_epi32(r2, r3);
-  const __m128i c = _mm_unpackhi_epi32(r0, r1);
-  const __m128i d = _mm_unpackhi_epi32(r2, r3);
-  to[0] = _mm_unpacklo_epi64(a, b);
-  to[1] = _mm_unpackhi_epi64(a, b);
-  to[2] = _mm_unpacklo_epi64(c, d);
-  to[3] = _mm_unpackhi_epi64(c, d);
-}
-
 #if defined(__AVX512BW__)
 using Vector = __m512i;
 Vector load(const void* from) { return _mm512_load_si512(from); }
 void store(void* to, Vector x) { _mm512_store_si512(to, x); }
-Vector broadcast(__m128i x) { return _mm512_maskz_broadcast_i32x4(0xFFFF, x); }
+Vector broadcast(const int32_t* quad) {
+  return _mm512_maskz_broadcast_i32x4(0xFFFF, _mm_load_si128(reinterpret_cast<const __m128i*>(quad)));
+}
 
 template <bool ZEROS>
 Vector entries(Vector negative, Vector nonzero, Vector pick, Vector bit) {
@@ -264,7 +291,9 @@ Vector entries(Vector negative, Vector nonzero, Vector pick, Vector bit) {
 using Vector = __m256i;
 Vector load(const void* from) { return _mm256_load_si256(static_cast<const __m256i*>(from)); }
 void store(void* to, Vector x) { _mm256_store_si256(static_cast<__m256i*>(to), x); }
-Vector broadcast(__m128i x) { return _mm256_broadcastsi128_si256(x); }
+Vector broadcast(const int32_t* quad) {
+  return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(quad)));
+}
 
 Vector has_bit(Vector x, Vector pick, Vector bit) {
   const Vector picked = _mm256_and_si256(_mm256_shuffle_epi8(x, pick), bit);
@@ -282,34 +311,27 @@ Vector entries(Vector negative, Vector nonzero, Vector pick, Vector bit) {
 }
 #endif
 
+// The operand of 4 rows × 32 columns.
 template <bool ZEROS>
-void form_rows(const int32_t* const* negative, const int32_t* const* nonzero, int8_t* to, int64_t group_stride) {
-  __m128i n[4];
-  __m128i z[4];
-  transpose(negative, n);
-  if (ZEROS) {
-    transpose(nonzero, z);
-  }
-  for (int w = 0; w < 4; ++w) {
-    const Vector nw = broadcast(n[w]);
-    const Vector zw = ZEROS ? broadcast(z[w]) : nw;
-    for (int half = 0; half < 2; ++half) {
-      for (int part = 0; part < static_cast<int>(sizeof(Digit)); ++part) {
-        int8_t* row = to + (2 * w + half) * group_stride + 64 * part;
-        for (int x = 0; x < 64; x += sizeof(Vector)) {
-          store(row + x, entries<ZEROS>(nw, zw, load(kUnfold.pick[part][half] + x), load(kUnfold.bit + x)));
-        }
+void form_quad(const int32_t* negative, const int32_t* nonzero, int8_t* to, int64_t group_stride) {
+  const Vector n = broadcast(negative);
+  const Vector z = ZEROS ? broadcast(nonzero) : n;
+  for (int half = 0; half < kGroups; ++half) {
+    for (int part = 0; part < static_cast<int>(sizeof(Digit)); ++part) {
+      for (int x = 0; x < 64; x += sizeof(Vector)) {
+        store(to + half * group_stride + 64 * part + x,
+              entries<ZEROS>(n, z, load(kUnfold.pick[part][half] + x), load(kUnfold.bit + x)));
       }
     }
   }
 }
 #else
 template <bool ZEROS>
-void form_rows(const int32_t* const* negative, const int32_t* const* nonzero, int8_t* to, int64_t group_stride) {
+void form_quad(const int32_t* negative, const int32_t* nonzero, int8_t* to, int64_t group_stride) {
   for (int r = 0; r < 4; ++r) {
-    for (int j = 0; j < kPanel; ++j) {
-      const uint32_t n = static_cast<uint32_t>(negative[r][j / 32]) >> (j % 32) & 1u;
-      const uint32_t z = ZEROS ? static_cast<uint32_t>(nonzero[r][j / 32]) >> (j % 32) & 1u : 1u;
+    for (int j = 0; j < 32; ++j) {
+      const uint32_t n = static_cast<uint32_t>(negative[r]) >> j & 1u;
+      const uint32_t z = ZEROS ? static_cast<uint32_t>(nonzero[r]) >> j & 1u : 1u;
       Digit* tile_row = reinterpret_cast<Digit*>(to + j / kColumns * group_stride + 64 * (r / kGroup));
       tile_row[j % kColumns * kGroup + r % kGroup] = static_cast<Digit>((z ? 1 - 2 * static_cast<int>(n) : 0) + kBias);
     }
@@ -317,31 +339,25 @@ void form_rows(const int32_t* const* negative, const int32_t* const* nonzero, in
 }
 #endif
 
-// Tiles of the operand for `blocks` tiles along K from entry k on, and the panel of columns whose words start at
-// `word`: kGroups runs of `blocks` tiles.
-void form_operand(const SignPlanes& s, int64_t rows, int64_t k, int64_t blocks, int64_t word, int8_t* operand) {
+template <bool ZEROS>
+void form_tile(const int32_t* negative, const int32_t* nonzero, int8_t* to, int64_t group_stride) {
+  for (int quad = 0; quad < kDepth / 4; ++quad) {
+    form_quad<ZEROS>(negative + 4 * quad, nonzero + 4 * quad, to + quad * (4 / kGroup) * 64, group_stride);
+  }
+}
+
+// Tiles of the operand for `blocks` tiles along K from entry k on, and the columns of one word: kGroups runs of
+// `blocks` tiles.
+void form_operand(const SignColumns& s, int64_t word, int64_t k, int64_t blocks, int8_t* operand) {
   const int64_t group_stride = blocks * kTileBytes;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t row = k + b * kDepth;
-    bool zeros = false;
-    if (s.flags) {
-      const int32_t* flag = s.flags + row / kTileRows * s.width + word;
-      zeros = flag[0] | flag[1] | flag[2] | flag[3];
-    }
-    for (int quad = 0; quad < kDepth / 4; ++quad) {
-      const int32_t* negative[4];
-      const int32_t* nonzero[4];
-      for (int r = 0; r < 4; ++r) {
-        const int64_t i = row + 4 * quad + r;
-        negative[r] = i < rows ? s.negative + i * s.width + word : kNoSigns;
-        nonzero[r] = i < rows && zeros ? s.nonzero + i * s.width + word : kNoSigns;
-      }
-      int8_t* to = operand + b * kTileBytes + quad * static_cast<int>(sizeof(Digit)) * 64;
-      if (zeros) {
-        form_rows<true>(negative, nonzero, to, group_stride);
-      } else {
-        form_rows<false>(negative, nonzero, to, group_stride);
-      }
+  const int32_t* negative = s.negative + word * s.rows;
+  const int32_t* nonzero = s.nonzero + word * s.rows;
+  const uint8_t* zeros = s.zeros + word * (s.rows / kTileRows);
+  for (int64_t b = 0; b < blocks; ++b, k += kDepth, operand += kTileBytes) {
+    if (zeros[k / kTileRows]) {
+      form_tile<true>(negative + k, nonzero + k, operand, group_stride);
+    } else {
+      form_tile<false>(negative + k, nonzero + k, operand, group_stride);
     }
   }
 }
@@ -372,12 +388,12 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// Sums in 0 … 3; digits in 4 and 5, the operand in 6 and 7 (two tiles of digits), or digits in 4, the operand in 5 … 7.
+// Sums in 0 … 3, digits in 4 and 5: `rows` rows. The operand in 6 and 7.
 void configure(int rows) {
   TileConfig config;
   for (int t = 0; t < 8; ++t) {
     config.row_bytes[t] = 64;
-    config.rows[t] = t < 5 ? static_cast<uint8_t>(rows) : 16;
+    config.rows[t] = t < 6 ? static_cast<uint8_t>(rows) : 16;
   }
   _tile_loadconfig(&config);
 }
@@ -415,43 +431,27 @@ void one_tile(const Panel& p, const int8_t* a, const int8_t* b, int32_t* c) {
   if (p.add) {
     _tile_loadd(0, c, 64);
     _tile_loadd(1, c + kTileInts, 64);
-    _tile_loadd(2, c + 2 * kTileInts, 64);
-    _tile_loadd(3, c + 3 * kTileInts, 64);
   } else {
     _tile_zero(0);
     _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
   }
   for (int64_t k = 0; k < p.blocks * kTileBytes; k += kTileBytes) {
     _tile_loadd(4, a + k, 64);
-    _tile_loadd(5, b + k, 64);
-    _tile_loadd(6, b + p.group_stride + k, 64);
-    _tile_loadd(7, b + 2 * p.group_stride + k, 64);
-    _tile_dpbssd(0, 4, 5);
-    _tile_loadd(5, b + 3 * p.group_stride + k, 64);
-    _tile_dpbssd(1, 4, 6);
-    _tile_dpbssd(2, 4, 7);
-    _tile_dpbssd(3, 4, 5);
+    _tile_loadd(6, b + k, 64);
+    _tile_loadd(7, b + p.group_stride + k, 64);
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
   }
   _tile_stored(0, c, 64);
   _tile_stored(1, c + kTileInts, 64);
-  _tile_stored(2, c + 2 * kTileInts, 64);
-  _tile_stored(3, c + 3 * kTileInts, 64);
 }
 
 void multiply_panel(const Panel& p) {
-  configure(p.tiles == 1 ? p.rows : 16);
-  for (int g = 0; g < kGroups; g += 2) {
-    for (int64_t t = 0; t + 2 <= p.tiles; t += 2) {
-      two_tiles(p, p.a + t * p.a_stride, p.b + g * p.group_stride, p.c + (t * kGroups + g) * kTileInts);
-    }
+  for (int64_t t = 0; t + 2 <= p.tiles; t += 2) {
+    two_tiles(p, p.a + t * p.a_stride, p.b, p.c + t * kGroups * kTileInts);
   }
   if (p.tiles % 2) {
-    const int64_t t = p.tiles - 1;
-    for (int g = 0; g < kGroups; g += 4) {
-      one_tile(p, p.a + t * p.a_stride, p.b + g * p.group_stride, p.c + (t * kGroups + g) * kTileInts);
-    }
+    one_tile(p, p.a + (p.tiles - 1) * p.a_stride, p.b, p.c + (p.tiles - 1) * kGroups * kTileInts);
   }
 }
 
@@ -577,6 +577,12 @@ void multiply_panel(const Panel& p) {
 template <typename T>
 void store_row(const double* v, double sum, double unit, int64_t n, void* out, int64_t offset) {
   T* to = static_cast<T*>(out) + offset;
+  if (n == kColumns) {
+    for (int j = 0; j < kColumns; ++j) {
+      round_to(static_cast<float>((v[j] - sum) * unit), to[j]);
+    }
+    return;
+  }
   T rounded[kColumns];
   for (int j = 0; j < kColumns; ++j) {
     round_to(static_cast<float>((v[j] - sum) * unit), rounded[j]);
@@ -597,7 +603,7 @@ void combine(const int32_t* c, double* v) {
 }
 
 // A row that holds infinities or NaNs: they alone decide. Each product with ±1 or 0 is what IEEE makes of it.
-void nonfinite_row(const SignProduct& p, const SignPlanes& s, int64_t row, int64_t first, int64_t cols) {
+void nonfinite_row(const SignProduct& p, const SignColumns& s, int64_t row, int64_t first, int64_t cols) {
   const auto element = [&](int64_t k) {
     const int64_t at = row * p.row_stride + k * p.column_stride;
     return p.dtype == DType::BFloat16  ? to_float(static_cast<const BF16*>(p.grad)[at])
@@ -611,9 +617,10 @@ void nonfinite_row(const SignProduct& p, const SignPlanes& s, int64_t row, int64
       if ((bits_of(x) & 0x7F800000u) != 0x7F800000u) {
         continue;
       }
-      const uint32_t negative = static_cast<uint32_t>(s.negative[k * s.width + j / 32]) >> (j % 32);
-      const bool zeros = s.flags && s.flags[k / kTileRows * s.width + j / 32];
-      const uint32_t nonzero = zeros ? static_cast<uint32_t>(s.nonzero[k * s.width + j / 32]) >> (j % 32) : ~0u;
+      const int64_t word = j / 32;
+      const bool zeros = s.zeros[word * (s.rows / kTileRows) + k / kTileRows];
+      const uint32_t negative = static_cast<uint32_t>(s.negative[word * s.rows + k]) >> (j % 32);
+      const uint32_t nonzero = zeros ? static_cast<uint32_t>(s.nonzero[word * s.rows + k]) >> (j % 32) : ~0u;
       for (int l = 0; l < kColumns; ++l) {
         v[l] += static_cast<double>(x) * (nonzero >> l & 1u ? 1 - 2 * static_cast<int>(negative >> l & 1u) : 0);
       }
@@ -633,7 +640,7 @@ void nonfinite_row(const SignProduct& p, const SignPlanes& s, int64_t row, int64
   }
 }
 
-// One workspace per thread: operand, sums of a pass, and where there are several passes, sums of all.
+// One workspace per thread: operand, sums of a pass and, where there are several passes, of all.
 struct Scratch {
   int8_t* operand;
   int32_t* c;
@@ -643,20 +650,20 @@ struct Scratch {
 constexpr int64_t kOperandBytes = kGroups * kFormBlocks * kTileBytes;
 constexpr int64_t kSumBytes = kRowTiles * kGroups * kTileBytes;
 
-// Tiles [tile, tile + tiles) × one panel, over one pass along K.
-void pass(const SignProduct& p, const SignPlanes& s, int64_t tile, int64_t tiles, int64_t word, int64_t block,
+// Tiles [tile, tile + tiles) × one word of columns, over one pass along K.
+void pass(const SignProduct& p, const SignColumns& signs, int64_t tile, int64_t tiles, int64_t word, int64_t block,
           int64_t blocks, const Scratch& scratch) {
   const int64_t all = divide_up(p.depth, kDepth);
-  const int64_t rows = min(tiles * (16 * static_cast<int64_t>(sizeof(Digit)) / p.bytes),
-                           p.rows - tile * (16 * static_cast<int64_t>(sizeof(Digit)) / p.bytes));
+  const int64_t in_tile = tile_rows(p.bytes);
+  const int64_t last = min(in_tile, p.rows - (tile + tiles - 1) * in_tile);
   for (int64_t b = 0; b < blocks; b += kFormBlocks) {
     const int64_t n = min(blocks - b, kFormBlocks);
-    form_operand(s, p.depth, (block + b) * kDepth, n, word, scratch.operand);
+    form_operand(signs, word, (block + b) * kDepth, n, scratch.operand);
     Panel panel;
     panel.a = p.digits + (tile * all + block + b) * kTileBytes;
     panel.a_stride = all * kTileBytes;
     panel.tiles = tiles;
-    panel.rows = static_cast<int>(rows * (p.bytes / static_cast<int64_t>(sizeof(Digit))) - 16 * (tiles - 1));
+    panel.rows = static_cast<int>(last * (16 / in_tile));
     panel.b = scratch.operand;
     panel.group_stride = n * kTileBytes;
     panel.blocks = n;
@@ -695,19 +702,22 @@ void finish(const SignProduct& p, int64_t tile, int64_t tiles, int64_t column, i
 }
 
 template <int COUNT, typename T>
-void multiply_as(const SignProduct& p, const SignPlanes& s, int64_t tile_begin, int64_t tile_end, int64_t first,
+void multiply_as(const SignProduct& p, const SignColumns& s, int64_t tile_begin, int64_t tile_end, int64_t first,
                  int64_t cols, const Scratch& scratch) {
   const int64_t blocks = divide_up(p.depth, kDepth);
-  const int64_t panels = divide_up(cols, kPanel);
+#if defined(__AMX_INT8__)
+  const int64_t rows_left = p.rows - tile_begin * (16 / COUNT);
+  configure(tile_end - tile_begin == 1 ? static_cast<int>(min(16, rows_left * COUNT)) : 16);
+#endif
   for (int64_t tile = tile_begin; tile < tile_end; tile += kRowTiles) {
     const int64_t tiles = min(tile_end - tile, kRowTiles);
     for (int64_t block = 0; block < blocks; block += kPassBlocks) {
       const int64_t n = min(blocks - block, kPassBlocks);
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        pass(p, s, tile, tiles, panel * (kPanel / 32), block, n, scratch);
-        double* v = blocks > kPassBlocks ? scratch.v + panel * kRowTiles * kTileInts / COUNT * kGroups : nullptr;
-        finish<COUNT, T>(p, tile, tiles, first + panel * kPanel, min(cols - panel * kPanel, kPanel), scratch.c, v,
-                         block == 0, block + n == blocks);
+      for (int64_t word = 0; word * 32 < cols; ++word) {
+        pass(p, s, tile, tiles, word, block, n, scratch);
+        double* v = blocks > kPassBlocks ? scratch.v + word * 32 * kRowTiles * (16 / COUNT) : nullptr;
+        finish<COUNT, T>(p, tile, tiles, first + word * 32, min(cols - word * 32, 32), scratch.c, v, block == 0,
+                         block + n == blocks);
       }
     }
   }
@@ -719,7 +729,7 @@ void multiply_as(const SignProduct& p, const SignPlanes& s, int64_t tile_begin, 
 }
 
 template <int COUNT>
-void multiply_digits(const SignProduct& p, const SignPlanes& s, int64_t tile_begin, int64_t tile_end, int64_t first,
+void multiply_digits(const SignProduct& p, const SignColumns& s, int64_t tile_begin, int64_t tile_end, int64_t first,
                      int64_t cols, const Scratch& scratch) {
   switch (p.dtype) {
     case DType::BFloat16:
@@ -732,8 +742,6 @@ void multiply_digits(const SignProduct& p, const SignPlanes& s, int64_t tile_beg
 }
 
 }  // namespace
-
-int64_t tile_rows(int bytes) { return 16 * static_cast<int64_t>(sizeof(Digit)) / bytes; }
 
 int64_t digit_bytes(int64_t rows, int64_t depth, int bytes) {
   return divide_up(rows, tile_rows(bytes)) * divide_up(depth, kDepth) * kTileBytes;
@@ -751,14 +759,33 @@ bool quantise(const SignProduct& p, int64_t begin, int64_t end, float* scratch) 
   return good;
 }
 
+void arrange(const SignPlanes& from, int64_t first, int64_t rows, int64_t words, const SignColumns& to) {
+  for (int64_t i = 0; i < rows; i += kTileRows) {
+    for (int64_t word = 0; word < words; word += 4) {
+      const int64_t at = word * to.rows + first + i;
+      arrange_words(from.negative + i * from.width + word, from.width, rows - i, to.negative + at, to.rows);
+      bool zeros = false;
+      for (int64_t w = word; w < word + 4; ++w) {
+        const bool flag = from.flags && from.flags[i / kTileRows * from.width + w];
+        to.zeros[(w * to.rows + first + i) / kTileRows] = flag;
+        zeros |= flag;
+      }
+      if (zeros) {
+        arrange_words(from.nonzero + i * from.width + word, from.width, rows - i, to.nonzero + at, to.rows);
+      }
+    }
+  }
+}
+
 int64_t multiply_scratch(const SignProduct& p, int64_t cols) {
-  const int64_t running = divide_up(p.depth, kDepth) > kPassBlocks
-                              ? divide_up(cols, kPanel) * kPanel * kRowTiles * tile_rows(p.bytes) * 8
-                              : 0;
+  const int64_t running =
+      divide_up(p.depth, kDepth) > kPassBlocks
+          ? divide_up(cols, 32) * 32 * kRowTiles * tile_rows(p.bytes) * static_cast<int64_t>(sizeof(double))
+          : 0;
   return kOperandBytes + kSumBytes + running;
 }
 
-void multiply(const SignProduct& p, const SignPlanes& signs, int64_t tile_begin, int64_t tile_end, int64_t first,
+void multiply(const SignProduct& p, const SignColumns& signs, int64_t tile_begin, int64_t tile_end, int64_t first,
               int64_t cols, char* scratch) {
   const Scratch parts{reinterpret_cast<int8_t*>(scratch), reinterpret_cast<int32_t*>(scratch + kOperandBytes),
                       reinterpret_cast<double*>(scratch + kOperandBytes + kSumBytes)};
@@ -772,10 +799,10 @@ void multiply(const SignProduct& p, const SignPlanes& signs, int64_t tile_begin,
 #endif
 }
 
-void seeded_signs(const int64_t* key, int64_t rows, int64_t first, int64_t calls, int32_t* words) {
+void seeded_signs(const int64_t* key, int64_t begin, int64_t end, int64_t first, int64_t calls, int32_t* words) {
   const Key k = read_key(key);
-  for (int64_t row = 0; row < rows; ++row) {
-    int32_t* to = words + row * calls * 4;
+  for (int64_t row = begin; row < end; ++row) {
+    int32_t* to = words + (row - begin) * calls * 4;
     for (int64_t call = 0; call < calls; ++call) {
       const Philox4 x = draw(k, row, first + call);
       for (int q = 0; q < 4; ++q) {

@@ -73,6 +73,8 @@ SignWord ragged_word(const T* w, int64_t n) {
   return full_word(padded);
 }
 
+constexpr int64_t kPrefetchRows = 8;
+
 template <typename T>
 void pack(const FeedbackParams& p, int32_t* planes, int64_t begin, int64_t end) {
   alignas(64) uint64_t scratch[kPackColumns];
@@ -87,6 +89,12 @@ void pack(const FeedbackParams& p, int32_t* planes, int64_t begin, int64_t end) 
     uint32_t zero[kPackColumns / 32] = {};
     for (int64_t i = tile * kTileRows; i < row_end; ++i) {
       const T* w = static_cast<const T*>(gather(p, p.weight, i, first, n, scratch));
+      if (p.weight.dense) {
+        // Rows are short here and far apart: hardware does not foresee the next.
+        for (int64_t l = 0; l < n; l += 64 / static_cast<int64_t>(sizeof(T))) {
+          __builtin_prefetch(w + kPrefetchRows * p.weight.row_stride + l);
+        }
+      }
       int32_t* negative = planes + i * width + first / 32;
       int32_t* nonzero = planes + (p.rows + i) * width + first / 32;
       for (int64_t q = 0; q < sign_words(n); ++q) {
