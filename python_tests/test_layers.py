@@ -35,7 +35,7 @@ def outputs_and_gradients(module: torch.nn.Module, args: Any, kwargs: Any) -> di
     outputs = module(*args, **kwargs)
     outputs = [t for t in (outputs if isinstance(outputs, tuple) else (outputs,)) if t is not None]
     torch.manual_seed(1)
-    grad_outputs = [torch.randn_like(t) for t in outputs]
+    grad_outputs = [torch.randn(t.shape, dtype=t.dtype) for t in outputs]
     leaves = {**inputs, **parameters}
     grads = torch.autograd.grad(outputs, list(leaves.values()), grad_outputs, allow_unused=True)
     found = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
@@ -129,7 +129,7 @@ def test_b_set_to_w_is_back_propagation(case: Case) -> None:
         leaves = [x, layer.weight, *([] if layer.bias is None else [layer.bias])]
         y = case.plain()(x, layer.weight, layer.bias)
         torch.manual_seed(1)
-        expected = [y, *torch.autograd.grad(y, leaves, torch.randn_like(y))]
+        expected = [y, *torch.autograd.grad(y, leaves, torch.randn(y.shape, dtype=y.dtype))]
     else:
         expected = list(
             outputs_and_gradients(twin_of(layer, case.twin("cpu", torch.float64)), (x,), case.call).values()

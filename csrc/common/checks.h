@@ -9,11 +9,23 @@
 
 #include <cmath>
 #include <optional>
+#include <string>
 
 #include "feedback.h"
 #include "packed_signs.h"
 
 namespace bioplaus {
+
+// Sizes and dtypes as Python writes them, which is how the reference's errors do.
+inline std::string tuple(at::IntArrayRef values) {
+  std::string text = "(";
+  for (size_t i = 0; i < values.size(); ++i) {
+    text += (i > 0 ? ", " : "") + std::to_string(values[i]);
+  }
+  return text + (values.size() == 1 ? ",)" : ")");
+}
+
+inline std::string dtype_name(at::ScalarType dtype) { return "torch." + std::string(c10::getDtypeNames(dtype).first); }
 
 inline DType to_dtype(const char* name, at::ScalarType dtype) {
   switch (dtype) {
@@ -26,7 +38,7 @@ inline DType to_dtype(const char* name, at::ScalarType dtype) {
     case at::kHalf:
       return DType::Float16;
     default:
-      TORCH_CHECK_TYPE(false, name, ": expected float32, bfloat16, float16 or float64, got ", dtype);
+      TORCH_CHECK_TYPE(false, name, ": expected float32, bfloat16, float16 or float64, got ", dtype_name(dtype));
   }
 }
 
@@ -42,7 +54,7 @@ inline int64_t columns_of(at::IntArrayRef size) {
 
 inline void check_size(at::IntArrayRef size) {
   for (const int64_t n : size) {
-    TORCH_CHECK_VALUE(n >= 0, "size: expected no negative dimension, got ", size);
+    TORCH_CHECK_VALUE(n >= 0, "size: expected no negative dimension, got ", tuple(size));
   }
 }
 
@@ -51,8 +63,8 @@ inline void check_device(const char* name, const at::Tensor& x, at::Device devic
 }
 
 inline void check_key(const at::Tensor& key, at::Device device) {
-  TORCH_CHECK_TYPE(key.scalar_type() == at::kLong, "key: expected int64, got ", key.scalar_type());
-  TORCH_CHECK_VALUE(key.dim() == 1 && key.numel() == 3, "key: expected shape [3], got ", key.sizes());
+  TORCH_CHECK_TYPE(key.scalar_type() == at::kLong, "key: expected int64, got ", dtype_name(key.scalar_type()));
+  TORCH_CHECK_VALUE(key.dim() == 1 && key.numel() == 3, "key: expected shape (3,), got ", tuple(key.sizes()));
   check_device("key", key, device);
   // A version in device memory is not worth a synchronisation.
   if (key.is_cpu()) {
@@ -62,11 +74,11 @@ inline void check_key(const at::Tensor& key, at::Device device) {
 }
 
 inline void check_signs(const at::Tensor& signs, at::IntArrayRef size, at::Device device) {
-  TORCH_CHECK_TYPE(signs.scalar_type() == at::kInt, "signs: expected int32, got ", signs.scalar_type());
+  TORCH_CHECK_TYPE(signs.scalar_type() == at::kInt, "signs: expected int32, got ", dtype_name(signs.scalar_type()));
   const int64_t rows = rows_of(size);
   const int64_t shape[] = {2 * rows + sign_tiles(rows), sign_words(columns_of(size))};
-  TORCH_CHECK_VALUE(signs.sizes().equals(shape), "signs: expected shape ", at::IntArrayRef(shape), " for size ", size,
-                    ", got ", signs.sizes());
+  TORCH_CHECK_VALUE(signs.sizes().equals(shape), "signs: expected shape ", tuple(shape), " for size ", tuple(size),
+                    ", got ", tuple(signs.sizes()));
   check_device("signs", signs, device);
 }
 
@@ -126,7 +138,7 @@ struct FeedbackArgs {
   void check_operand(const char* name, const std::optional<at::Tensor>& x, at::Device device) const {
     if (x) {
       to_dtype(name, x->scalar_type());
-      TORCH_CHECK_VALUE(x->sizes().equals(size), name, ": expected shape ", size, ", got ", x->sizes());
+      TORCH_CHECK_VALUE(x->sizes().equals(size), name, ": expected shape ", tuple(size), ", got ", tuple(x->sizes()));
       check_device(name, *x, device);
     }
   }

@@ -44,7 +44,7 @@ class Operands {
         p_.column_size[p_.column_dims - 1] *= size_[d];
       } else {
         TORCH_CHECK_VALUE(p_.column_dims < kMaxColumnDims, "size: expected at most ", kMaxColumnDims,
-                          " dimensions after the first that do not merge in memory, got ", size_);
+                          " dimensions after the first that do not merge in memory, got ", tuple(size_));
         p_.column_size[p_.column_dims++] = size_[d];
       }
       for (int k = 0; k < count_; ++k) {

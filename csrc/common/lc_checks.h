@@ -19,12 +19,12 @@ struct LcArgs {
   int64_t dims() const { return static_cast<int64_t>(stride.size()); }
 
   void check_rank(const char* name, const at::Tensor& x, int64_t rank) const {
-    TORCH_CHECK_VALUE(x.dim() == rank, name, ": expected ", rank, " dimensions, got shape ", x.sizes());
+    TORCH_CHECK_VALUE(x.dim() == rank, name, ": expected ", rank, " dimensions, got shape ", tuple(x.sizes()));
   }
 
   void check(at::IntArrayRef kernel) const {
     const size_t d = stride.size();
-    TORCH_CHECK_VALUE(d >= 1 && d <= kLcDims, "stride: expected 1, 2 or 3 integers, got ", stride);
+    TORCH_CHECK_VALUE(d >= 1 && d <= kLcDims, "stride: expected 1, 2 or 3 integers, got ", tuple(stride));
     check_integers("stride", stride, d, 1);
     check_integers("padding", padding, 2 * d, 0);
     check_integers("dilation", dilation, d, 1);
@@ -37,8 +37,8 @@ struct LcArgs {
     LcSize out;
     for (size_t i = 0; i < stride.size(); ++i) {
       const int64_t room = input[i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel[i] - 1) - 1;
-      TORCH_CHECK_VALUE(room >= 0, "input: expected a padded spatial size of at least the dilated kernel ", kernel,
-                        ", got spatial size ", input);
+      TORCH_CHECK_VALUE(room >= 0, "input: expected a padded spatial size of at least the dilated kernel ",
+                        tuple(kernel), ", got spatial size ", tuple(input));
       out.push_back(room / stride[i] + 1);
     }
     return out;
@@ -49,8 +49,8 @@ struct LcArgs {
     const size_t d = stride.size();
     const auto kernel = weight.slice(d + 1, d);
     const LcSize out = output(input, kernel);
-    TORCH_CHECK_VALUE(weight.slice(0, d).equals(out), "weight: expected positions ", at::IntArrayRef(out),
-                      " for spatial input ", input, ", got ", weight.slice(0, d));
+    TORCH_CHECK_VALUE(weight.slice(0, d).equals(out), "weight: expected positions ", tuple(out), " for spatial input ",
+                      tuple(input), ", got ", tuple(weight.slice(0, d)));
     TORCH_CHECK_VALUE(weight[d] % groups == 0, "groups: expected a divisor of the ", weight[d],
                       " output channels, got ", groups);
     LcGeometry g{};
@@ -79,18 +79,18 @@ struct LcArgs {
     for (const int64_t v : values) {
       good = good && v >= least;
     }
-    TORCH_CHECK_VALUE(good, name, ": expected ", count, " integers of at least ", least, ", got ", values);
+    TORCH_CHECK_VALUE(good, name, ": expected ", count, " integers of at least ", least, ", got ", tuple(values));
   }
 };
 
 inline void check_same(const char* name, const at::Tensor& x, const at::Tensor& other) {
-  TORCH_CHECK_TYPE(x.scalar_type() == other.scalar_type(), name, ": expected ", other.scalar_type(), ", got ",
-                   x.scalar_type());
+  TORCH_CHECK_TYPE(x.scalar_type() == other.scalar_type(), name, ": expected ", dtype_name(other.scalar_type()),
+                   ", got ", dtype_name(x.scalar_type()));
   check_device(name, x, other.device());
 }
 
 inline void check_shape(const char* name, const at::Tensor& x, at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(x.sizes().equals(shape), name, ": expected shape ", shape, ", got ", x.sizes());
+  TORCH_CHECK_VALUE(x.sizes().equals(shape), name, ": expected shape ", tuple(shape), ", got ", tuple(x.sizes()));
 }
 
 // Results are channels-last where the op's first tensor is, else contiguous.

@@ -202,7 +202,8 @@ at::Tensor feedback_mm_cpu(const at::Tensor& grad_output, const std::optional<at
                            const std::optional<at::Tensor>& key, c10::string_view entries, double scale,
                            int64_t in_features) {
   to_dtype("grad_output", grad_output.scalar_type());
-  TORCH_CHECK_VALUE(grad_output.dim() == 2, "grad_output: expected 2 dimensions, got shape ", grad_output.sizes());
+  TORCH_CHECK_VALUE(grad_output.dim() == 2, "grad_output: expected 2 dimensions, got shape ",
+                    tuple(grad_output.sizes()));
   TORCH_CHECK_VALUE(in_features >= 0, "in_features: expected at least 0, got ", in_features);
   const int64_t size[] = {grad_output.size(1), in_features};
   const FeedbackArgs args{weight, signs, magnitude, key, entries, scale, size};

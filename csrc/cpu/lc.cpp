@@ -855,9 +855,9 @@ at::Tensor lc_backward_input_cpu(const at::Tensor& grad_output, const std::optio
   const DType dtype = to_dtype("grad_output", grad_output.scalar_type());
   args.check_rank("grad_output", grad_output, d + 2);
   TORCH_CHECK_VALUE(static_cast<int64_t>(weight_size.size()) == 2 * d + 2, "weight: expected ", 2 * d + 2,
-                    " dimensions (*out, O, *kernel, C/groups), got shape ", weight_size);
+                    " dimensions (*out, O, *kernel, C/groups), got shape ", tuple(weight_size));
   TORCH_CHECK_VALUE(static_cast<int64_t>(input_size.size()) == d, "input_size: expected ", d, " integers, got ",
-                    input_size);
+                    tuple(input_size));
   args.check(weight_size.slice(d + 1, d));
   LcGeometry g = args.geometry(grad_output.size(0), weight_size, input_size);
   LcSize shape{grad_output.size(0), weight_size[d]};
