@@ -53,6 +53,8 @@ constexpr int64_t kFewSamples = 4;
 constexpr int64_t kLeastRun = 48;
 constexpr int64_t kRowBytes = 5 << 18;
 constexpr int64_t kTileBytes = 1 << 19;
+// Terms of one float32 sum in the forward product.
+constexpr int64_t kMaxSum = 192;
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 constexpr int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
@@ -420,6 +422,7 @@ class ForwardTask {
     patch_ = arena.take<acc_t>(lc_columns(g_) * op.lanes);
     out_ = arena.take<acc_t>(op.tile * g_.groups * g_.o * op.lanes);
     bias_ = arena.take<acc_t>(g_.groups * g_.o);
+    sums_ = arena.take<acc_t>(op.block * op.lanes);
   }
 
   void run(int64_t begin, int64_t end) {
@@ -467,15 +470,14 @@ class ForwardTask {
         const int64_t count = std::min(op_.block, g_.o - i);
         int64_t ld;
         const acc_t* w = blocks_.get(p, group * g_.o + i, count, 0, k, ld);
+        bool more = false;
         if (!in_place) {
-          gemm(count, lanes, k, w, ld, patch_, lanes, to + i * lanes, lanes, false);
+          multiply(count, k, w, ld, patch_, to + i * lanes, more);
           continue;
         }
-        bool more = false;
         patches_.for_runs(ow, lanes, [&](int64_t column, const acc_t* x) {
           if (x) {
-            gemm(count, lanes, g_.kernel[2] * g_.c, w + column, ld, x, lanes, to + i * lanes, lanes, more);
-            more = true;
+            multiply(count, g_.kernel[2] * g_.c, w + column, ld, x, to + i * lanes, more);
           }
         });
         if (!more) {
@@ -491,12 +493,25 @@ class ForwardTask {
     }
   }
 
+  // y (rows × lanes) = W (rows × depth) X, or += where there is `more` already, in sums of at most kMaxSum terms: one
+  // long float32 sum would lose the accuracy of torch's product, which cuts its sums as well.
+  void multiply(int64_t rows, int64_t depth, const acc_t* w, int64_t ld, const acc_t* x, acc_t* y, bool& more) {
+    const int64_t lanes = op_.lanes, step = balanced(depth, kMaxSum);
+    for (int64_t k = 0; k < depth; k += step) {
+      gemm(rows, lanes, std::min(step, depth - k), w + k, ld, x + k * lanes, lanes, more ? sums_ : y, lanes, false);
+      if (more) {
+        BK_PICK(lc_add)(sizeof(acc_t) == 8, y, lanes, sums_, lanes, rows, lanes);
+      }
+      more = true;
+    }
+  }
+
   const Forward<acc_t>& op_;
   const LcGeometry& g_;
   Patches<acc_t> patches_;
   Rows<acc_t> rows_;
   Blocks<acc_t> blocks_;
-  acc_t *patch_, *out_, *bias_;
+  acc_t *patch_, *out_, *bias_, *sums_;
 };
 
 // --- input gradient ---
