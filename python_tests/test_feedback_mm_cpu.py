@@ -1,0 +1,188 @@
+"""feedback_mm on the CPU: the same bits at every instruction-set level and for any number of threads, and shapes that
+fill its blocks. test_feedback_mm.py has the op's contract; this file has what the kernels could get wrong beside it."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bioplaus_kernels import ops
+from bioplaus_kernels.backends import native, reference
+
+pytestmark = pytest.mark.skipif(native.library is None, reason=f"no native library: {native.reason}")
+
+KEY = torch.tensor([1, 0x8123456789ABCDEF - 2**64, 0xFEDCBA9876543210 - 2**64])
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALVES)
+
+# What forces a level: torch's capability, oneDNN's, MKL's.
+LEVELS = {
+    "AMX": ("avx512", "ALL", "AVX512"),
+    "AVX512_VNNI": ("avx512", "AVX512_CORE_VNNI", "AVX512"),
+    "AVX512": ("avx512", "AVX512_CORE", "AVX512"),
+    "AVX2_VNNI": ("avx2", "AVX2_VNNI", "AVX2"),
+    "AVX2": ("avx2", "AVX2", "AVX2"),
+    "DEFAULT": ("default", "SSE41", "SSE4_2"),
+}
+# M, K, N around tiles of 4, 8 and 16 rows, 32 and 64 entries, words of 32 columns; then more than one block of rows,
+# pass along K, and slab of columns.
+SHAPES = [
+    *[(m, 67, 37) for m in (1, 3, 4, 5, 8, 15, 16, 17)],
+    *[(5, k, 37) for k in (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 131)],
+    *[(5, 67, n) for n in (1, 15, 16, 17, 31, 33, 63, 65, 127, 129)],
+    (131, 200, 70),
+    (9, 8200, 130),
+    (3, 70, 2100),
+]
+
+
+def draws(seed: int, *size: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(size)
+
+
+def weight(rows: int, columns: int, zeros: bool) -> Tensor:
+    w = draws(rows * 7919 + columns, rows, columns)
+    if zeros:
+        w.reshape(-1)[:: 3 if rows % 2 else 97] = 0
+    return torch.from_numpy(w)
+
+
+def grads(m: int, k: int, dtype: torch.dtype) -> list[Tensor]:
+    """Easy rows, which two bytes can hold in a half type, and rows for which they cannot."""
+    easy = draws(m + k, m, k)
+    hard = easy * np.exp(4 * draws(m + k + 1, m, k))
+    hard[::3] *= 1e-38
+    hard[m // 2] = 0
+    return [torch.from_numpy(g).clamp(-6e4, 6e4).to(dtype) for g in (easy, hard)]
+
+
+def sources(k: int, n: int, dtype: torch.dtype) -> list[tuple]:
+    """Where signs come from: a weight of several dtypes, without and with zeros, packed signs, a key."""
+    w = [weight(k, n, zeros).to(d) for zeros, d in ((False, torch.float32), (True, dtype), (True, torch.float64))]
+    moved = w[-1].t().contiguous().t()
+    return [
+        (None, None, None, KEY),
+        *((None, ops.pack_signs(x), None, None) for x in w[:2]),
+        *((x, None, None, None) for x in (*w, moved) if k * n < 100_000),
+    ]
+
+
+def results() -> list[Tensor]:
+    """Everything that must come out the same at every level."""
+    return [
+        ops.feedback_mm(g, *source, "constant", 0.37, n)
+        for m, k, n, dtype in (*((70, 131, 150, dtype) for dtype in DTYPES), (9, 4200, 33, torch.float32))
+        for g in grads(m, k, dtype)
+        for source in sources(k, n, dtype)
+    ]
+
+
+PROGRAM = """
+import hashlib, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from test_feedback_mm_cpu import results
+from bioplaus_kernels import _C
+digest = hashlib.sha256()
+for x in results():
+    digest.update(x.view(torch.uint8).numpy().tobytes())
+print(_C.active_product_level(), digest.hexdigest())
+"""
+
+
+def test_every_level_gives_the_same_bits() -> None:
+    """The levels that this processor lacks fall to a lower one, and then say so."""
+    runs = {}
+    for level, (capability, isa, mkl) in LEVELS.items():
+        settings = {"ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": isa, "MKL_ENABLE_INSTRUCTIONS": mkl}
+        command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent)]
+        runs[level] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | settings)
+    order = list(LEVELS)
+    digests = set()
+    for level, run in runs.items():
+        output, _ = run.communicate()
+        assert run.returncode == 0, level
+        active, digest = output.split()
+        assert order.index(active) >= order.index(level)
+        digests.add(digest)
+    assert len(digests) == 1
+
+
+def test_any_number_of_threads_gives_the_same_bits(one_thread: None) -> None:
+    alone = results()
+    torch.set_num_threads(3)
+    assert all(torch.equal(x, y) for x, y in zip(alone, results(), strict=True))
+
+
+def exact(g: Tensor, source: tuple, k: int, n: int) -> Tensor:
+    b = reference.feedback_weight(*source, "constant", 0.37, (k, n), dtype=g.dtype).double()
+    # Rows as numbers near 1, so that float64 is exact enough.
+    size = g.double().abs().amax(1, keepdim=True).clamp(min=1e-300)
+    return (g.double() / size) @ b * size
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shapes(dtype: torch.dtype) -> None:
+    # Beside the output's rounding, 4 bytes leave 2^-31 of the largest entry for each; 2 bytes are used where they lose
+    # less than a rounding does.
+    unit = torch.finfo(dtype).eps / 2
+    for m, k, n in SHAPES:
+        lost = max(2.0**-29 * k**0.5, {torch.bfloat16: 2.0**-9.5, torch.float16: 2.0**-11.5}.get(dtype, 0))
+        for g, source in itertools.product(grads(m, k, dtype), sources(k, n, dtype)):
+            expected = exact(g, source, k, n)
+            actual = ops.feedback_mm(g, *source, "constant", 0.37, n)
+            norm = torch.linalg.vector_norm(g.double(), dim=1, keepdim=True) * 0.37
+            allowed = unit * expected.abs() + lost * norm + torch.finfo(dtype).smallest_normal * unit
+            finite = expected.abs() < torch.finfo(dtype).max
+            assert ((actual.double() - expected).abs() <= allowed)[finite].all(), (m, k, n)
+
+
+def test_more_accurate_than_torch() -> None:
+    g = grads(40, 1500, torch.float32)
+    w = weight(1500, 64, False).float()
+    for x in g:
+        b = reference.feedback_weight(w, None, None, None, "constant", 0.37, w.shape, dtype=torch.float32)
+        expected = exact(x, (w, None, None, None), *w.shape)
+        ours, torchs = (
+            (
+                (y.double() - expected).abs().amax(1) / torch.linalg.vector_norm(x.double(), dim=1).clamp(min=1e-300)
+            ).max()
+            for y in (ops.feedback_mm(x, w, None, None, None, "constant", 0.37, 64), x @ b)
+        )
+        assert ours < torchs
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_non_finite_rows(dtype: torch.dtype) -> None:
+    m, k, n = 21, 150, 70
+    g = grads(m, k, dtype)[0]
+    dirty = g.clone()
+    dirty[3, 7], dirty[3, 100] = torch.inf, torch.inf
+    dirty[20, 149] = torch.nan
+    for source in sources(k, n, dtype):
+        clean, actual = (ops.feedback_mm(x, *source, "constant", 0.37, n) for x in (g, dirty))
+        b = reference.feedback_weight(*source, "constant", 0.37, (k, n), dtype=dtype)
+        for row in range(m):
+            if row in (3, 20):
+                assert not actual[row].isfinite().any()
+                expected = (torch.inf * b[7] + torch.inf * b[100]) if row == 3 else torch.full((n,), torch.nan)
+                assert torch.equal(actual[row].nan_to_num(0.5), expected.to(dtype).nan_to_num(0.5))
+            else:
+                assert torch.equal(actual[row], clean[row])
+
+
+def test_temporaries(one_thread: None) -> None:
+    """At most the bytes of dY and one bit for each weight, beside blocks of fixed size."""
+    w = torch.randn(1024, 1024)
+    g = torch.randn(64, 1024)
+    for source in ((w, None, None, None), (None, ops.pack_signs(w), None, None), (None, None, None, KEY)):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            result = ops.feedback_mm(g, *source, "constant", 1.0, 1024)
+        allocated = sum(e.self_cpu_memory_usage for e in profile.events() if e.name == "aten::empty")
+        assert result.nbytes < allocated <= result.nbytes + g.nbytes + w.numel() // 8 + 2**18
