@@ -4,11 +4,13 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 # torch's profiler, which counts the bytes, otherwise writes two lines a use.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 import torch
+from tqdm import tqdm
 
 from . import machine, registry, report, runner
 
@@ -43,12 +45,14 @@ def main() -> None:
         parser.error(str(error))
     if not cases:
         parser.error(f"--match: no case has {args.match!r} in its label")
-    result = {"machine": machine.header(), "roofline": machine.roofline()}
-    result["rows"] = runner.run(cases, args.seconds)
+    result: dict[str, Any] = {"machine": machine.header(), "roofline": machine.roofline(), "rows": []}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1))
-    temporary.replace(args.out)
+    for case in tqdm(cases, unit="case", disable=None):
+        result["rows"] += runner.run(case, args.seconds)
+        # After every case, so that an interrupted run keeps what it has measured.
+        temporary.write_text(json.dumps(result, indent=1))
+        temporary.replace(args.out)
     print(report.table(result))
     print(args.out)
 

@@ -49,7 +49,8 @@ def build(m: int, out: int, n: int, dtype: torch.dtype) -> Bench:
     torch.manual_seed(0)
     g, w = torch.randn(m, out).to(dtype), (torch.randn(out, n) / out**0.5).to(dtype)
     s, key, signs = n**-0.5, feedback_key(0), ops.pack_signs(w)
-    compiled = torch.compile(sign_then_matmul)
+    torch._dynamo.reset()
+    compiled = torch.compile(sign_then_matmul, dynamic=False)
     stored = ops.feedback_weight(None, None, None, key, "uniform", s, w.shape, dtype=dtype)
     arguments = {
         "usf, signs from W": (w, None, None, None, "constant", s),

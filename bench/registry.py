@@ -13,7 +13,6 @@ class Bench:
     variants: what is timed, by name; the first is the baseline that ratios are to.
     gate: error of a variant over its bound (at most 1 passes); a variant without an entry is torch's own.
     flops, bytes: the least work of the product and the least traffic to memory, for the roofline; 0 where it has none.
-    cold: evicts nothing if None; else called untimed before each timed call.
     """
 
     variants: dict[str, Run]

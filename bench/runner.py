@@ -5,32 +5,30 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from .registry import Bench, Case, Run
 
 _FLUSH_BYTES = 2**29
 
 
-def run(cases: list[Case], seconds: float) -> list[dict[str, Any]]:
-    """One result row for each variant of each case; `seconds` of timing a variant."""
+def run(case: Case, seconds: float) -> list[dict[str, Any]]:
+    """One result row for each variant, warm and, where the case asks for it, cold; `seconds` of timing a variant."""
+    bench = case.build()
+    errors = {name: gate() for name, gate in bench.gate.items()}
+    timed = {name: f for name, f in bench.variants.items() if errors.get(name, 0.0) <= 1.0}
+    times = {"warm": _interleave(timed, seconds, cold=False)}
+    if case.cold:
+        times["cold"] = _interleave(timed, seconds, cold=True)
     rows = []
-    for case in tqdm(cases, unit="case", disable=None):
-        bench = case.build()
-        errors = {name: gate() for name, gate in bench.gate.items()}
-        timed = {name: f for name, f in bench.variants.items() if errors.get(name, 0.0) <= 1.0}
-        times = {"warm": _interleave(timed, seconds, cold=False)}
-        if case.cold:
-            times["cold"] = _interleave(timed, seconds, cold=True)
-        for state, measured in times.items():
-            baseline = median(measured[next(iter(bench.variants))])
-            for name, function in bench.variants.items():
-                row: dict[str, Any] = {"op": case.op, "case": case.label, "state": state, "variant": name}
-                row["error_over_bound"] = errors.get(name)
-                if name in measured:
-                    row |= _summary(measured[name], baseline, bench)
-                    row["peak_bytes"] = peak_bytes(function) if state == "warm" else None
-                rows.append(row)
+    for state, measured in times.items():
+        baseline = median(measured[next(iter(bench.variants))])
+        for name, function in bench.variants.items():
+            row: dict[str, Any] = {"op": case.op, "case": case.label, "state": state, "variant": name}
+            row["error_over_bound"] = errors.get(name)
+            if name in measured:
+                row |= _summary(measured[name], baseline, bench)
+                row["peak_bytes"] = peak_bytes(function) if state == "warm" else None
+            rows.append(row)
     return rows
 
 
@@ -47,7 +45,7 @@ def _interleave(variants: dict[str, Run], seconds: float, cold: bool) -> dict[st
         repeats[name] = 1 if cold else max(1, int(0.002 / max(once, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in variants}
     end = time.perf_counter() + seconds * len(variants)
-    while time.perf_counter() < end or len(next(iter(samples.values()))) < 5:
+    while time.perf_counter() < end or len(next(iter(samples.values()))) < 3:
         for name, function in variants.items():
             if flush is not None:
                 flush.add_(1.0)
