@@ -186,3 +186,36 @@ def test_temporaries(one_thread: None) -> None:
             result = ops.feedback_mm(g, *source, "constant", 1.0, 1024)
         allocated = sum(e.self_cpu_memory_usage for e in profile.events() if e.name == "aten::empty")
         assert result.nbytes < allocated <= result.nbytes + g.nbytes + w.numel() // 8 + 2**18
+
+
+def cells(k: int, n: int, dtype: torch.dtype) -> list[tuple]:
+    """Feedback whose entries are no constants, so that B is formed in tiles."""
+    w, m = weight(k, n, True).to(dtype), weight(k + 1, n, False)[:k].to(torch.float32)
+    return [
+        (w, None, m, None, "stored", 1.3),
+        (None, ops.pack_signs(w), m, None, "stored", 1.3),
+        (None, None, m, None, "stored", 1.3),
+        (None, None, m.to(dtype), None, "stored", 1.3),
+        (None, None, None, KEY, "uniform", 0.1),
+        (w, None, None, KEY, "uniform", 0.1),
+        (None, None, None, KEY, "normal", 0.1),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cells_in_tiles(dtype: torch.dtype, one_thread: None) -> None:
+    for m, k, n in ((129, 515, 131), (3, 1030, 129), (200, 37, 20), (1030, 40, 5)):
+        g = grads(m, k, dtype)[0]
+        for x in (g, g[:1].expand(m, k), g.t().contiguous().t()):
+            for cell in cells(k, n, dtype):
+                b = reference.feedback_weight(*cell, (k, n), dtype=dtype)
+                expected = x.double() @ b.double()
+                torch.set_num_threads(1)
+                actual = ops.feedback_mm(x, *cell, n)
+                norm = torch.linalg.vector_norm(x.double(), dim=1, keepdim=True) * b.abs().max().double()
+                allowed = torch.finfo(dtype).eps * expected.abs() + 2.0**-18 * norm
+                if cell[2] is not None and cell[:2] == (None, None):
+                    allowed += torch.finfo(dtype).eps * norm  # torch's own product, where s need not be rounded into B
+                assert ((actual.double() - expected).abs() <= allowed).all(), (m, k, n, cell[4])
+                torch.set_num_threads(3)
+                assert torch.equal(actual, ops.feedback_mm(x, *cell, n))

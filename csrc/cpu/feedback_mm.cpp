@@ -1,6 +1,8 @@
 #include "feedback_mm.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
@@ -13,6 +15,8 @@
 
 #include "../common/form.h"
 #include "feedback_weight.h"
+#include "gemm.h"
+#include "lc.h"
 #include "pack_signs.h"
 
 namespace bioplaus {
