@@ -19,7 +19,11 @@ def main() -> None:
     else:
         config = native.library.build_config()
         print(f"native library: built with torch {config['torch']}, {config['cxx_compiler']}")
-        print(f"  CPU levels {', '.join(config['cpu_levels'])}; active here: {native.library.active_cpu_level()}")
+        product = native.library.active_product_level()
+        print(
+            f"  CPU levels {', '.join(config['cpu_levels'])}; active here: {native.library.active_cpu_level()}, "
+            f"integer products {product}"
+        )
         print(f"  OpenMP {'yes' if config['openmp'] else 'no'}, {native.library.num_threads_used()} threads")
         cuda = f"{config['cuda']} for {', '.join(config['cuda_archs'])}" if config["cuda"] else "not built"
         print(f"  CUDA {cuda}")
