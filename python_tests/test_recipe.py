@@ -164,7 +164,7 @@ def test_digits_are_a_fixed_split():
 
 
 @pytest.mark.parametrize("interrupted", ["checkpoint.pt", "metrics.csv"])
-@pytest.mark.parametrize("model", ["lenet", "mobilenet_v3_small"])
+@pytest.mark.parametrize("model", ["lenet", pytest.param("mobilenet_v3_small", marks=pytest.mark.slow)])
 def test_resume_is_exact(tmp_path, monkeypatch, images, model, interrupted):
     """Dropout, batch norm, augmentation, momentum, the learning rate, the order of the images, brsf's draws."""
     args = ["--model", model, "--epochs", 3, "--rule", "fa,brsf"]
