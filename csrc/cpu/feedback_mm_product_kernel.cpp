@@ -456,6 +456,8 @@ void multiply_panel(const Panel& p) {
 }
 
 #elif defined(__AVX2__)
+#define BK_MEMBER __attribute__((always_inline))
+
 #if defined(__AVX512BW__)
 using Sums = __m512i;
 constexpr int kMaxRows = 8;
@@ -491,34 +493,49 @@ Sums multiply_add(Sums c, Sums a, Sums b) { return _mm256_add_epi32(c, _mm256_ma
 #endif
 #endif
 
-// ROWS rows of digits by two vectors of the operand, b and b + second; their sums lie c_second apart.
+// Sums of ROWS rows of digits by two vectors of the operand. A struct of structs, as compilers keep an array in memory.
 template <int ROWS>
-void rows_by_two(const Panel& p, const int8_t* a, const int8_t* b, int64_t second, int32_t* c, int64_t c_second) {
-  Sums left[ROWS];
-  Sums right[ROWS];
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) {
-    left[r] = p.add ? load_sums(c + r * kColumns) : zero_sums();
-    right[r] = p.add ? load_sums(c + r * kColumns + c_second) : zero_sums();
+struct Block {
+  Sums left, right;
+  Block<ROWS - 1> below;
+
+  BK_MEMBER void load(const int32_t* c, int64_t second, bool add) {
+    left = add ? load_sums(c) : zero_sums();
+    right = add ? load_sums(c + second) : zero_sums();
+    below.load(c + kColumns, second, add);
   }
-  for (int64_t k = 0; k < p.blocks * kTileBytes; k += kTileBytes) {
-#pragma GCC unroll 1
-    for (int step = 0; step < kSteps; ++step) {
-      const Sums b0 = load_sums(reinterpret_cast<const int32_t*>(b + k + 64 * step));
-      const Sums b1 = load_sums(reinterpret_cast<const int32_t*>(b + k + 64 * step + second));
-#pragma GCC unroll 16
-      for (int r = 0; r < ROWS; ++r) {
-        const Sums d = digits_of(a + k + 64 * r + 4 * step);
-        left[r] = multiply_add(left[r], d, b0);
-        right[r] = multiply_add(right[r], d, b1);
-      }
-    }
+  BK_MEMBER void step(const int8_t* a, Sums b0, Sums b1) {
+    const Sums d = digits_of(a);
+    left = multiply_add(left, d, b0);
+    right = multiply_add(right, d, b1);
+    below.step(a + 64, b0, b1);
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) {
-    store_sums(c + r * kColumns, left[r]);
-    store_sums(c + r * kColumns + c_second, right[r]);
+  BK_MEMBER void store(int32_t* c, int64_t second) const {
+    store_sums(c, left);
+    store_sums(c + second, right);
+    below.store(c + kColumns, second);
   }
+};
+
+template <>
+struct Block<0> {
+  BK_MEMBER void load(const int32_t*, int64_t, bool) {}
+  BK_MEMBER void step(const int8_t*, Sums, Sums) {}
+  BK_MEMBER void store(int32_t*, int64_t) const {}
+};
+
+// ROWS rows of digits by b and by b + second; their sums lie c_second apart.
+template <int ROWS>
+__attribute__((noinline)) void rows_by_two(const Panel& p, const int8_t* a, const int8_t* b, int64_t second, int32_t* c, int64_t c_second) {
+  Block<ROWS> sums;
+  sums.load(c, c_second, p.add);
+  // One loop and not two: the sums would be copied between the loops' registers at every step.
+  for (int64_t i = 0; i < p.blocks * kSteps; ++i) {
+    const int8_t* at = b + 64 * i;
+    sums.step(a + i / kSteps * kTileBytes + i % kSteps * 4, load_sums(reinterpret_cast<const int32_t*>(at)),
+              load_sums(reinterpret_cast<const int32_t*>(at + second)));
+  }
+  sums.store(c, c_second);
 }
 
 template <int ROWS>
