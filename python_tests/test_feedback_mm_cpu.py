@@ -214,8 +214,9 @@ def test_cells_in_tiles(dtype: torch.dtype, one_thread: None) -> None:
                 actual = ops.feedback_mm(x, *cell, n)
                 norm = torch.linalg.vector_norm(x.double(), dim=1, keepdim=True) * b.abs().max().double()
                 allowed = torch.finfo(dtype).eps * expected.abs() + 2.0**-18 * norm
-                if cell[2] is not None and cell[:2] == (None, None):
-                    allowed += torch.finfo(dtype).eps * norm  # torch's own product, where s need not be rounded into B
+                if cell[:2] == (None, None) and cell[4] != "uniform":
+                    # torch's own product need not round s into B, and normal draws are close, not equal.
+                    allowed += torch.finfo(dtype).eps * norm
                 assert ((actual.double() - expected).abs() <= allowed).all(), (m, k, n, cell[4])
                 torch.set_num_threads(3)
                 assert torch.equal(actual, ops.feedback_mm(x, *cell, n))

@@ -526,7 +526,8 @@ struct Block<0> {
 
 // ROWS rows of digits by b and by b + second; their sums lie c_second apart.
 template <int ROWS>
-__attribute__((noinline)) void rows_by_two(const Panel& p, const int8_t* a, const int8_t* b, int64_t second, int32_t* c, int64_t c_second) {
+__attribute__((noinline)) void rows_by_two(const Panel& p, const int8_t* a, const int8_t* b, int64_t second, int32_t* c,
+                                           int64_t c_second) {
   Block<ROWS> sums;
   sums.load(c, c_second, p.add);
   // One loop and not two: the sums would be copied between the loops' registers at every step.

@@ -5,7 +5,7 @@
 // written (8 for s·sign(W) in fp32); packed signs add 1/8 byte, seeded entries nothing. Three to five operations per
 // element, and for uniform entries a quarter of a Philox call (20 wide multiplications). Reached on one AVX-512 core,
 // as a share of a plain copy's bandwidth: s·sign(W) 0.9 in fp32 and 0.65 in bf16, sgn·|s·M| 0.95, seeded signs 0.55;
-// uniform entries are bound by Philox, at 0.95e9 elements/s.
+// uniform entries are bound by Philox, at 0.95e9 elements/s, and normal ones by it and their series, at half of that.
 #include "../common/packed_signs.h"
 #include "bits.h"
 #include "convert.h"
@@ -60,6 +60,44 @@ void words(Chunk<acc_t>& c, uint32_t* w) {
   }
 }
 
+// ln u for a normal u: with u = m·2^e, √½ ≤ m < √2 and s = (m − 1) / (m + 1), ln u = 2·artanh s + e·ln 2.
+float natural_log(float u) {
+  const uint32_t shifted = bits_of(u) - bits_of(0.70710678f);
+  const float e = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
+  const float m = float_of((shifted & 0x7FFFFFu) + bits_of(0.70710678f));
+  const float s = (m - 1.0f) / (m + 1.0f);
+  const float q = s * s;
+  const float series = 2.0f + q * (2.0f / 3 + q * (2.0f / 5 + q * (2.0f / 7 + q * (2.0f / 9))));
+  // ln 2 in two parts, the first short enough that its product with e is exact.
+  return e * 0.693115234375f + (e * 3.1946183e-05f + s * series);
+}
+
+// cos and sin of 2π·u for u in [0, 1): the nearest quarter turn, and Taylor's series of the rest, at most π/4.
+void cos_sin(float u, float& cosine, float& sine) {
+  const int32_t quarter = static_cast<int32_t>(4.0f * u + 0.5f);
+  const float x = 1.5707963267948966f * (4.0f * u - static_cast<float>(quarter));
+  const float q = x * x;
+  const float s = x * (1.0f - q / 6 * (1.0f - q / 20 * (1.0f - q / 42 * (1.0f - q / 72))));
+  const float c = 1.0f - q / 2 * (1.0f - q / 12 * (1.0f - q / 30 * (1.0f - q / 56 * (1.0f - q / 90))));
+  const float a = quarter & 1 ? s : c;
+  const float b = quarter & 1 ? c : s;
+  cosine = (quarter + 1) & 2 ? -a : a;
+  sine = quarter & 2 ? -b : b;
+}
+
+// Box and Muller as in feedback.h, with functions that compilers vectorise.
+void normals(uint32_t wa, uint32_t wb, float& na, float& nb) {
+  const float u1 = static_cast<float>(static_cast<int32_t>((wa >> 8) + 1)) * (1.0f / 16777216.0f);
+  const float u2 = static_cast<float>(static_cast<int32_t>(wb >> 8)) * (1.0f / 16777216.0f);
+  const float r = __builtin_sqrtf(-2.0f * natural_log(u1));
+  float c, s;
+  cos_sin(u2, c, s);
+  na = r * c;
+  nb = r * s;
+}
+
+void normals(uint32_t wa, uint32_t wb, double& na, double& nb) { normal_pair(wa, wb, na, nb); }
+
 template <typename acc_t>
 void random(Chunk<acc_t>& c) {
   uint32_t* w = reinterpret_cast<uint32_t*>(c.scratch);
@@ -73,7 +111,7 @@ void random(Chunk<acc_t>& c) {
     const acc_t s = static_cast<acc_t>(c.p.scale);
     for (int64_t t = 0; t < c.n; t += 2) {
       acc_t na, nb;
-      normal_pair(w[t], w[t + 1], na, nb);
+      normals(w[t], w[t + 1], na, nb);
       c.b[t] = na * s;
       c.b[t + 1] = nb * s;
     }
