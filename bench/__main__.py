@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def main() -> None:
     run = commands.add_parser("run", help="measure; writes one JSON file")
     run.add_argument("--op", action="append", help="only this op; repeat for several")
     run.add_argument("--quick", action="store_true", help="a few small cases")
-    run.add_argument("--match", default="", help="only cases whose label contains this")
+    run.add_argument("--match", default="", help="only cases whose label matches this regular expression")
     run.add_argument("--seconds", type=float, default=1.0, help="timing of each variant (default 1)")
     run.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     run.add_argument("--out", type=Path, default=RESULTS / "cpu.json", help="default: bench/results/cpu.json")
@@ -40,11 +41,11 @@ def main() -> None:
         parser.error("--seconds and --threads: expected more than 0")
     torch.set_num_threads(args.threads)
     try:
-        cases = [c for c in registry.cases(args.op, args.quick) if args.match in c.label]
+        cases = [c for c in registry.cases(args.op, args.quick) if re.search(args.match, c.label)]
     except ValueError as error:
         parser.error(str(error))
     if not cases:
-        parser.error(f"--match: no case has {args.match!r} in its label")
+        parser.error(f"--match: no label matches {args.match!r}")
     result: dict[str, Any] = {"machine": machine.header(), "roofline": machine.roofline(), "rows": []}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.out.with_suffix(".tmp")
