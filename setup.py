@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import setuptools
@@ -166,7 +167,9 @@ class CMakeBuild(build_ext):
             }
             say(f"CPU and CUDA {found} ({', '.join(people)})")
 
-        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
+        # CMake remembers where torch lies, so another environment has another folder.
+        where = f"{zlib.crc32(str(torch_root).encode()):08x}"
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.__version__}-{where}"
         command = [cmake, "-S", str(ROOT), "-B", str(build), *(f"-D{name}={value}" for name, value in defines.items())]
         if ninja is not None:
             command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
