@@ -144,7 +144,9 @@ def test_feedback_of_every_cell(cell: str, dtype: torch.dtype) -> None:
         t.reshape(weight.shape) if isinstance(t, Tensor) and t.is_floating_point() else t
         for t in operands(cell, rows, columns, torch.float32)
     ]
-    b = reference.feedback_weight(*shaped, weight.shape, dtype=dtype)
+    # Normal draws of two backends are close, not equal; test_feedback_weight compares them.
+    form = ops if "normal" in cell else reference
+    b = form.feedback_weight(*shaped, weight.shape, dtype=dtype)
     g = g.to(dtype)
     actual = ops.lc_backward_input(g, *shaped, weight.shape, geometry.size, *geometry.op())
     exact = locally_connected_transpose(g.double(), b.double(), None, geometry.size, *geometry.definition())
