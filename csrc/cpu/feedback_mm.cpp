@@ -1,8 +1,6 @@
 #include "feedback_mm.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
@@ -15,8 +13,6 @@
 
 #include "../common/form.h"
 #include "feedback_weight.h"
-#include "gemm.h"
-#include "lc.h"
 #include "pack_signs.h"
 
 namespace bioplaus {
