@@ -3,9 +3,8 @@
 //
 // Roofline: memory. Bytes per element = those of the weight and the magnitude that are read and of the output that is
 // written (8 for s·sign(W) in fp32); packed signs add 1/8 byte, seeded entries nothing. Three to five operations per
-// element, and for uniform entries a quarter of a Philox call (20 wide multiplications). Reached on one AVX-512 core,
-// as a share of a plain copy's bandwidth: s·sign(W) 0.9 in fp32 and 0.65 in bf16, sgn·|s·M| 0.95, seeded signs 0.55;
-// uniform entries are bound by Philox, at 0.95e9 elements/s, and normal ones by it and their series, at half of that.
+// element, and for uniform entries a quarter of a Philox call (20 wide multiplications), which bounds them; normal ones
+// are bound by it and their series. The share reached: `python -m bench run --op feedback_weight`.
 #include "../common/packed_signs.h"
 #include "bits.h"
 #include "convert.h"

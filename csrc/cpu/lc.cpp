@@ -12,14 +12,9 @@
 // number of threads. In the input gradient a thread owns rows of the input, and visits the positions that reach them.
 //
 // Roofline, float32: max(2·N operations per weight at the tile product's speed, 4 bytes per weight at memory
-// bandwidth); the weight gradient writes its 4 bytes into a fresh tensor. Measured on the layers of Bartunov et al.
-// (2018), one thread with AVX-512, time over roofline:
-//     one sample    0.9 to 1.3: memory bandwidth. The weight gradient is bound by page faults, and takes 0.4 to 0.5 of
-//                   the time of filling a fresh tensor, as it asks for huge pages
-//     16 samples    1.2 to 1.7: the products read weights from memory without a prefetch of their own
-//     128 samples   1.2 to 1.7 with 100 channels or more; 2 to 3.5 with 3 to 50, whose activations are as large as the
-//                   weights: changing their layout and the page faults of the result take half the time
-// Their smallest layer (56 thousand weights, one input channel) is activations and overhead alone: 2 to 16.
+// bandwidth); the weight gradient writes its 4 bytes into a fresh tensor, is bound by page faults there and asks for
+// huge pages. With few channels the activations are as large as the weights, and changing their layout takes its time.
+// The share reached: `python -m bench run --op locally_connected`.
 // Half types are widened block by block and multiplied in float32: memory traffic halves, products do not get faster.
 #include "lc.h"
 

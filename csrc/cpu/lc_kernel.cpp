@@ -1,9 +1,8 @@
 // What surrounds the tile products of the locally-connected ops: layout changes, and the products of few samples.
 //
 // Roofline: lc_dot and lc_axpy read each weight once and lc_outer writes it once, two operations per weight and sample:
-// memory bandwidth, which they reach (0.9 to 1.1 of the time of a plain sum over the weights). lc_copy reads and writes
-// each activation once; between layouts of different innermost dims it takes about 1 ns per float32, as its pieces lie
-// pages apart.
+// memory bandwidth. lc_copy reads and writes each activation once; between layouts of different innermost dims its
+// pieces lie pages apart, which bounds it.
 #include "convert.h"
 #include "lc.h"
 #include "strided.h"
