@@ -8,6 +8,7 @@
 #include "../common/packed_signs.h"
 #include "element.h"
 #include "feedback_weight.h"
+#include "launch_kernel.h"
 
 namespace bioplaus {
 namespace {
@@ -228,9 +229,9 @@ cudaError_t launch_feedback_weight(const FeedbackParams& p, cudaStream_t stream)
   const int64_t most_y = (kMaxBlocks + x - 1) / x < 65535 ? (kMaxBlocks + x - 1) / x : 65535;
   const dim3 grid(x, blocks_y < most_y ? blocks_y : most_y);
   if (p.out.dtype == DType::Float64) {
-    feedback_weight_kernel<double><<<grid, block, 0, stream>>>(p);
+    BK_LAUNCH(feedback_weight_kernel<double>, grid, block, 0, stream, p);
   } else {
-    feedback_weight_kernel<float><<<grid, block, 0, stream>>>(p);
+    BK_LAUNCH(feedback_weight_kernel<float>, grid, block, 0, stream, p);
   }
   return cudaGetLastError();
 }

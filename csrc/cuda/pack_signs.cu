@@ -4,6 +4,7 @@
 // Roofline: memory. Each element is read once (4 bytes in fp32) and 1/4 byte is written; two ballots per 32 elements.
 #include "../common/packed_signs.h"
 #include "element.h"
+#include "launch_kernel.h"
 #include "pack_signs.h"
 
 namespace bioplaus {
@@ -73,7 +74,7 @@ cudaError_t launch(const FeedbackParams& p, int32_t* planes, cudaStream_t stream
   const int64_t tiles = sign_tiles(p.rows) * (sign_words(p.cols) / kWords);
   constexpr int64_t kMaxBlocks = 1 << 16;
   const unsigned blocks = static_cast<unsigned>(tiles < kMaxBlocks ? tiles : kMaxBlocks);
-  pack_signs_kernel<T><<<blocks, 32 * kWarps, 0, stream>>>(p, planes);
+  BK_LAUNCH(pack_signs_kernel<T>, blocks, 32 * kWarps, 0, stream, p, planes);
   return cudaGetLastError();
 }
 

@@ -2,6 +2,7 @@
 //
 // Roofline: none to speak of. 64 scattered loads and 64 Philox calls; the launch is the cost.
 #include "../common/redraw.h"
+#include "launch_kernel.h"
 #include "redraw_key.h"
 
 namespace bioplaus {
@@ -25,7 +26,7 @@ __global__ void redraw_key_kernel(const __grid_constant__ FeedbackParams p, int6
 }  // namespace
 
 cudaError_t launch_redraw_key(const FeedbackParams& p, int64_t* out, cudaStream_t stream) {
-  redraw_key_kernel<<<1, kRedrawSamples, 0, stream>>>(p, out);
+  BK_LAUNCH(redraw_key_kernel, 1, kRedrawSamples, 0, stream, p, out);
   return cudaGetLastError();
 }
 
