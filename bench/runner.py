@@ -34,7 +34,7 @@ def run(case: Case, seconds: float) -> list[dict[str, Any]]:
 
 def _interleave(variants: dict[str, Run], seconds: float, cold: bool) -> dict[str, list[float]]:
     # Rounds over all variants, so that a slow spell of the machine falls on all of them; each sample is long enough to
-    # read on the clock.
+    # read on the clock, and follows a call that brings back what the other variants drove out of the caches.
     flush = torch.empty(_FLUSH_BYTES // 4) if cold else None
     repeats = {}
     for name, function in variants.items():
@@ -47,7 +47,9 @@ def _interleave(variants: dict[str, Run], seconds: float, cold: bool) -> dict[st
     end = time.perf_counter() + seconds * len(variants)
     while time.perf_counter() < end or len(next(iter(samples.values()))) < 3:
         for name, function in variants.items():
-            if flush is not None:
+            if flush is None:
+                function()
+            else:
                 flush.add_(1.0)
             n = repeats[name]
             start = time.perf_counter()

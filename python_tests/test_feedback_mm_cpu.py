@@ -177,6 +177,18 @@ def test_non_finite_rows(dtype: torch.dtype) -> None:
                 assert torch.equal(actual[row], clean[row])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
+    """More rows than are multiplied at once, of which some need more digits than others."""
+    k, n = 70, 37
+    easy, hard = grads(1100, k, dtype)
+    g = torch.where(torch.arange(1100)[:, None] % 3 == 1, hard, easy)
+    for source in sources(k, n, dtype):
+        together = ops.feedback_mm(g, *source, "constant", 0.37, n)
+        for row in (0, 1, 2, 511, 512, 513, 1024, 1099):
+            assert torch.equal(together[row], ops.feedback_mm(g[row : row + 1], *source, "constant", 0.37, n)[0])
+
+
 def test_temporaries(one_thread: None) -> None:
     """At most the bytes of dY and one bit for each weight, beside blocks of fixed size."""
     w = torch.randn(1024, 1024)

@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/BFloat16.h>
@@ -9,7 +10,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
+#include <vector>
 
 #include "../common/form.h"
 #include "feedback_weight.h"
@@ -21,8 +22,13 @@ namespace {
 // Columns that a thread takes at a time, once for all rows. Wide, as a weight is read fastest in long runs; two slabs
 // of bits and their non-zero plane for every thread are at most the bits of the whole weight.
 constexpr int64_t kSlab = 1024;
-// Rows whose digits are held at once where they take more bytes than the rows themselves.
-constexpr int64_t kFewRows = 256;
+// Rows whose digits are held at once: as stay in the L2 cache, and so many at least that forming the signs again costs
+// little; from a weight, which then is read again, more. More rows would be memory fresh from the system, too.
+constexpr int64_t kDigitBytes = int64_t{1} << 20;
+constexpr int64_t kRows = 512;
+constexpr int64_t kRowsOfWeight = 1024;
+// Rows at once whose digits take more bytes than the rows themselves.
+constexpr int64_t kLossyRows = 256;
 // Fewer entries of B than this are not worth a second thread.
 constexpr int64_t kFormGrain = 8192;
 
@@ -98,17 +104,13 @@ class SlabSigns {
   SignColumns signs_;
 };
 
-bool quantise_rows(const SignProduct& p) {
+void quantise_rows(const SignProduct& p) {
   const auto kernel = BK_PICK_PRODUCT(quantise);
   const int64_t tiles = divide_up(p.rows, BK_PICK_PRODUCT(tile_rows)(p.bytes));
-  std::atomic<bool> good = true;
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     const Buffer<float> scratch(p.depth);
-    if (!kernel(p, begin, end, scratch.get())) {
-      good = false;
-    }
+    kernel(p, begin, end, scratch.get());
   });
-  return good;
 }
 
 void multiply_slabs(const SignProduct& p, const FeedbackParams& b) {
@@ -138,39 +140,55 @@ void multiply_slabs(const SignProduct& p, const FeedbackParams& b) {
   });
 }
 
+// out = s · (grad · σ) in digits of `bytes`. The rows for which two bytes lose too much come back, not yet computed.
+std::vector<int64_t> digit_product(const at::Tensor& grad, const FeedbackParams& b, int bytes, const at::Tensor& out) {
+  SignProduct p{};
+  p.rows = grad.size(0);
+  p.depth = b.rows;
+  p.cols = b.cols;
+  p.grad = grad.const_data_ptr();
+  p.dtype = to_dtype("grad_output", grad.scalar_type());
+  p.row_stride = grad.stride(0);
+  p.column_stride = grad.stride(1);
+  p.out = out.mutable_data_ptr();
+  p.scale = entry_scale(b.scale, grad.scalar_type());
+  p.bytes = bytes;
+  const Buffer<int8_t> digits(BK_PICK_PRODUCT(digit_bytes)(p.rows, p.depth, bytes));
+  const Buffer<FixedPoint> fixed(p.rows);
+  p.digits = digits.get();
+  p.fixed = fixed.get();
+  quantise_rows(p);
+  std::vector<int64_t> lossy;
+  for (int64_t row = 0; row < p.rows; ++row) {
+    if (p.fixed[row].lossy) {
+      lossy.push_back(row);
+    }
+  }
+  if (static_cast<int64_t>(lossy.size()) < p.rows) {
+    multiply_slabs(p, b);
+  }
+  return lossy;
+}
+
 // dX = s · (dY · σ).
 at::Tensor sign_product(const at::Tensor& grad, const FeedbackParams& b) {
   const at::Tensor out = at::empty({grad.size(0), b.cols}, grad.options());
-  const int64_t element = grad.element_size();
-  const auto product = [&](int64_t first, int64_t rows, int bytes) {
-    SignProduct p{};
-    p.rows = rows;
-    p.depth = b.rows;
-    p.cols = b.cols;
-    p.grad = static_cast<const char*>(grad.const_data_ptr()) + first * grad.stride(0) * element;
-    p.dtype = to_dtype("grad_output", grad.scalar_type());
-    p.row_stride = grad.stride(0);
-    p.column_stride = grad.stride(1);
-    p.out = static_cast<char*>(out.mutable_data_ptr()) + first * b.cols * element;
-    p.scale = entry_scale(b.scale, grad.scalar_type());
-    p.bytes = bytes;
-    const Buffer<int8_t> digits(BK_PICK_PRODUCT(digit_bytes)(rows, b.rows, bytes));
-    const Buffer<FixedPoint> fixed(rows);
-    p.digits = digits.get();
-    p.fixed = fixed.get();
-    const bool good = quantise_rows(p);
-    if (good) {
-      multiply_slabs(p, b);
-    }
-    return good;
-  };
+  const int bytes = static_cast<int>(grad.element_size());
   const int64_t rows = grad.size(0);
-  if (element == 2 && product(0, rows, 2)) {
-    return out;
-  }
-  const int64_t step = element == 4 ? rows : std::max(kFewRows, divide_up(rows, 2));
+  const int64_t step = std::max(b.weight.data ? kRowsOfWeight : kRows, kDigitBytes / (b.rows * bytes));
   for (int64_t first = 0; first < rows; first += step) {
-    product(first, std::min(step, rows - first), 4);
+    const int64_t n = std::min(step, rows - first);
+    const at::Tensor some = grad.narrow(0, first, n);
+    at::Tensor to = out.narrow(0, first, n);
+    std::vector<int64_t> lossy = digit_product(some, b, bytes, to);
+    const int64_t count = static_cast<int64_t>(lossy.size());
+    const at::Tensor indices = at::from_blob(lossy.data(), {count}, at::kLong);
+    for (int64_t i = 0; i < count; i += kLossyRows) {
+      const at::Tensor index = indices.narrow(0, i, std::min(kLossyRows, count - i));
+      const at::Tensor part = at::empty({index.size(0), b.cols}, grad.options());
+      digit_product(some.index_select(0, index), b, 4, part);
+      to.index_copy_(0, index, part);
+    }
   }
   return out;
 }

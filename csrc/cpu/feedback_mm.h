@@ -20,6 +20,7 @@ constexpr int64_t kMaxDepth = int64_t{1} << 20;
 struct FixedPoint {
   double unit;  // value of the last place; NaN marks a row that holds an infinity or a NaN
   double sum;   // of the row's entries, in units
+  bool lossy;   // two bytes lose more than a rounding of the output
 };
 
 struct SignProduct {
@@ -57,9 +58,8 @@ struct SignColumns {
 BK_DECLARE_PRODUCT(int64_t tile_rows(int bytes))
 BK_DECLARE_PRODUCT(int64_t digit_bytes(int64_t rows, int64_t depth, int bytes))
 
-// Rows of tiles begin … end − 1. False where two bytes lose more than a rounding of the output.
-// `scratch`: depth floats.
-BK_DECLARE_PRODUCT(bool quantise(const SignProduct& p, int64_t begin, int64_t end, float* scratch))
+// Rows of tiles begin … end − 1. `scratch`: depth floats.
+BK_DECLARE_PRODUCT(void quantise(const SignProduct& p, int64_t begin, int64_t end, float* scratch))
 
 // Words of a seeded sign plane: rows begin … end − 1, `calls` calls each from call `first` on.
 BK_DECLARE_PRODUCT(void seeded_signs(const int64_t* key, int64_t begin, int64_t end, int64_t first, int64_t calls,

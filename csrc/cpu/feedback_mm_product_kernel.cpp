@@ -105,6 +105,20 @@ struct Lanes {
   float lost[16];
 };
 
+void measure(const float* y, const int32_t* q, Lanes& lanes) {
+  float square[32];
+  float lost[32];
+  for (int t = 0; t < 32; ++t) {
+    const float r = y[t] - static_cast<float>(q[t]);
+    square[t] = y[t] * y[t];
+    lost[t] = r * r;
+  }
+  for (int l = 0; l < 16; ++l) {
+    lanes.square[l] += square[l] + square[l + 16];
+    lanes.lost[l] += lost[l] + lost[l + 16];
+  }
+}
+
 template <int BYTES>
 void cut(const float* x, float up, float more, Digit* to, int64_t& sum, Lanes& lanes) {
   constexpr int kCount = BYTES / sizeof(Digit);
@@ -117,12 +131,8 @@ void cut(const float* x, float up, float more, Digit* to, int64_t& sum, Lanes& l
     q[t] = static_cast<int32_t>(__builtin_rintf(y[t]));
   }
   if (BYTES == 2) {
-    for (int b = 0; b < kDepth; b += 16) {
-      for (int l = 0; l < 16; ++l) {
-        const float r = y[b + l] - static_cast<float>(q[b + l]);
-        lanes.square[l] += y[b + l] * y[b + l];
-        lanes.lost[l] += r * r;
-      }
+    for (int b = 0; b < kDepth; b += 32) {
+      measure(y + b, q + b, lanes);
     }
   }
   if (kBias) {
@@ -140,9 +150,9 @@ void cut(const float* x, float up, float more, Digit* to, int64_t& sum, Lanes& l
   }
 }
 
-// One row of dY: `to` is the row's place in its first tile. False where 2 bytes lose too much.
+// One row of dY: `to` is the row's place in its first tile.
 template <int BYTES>
-bool quantise_row(const SignProduct& p, const float* x, int8_t* to, FixedPoint& fixed) {
+void quantise_row(const SignProduct& p, const float* x, int8_t* to, FixedPoint& fixed) {
   uint32_t top = 0;
   for (int64_t t = 0; t < p.depth; ++t) {
     const uint32_t a = bits_of(x[t]) & 0x7FFFFFFFu;
@@ -184,8 +194,9 @@ bool quantise_row(const SignProduct& p, const float* x, int8_t* to, FixedPoint& 
   }
   fixed.unit = finite ? double_power_of_two(-shift) : __builtin_nan("");
   fixed.sum = static_cast<double>(sum);
+  fixed.lossy = false;
   if (BYTES == 4) {
-    return true;
+    return;
   }
   double square = 0;
   double lost = 0;
@@ -196,7 +207,7 @@ bool quantise_row(const SignProduct& p, const float* x, int8_t* to, FixedPoint& 
   // The errors of a row add up to about √lost; a rounding of the output is 2^-9 (bf16) or 2^-12 (fp16) of √square on
   // average. An eighth and a quarter of that may be lost.
   const double allowed = p.dtype == DType::BFloat16 ? 0x1p-24 : 0x1p-28;
-  return lost <= allowed * square;
+  fixed.lossy = !(lost <= allowed * square);
 }
 
 // --- operand ---
@@ -593,9 +604,11 @@ void multiply_panel(const Panel& p) {
 // --- result ---
 
 template <typename T>
-void store_row(const double* v, double sum, double unit, int64_t n, void* out, int64_t offset) {
+inline __attribute__((always_inline)) void store_row(const double* v, double sum, double unit, int64_t n, void* out,
+                                                     int64_t offset) {
   T* to = static_cast<T*>(out) + offset;
   if (n == kColumns) {
+#pragma omp simd
     for (int j = 0; j < kColumns; ++j) {
       round_to(static_cast<float>((v[j] - sum) * unit), to[j]);
     }
@@ -610,7 +623,16 @@ void store_row(const double* v, double sum, double unit, int64_t n, void* out, i
 
 // Sums of one row's digits, as one exact number per column.
 template <int COUNT>
-void combine(const int32_t* c, double* v) {
+inline __attribute__((always_inline)) void combine(const int32_t* c, double* v) {
+  if (COUNT == 2 && kDigitBits == 8) {
+    // A pass adds 2¹² digits of 7 bits: two sums fit 32 bits.
+#pragma omp simd
+    for (int j = 0; j < kColumns; ++j) {
+      v[j] = c[kColumns + j] * (1 << kDigitBits) + c[j];
+    }
+    return;
+  }
+#pragma omp simd
   for (int j = 0; j < kColumns; ++j) {
     double x = c[(COUNT - 1) * kColumns + j];
     for (int d = COUNT - 2; d >= 0; --d) {
@@ -765,16 +787,14 @@ int64_t digit_bytes(int64_t rows, int64_t depth, int bytes) {
   return divide_up(rows, tile_rows(bytes)) * divide_up(depth, kDepth) * kTileBytes;
 }
 
-bool quantise(const SignProduct& p, int64_t begin, int64_t end, float* scratch) {
+void quantise(const SignProduct& p, int64_t begin, int64_t end, float* scratch) {
   const int64_t rows = tile_rows(p.bytes);
   const int64_t blocks = divide_up(p.depth, kDepth);
-  bool good = true;
   for (int64_t row = begin * rows; row < min(end * rows, p.rows); ++row) {
     int8_t* to = p.digits + row / rows * blocks * kTileBytes + row % rows * (16 / rows) * 64;
     const float* x = row_floats(p, row, scratch);
-    good &= p.bytes == 2 ? quantise_row<2>(p, x, to, p.fixed[row]) : quantise_row<4>(p, x, to, p.fixed[row]);
+    p.bytes == 2 ? quantise_row<2>(p, x, to, p.fixed[row]) : quantise_row<4>(p, x, to, p.fixed[row]);
   }
-  return good;
 }
 
 void arrange(const SignPlanes& from, int64_t first, int64_t rows, int64_t words, const SignColumns& to) {
