@@ -191,13 +191,18 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
 
 def test_temporaries(one_thread: None) -> None:
     """At most the bytes of dY and one bit for each weight, beside blocks of fixed size."""
-    w = torch.randn(1024, 1024)
-    g = torch.randn(64, 1024)
-    for source in ((w, None, None, None), (None, ops.pack_signs(w), None, None), (None, None, None, KEY)):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            result = ops.feedback_mm(g, *source, "constant", 1.0, 1024)
-        allocated = sum(e.self_cpu_memory_usage for e in profile.events() if e.name == "aten::empty")
-        assert result.nbytes < allocated <= result.nbytes + g.nbytes + w.numel() // 8 + 2**18
+    n = 2048
+    for dtype in (torch.float32, torch.bfloat16):
+        w = torch.randn(n, n, dtype=dtype)
+        sources = ((w, None, None, None), (None, ops.pack_signs(w), None, None), (None, None, None, KEY))
+        cases = [(64, (*source, "constant", 1.0), 2**18) for source in sources]
+        cases += [(m, (w, None, None, KEY, "uniform", 1.0), 2**20) for m in (1, 64, 600)]
+        for m, feedback, blocks in cases:
+            g = torch.randn(m, n, dtype=dtype)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
+                result = ops.feedback_mm(g, *feedback, n)
+            allocated = sum(e.self_cpu_memory_usage for e in p.events() if e.name == "aten::empty")
+            assert result.nbytes < allocated <= result.nbytes + g.nbytes + w.numel() // 8 + blocks
 
 
 def cells(k: int, n: int, dtype: torch.dtype) -> list[tuple]:

@@ -1,6 +1,7 @@
 #include "feedback_mm.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
@@ -14,6 +15,8 @@
 
 #include "../common/form.h"
 #include "feedback_weight.h"
+#include "gemm.h"
+#include "lc.h"
 #include "pack_signs.h"
 
 namespace bioplaus {
@@ -29,6 +32,10 @@ constexpr int64_t kRows = 512;
 constexpr int64_t kRowsOfWeight = 1024;
 // Rows at once whose digits take more bytes than the rows themselves.
 constexpr int64_t kLossyRows = 256;
+// A block that is never too large to hold.
+constexpr int64_t kSlabBytes = int64_t{1} << 18;
+// Rows of a half type from which on torch's own product makes up for slabs that have to be written and read.
+constexpr int64_t kSlabRows = 512;
 // Fewer entries of B than this are not worth a second thread.
 constexpr int64_t kFormGrain = 8192;
 
@@ -193,12 +200,14 @@ at::Tensor sign_product(const at::Tensor& grad, const FeedbackParams& b) {
   return out;
 }
 
-// dX = dY · B where no digits serve: B a slab of columns at a time, in a buffer, times torch's own product. The slab is
-// formed at memory bandwidth, or at the generator's rate; the product takes the rest.
+// Other dX = dY · B of many rows where torch's own product is the faster one: B a slab of columns at a time, in a
+// buffer that takes no more memory than dY and one bit for each weight, or kSlabBytes.
 at::Tensor slab_product(const at::Tensor& grad, const FeedbackParams& b) {
   const at::Tensor out = at::empty({grad.size(0), b.cols}, grad.options());
   const auto run = BK_PICK(feedback_run);
-  const int64_t width = std::min(b.cols, kSlab);
+  const int64_t bytes = std::max(kSlabBytes, grad.numel() * grad.element_size() + b.rows * b.cols / 8);
+  const int64_t width =
+      std::min({divide_up(b.cols, 2), kSlab, divide_up(bytes / (b.rows * grad.element_size()), 16) * 16});
   const at::Tensor slab = at::empty({b.rows * width}, grad.options());
   for (int64_t first = 0; first < b.cols; first += width) {
     const int64_t cols = std::min(width, b.cols - first);
@@ -212,6 +221,120 @@ at::Tensor slab_product(const at::Tensor& grad, const FeedbackParams& b) {
     at::Tensor part = out.narrow(1, first, cols);
     at::mm_out(part, grad, block);
   }
+  return out;
+}
+
+// Other dX = dY · B: B in tiles of dY's dtype that stay in the L2 cache, each formed once for all rows and multiplied
+// by oneDNN's micro-kernel. Bits do not depend on the number of threads, as sums run along K in order.
+class TileProduct {
+ public:
+  TileProduct(const at::Tensor& grad, const FeedbackParams& b, const at::Tensor& out)
+      : b_(b),
+        dtype_(grad.scalar_type()),
+        half_(dtype_ != at::kFloat),
+        native_(half_ && half_gemm_available(dtype_)),
+        grad_(readable(grad)),
+        out_(static_cast<char*>(out.mutable_data_ptr())),
+        rows_(grad.size(0)),
+        width_(std::clamp(divide_up(divide_up(b.cols, 2 * at::get_num_threads()), 64) * 64, kMinColumns, kColumns)) {}
+
+  void run() const {
+    const int64_t slabs = divide_up(b_.cols, width_);
+    const int64_t parts = std::clamp<int64_t>(at::get_num_threads() / slabs, 1, divide_up(rows_, kRowBlock));
+    const int64_t step = divide_up(rows_, parts);
+    at::parallel_for(0, slabs * parts, 1, [&](int64_t begin, int64_t end) {
+      const Workspace w(*this, step);
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t row = unit % parts * step;
+        block(w, row, std::min(step, rows_ - row), unit / parts * width_);
+      }
+      if (native_) {
+        half_gemm_release();
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t kDepthBlock = 128;
+  static constexpr int64_t kRowBlock = 128;
+  static constexpr int64_t kMinColumns = 256;
+  static constexpr int64_t kColumns = 1024;
+
+  struct Workspace {
+    Workspace(const TileProduct& p, int64_t rows)
+        : tile(kDepthBlock * p.width_ * p.grad_.element_size()),
+          packed(p.native_ ? kDepthBlock * p.width_ : 0),
+          wide_tile(p.half_ && !p.native_ ? kDepthBlock * p.width_ : 0),
+          wide_grad(p.half_ && !p.native_ ? kRowBlock * kDepthBlock : 0),
+          sums(p.half_ ? rows * p.width_ : 0) {}
+
+    Buffer<char> tile;
+    Buffer<uint16_t> packed;
+    Buffer<float> wide_tile, wide_grad, sums;
+  };
+
+  // Rows of adjacent elements; half_gemm wants an even number of them.
+  at::Tensor readable(const at::Tensor& grad) const {
+    const bool in_rows = grad.stride(1) == 1 && grad.stride(0) >= grad.size(1);
+    const at::Tensor dense = in_rows ? grad : grad.contiguous();
+    return native_ && grad.size(1) % 2 ? at::constant_pad_nd(dense, {0, 1}) : dense;
+  }
+
+  // dX [row, row + rows) × a block of columns from `first` on.
+  void block(const Workspace& w, int64_t row, int64_t rows, int64_t first) const {
+    const int64_t cols = std::min(width_, b_.cols - first);
+    const int64_t element = grad_.element_size();
+    char* out = out_ + (row * b_.cols + first) * element;
+    float* sums = half_ ? w.sums.get() : reinterpret_cast<float*>(out);
+    const int64_t ld = half_ ? width_ : b_.cols;
+    for (int64_t k = 0; k < b_.rows; k += kDepthBlock) {
+      const int64_t depth = std::min(kDepthBlock, b_.rows - k);
+      for (int64_t l = 0; l < depth; ++l) {
+        BK_PICK(feedback_run)(b_, k + l, first, cols, w.tile.get() + l * cols * element);
+      }
+      if (native_) {
+        half_gemm_pack(depth, cols, reinterpret_cast<const uint16_t*>(w.tile.get()), cols, w.packed.get());
+      } else if (half_) {
+        widen(w.tile.get(), cols, depth, cols, w.wide_tile.get());
+      }
+      for (int64_t i = 0; i < rows; i += kRowBlock) {
+        const int64_t m = std::min(kRowBlock, rows - i);
+        const char* a = static_cast<const char*>(grad_.const_data_ptr()) + ((row + i) * grad_.stride(0) + k) * element;
+        float* c = sums + i * ld;
+        if (native_) {
+          half_gemm(dtype_, m, cols, divide_up(depth, 2) * 2, reinterpret_cast<const uint16_t*>(a), grad_.stride(0),
+                    w.packed.get(), c, ld, k > 0);
+        } else if (half_) {
+          widen(a, grad_.stride(0), m, depth, w.wide_grad.get());
+          gemm(m, cols, depth, w.wide_grad.get(), depth, w.wide_tile.get(), cols, c, ld, k > 0);
+        } else {
+          gemm(m, cols, depth, reinterpret_cast<const float*>(a), grad_.stride(0),
+               reinterpret_cast<const float*>(w.tile.get()), cols, c, ld, k > 0);
+        }
+      }
+    }
+    if (half_) {
+      BK_PICK(lc_copy)({out, sums, b_.out.dtype, DType::Float32, {1, rows, cols}, {0, b_.cols, 1}, {0, ld, 1}});
+    }
+  }
+
+  void widen(const void* from, int64_t ld, int64_t rows, int64_t cols, float* to) const {
+    BK_PICK(lc_copy)({to, from, DType::Float32, b_.out.dtype, {1, rows, cols}, {0, cols, 1}, {0, ld, 1}});
+  }
+
+  const FeedbackParams& b_;
+  at::ScalarType dtype_;
+  bool half_;
+  bool native_;
+  at::Tensor grad_;
+  char* out_;
+  int64_t rows_;
+  int64_t width_;
+};
+
+at::Tensor tile_product(const at::Tensor& grad, const FeedbackParams& b) {
+  const at::Tensor out = at::empty({grad.size(0), b.cols}, grad.options());
+  TileProduct(grad, b, out).run();
   return out;
 }
 
@@ -251,8 +374,11 @@ at::Tensor feedback_mm_cpu(const at::Tensor& grad_output, const std::optional<at
     operands.add(b.magnitude, *magnitude, const_cast<void*>(magnitude->const_data_ptr()));
   }
   operands.finish();
-  const bool digits = e == Entries::Constant && dtype != at::kDouble && size[0] <= kMaxDepth;
-  return digits ? sign_product(grad_output, b) : slab_product(grad_output, b);
+  if (e == Entries::Constant && dtype != at::kDouble && size[0] <= kMaxDepth) {
+    return sign_product(grad_output, b);
+  }
+  const bool slabs = dtype == at::kDouble || (dtype != at::kFloat && grad_output.size(0) >= kSlabRows);
+  return slabs ? slab_product(grad_output, b) : tile_product(grad_output, b);
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 
 // A private header of torch, included here and nowhere else.
 #include <ATen/native/CPUBlas.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 
 #include <algorithm>
 
@@ -45,6 +47,54 @@ void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const fl
 void gemm(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, const double* b, int64_t ldb, double* c,
           int64_t ldc, bool accumulate) {
   plain_gemm(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+}
+
+bool half_gemm_available(at::ScalarType dtype) {
+#if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(CPUBLAS_BRGEMM_F16F16F32)
+  return (dtype == at::kBFloat16 || dtype == at::kHalf) && cpublas::could_pack(dtype);
+#else
+  return false;
+#endif
+}
+
+void half_gemm_pack(int64_t k, int64_t n, const uint16_t* b, int64_t ldb, uint16_t* packed) {
+  for (int64_t row = 0; row < k; row += 2) {
+    const uint16_t* even = b + row * ldb;
+    const uint16_t* odd = even + ldb;
+    uint16_t* to = packed + row * n;
+    if (row + 1 < k) {
+      for (int64_t j = 0; j < n; ++j) {
+        to[2 * j] = even[j];
+        to[2 * j + 1] = odd[j];
+      }
+    } else {
+      for (int64_t j = 0; j < n; ++j) {
+        to[2 * j] = even[j];
+        to[2 * j + 1] = 0;
+      }
+    }
+  }
+}
+
+void half_gemm(at::ScalarType dtype, int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda,
+               const uint16_t* packed, float* c, int64_t ldc, bool accumulate) {
+#if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(CPUBLAS_BRGEMM_F16F16F32)
+  if (dtype == at::kBFloat16) {
+    cpublas::brgemm(m, n, k, lda, n, ldc, accumulate, reinterpret_cast<const at::BFloat16*>(a),
+                    reinterpret_cast<const at::BFloat16*>(packed), c, /*is_vnni=*/true);
+  } else {
+    cpublas::brgemm(m, n, k, lda, n, ldc, accumulate, reinterpret_cast<const at::Half*>(a),
+                    reinterpret_cast<const at::Half*>(packed), c, /*is_vnni=*/true);
+  }
+#else
+  TORCH_INTERNAL_ASSERT(false, "half_gemm_available() is false");
+#endif
+}
+
+void half_gemm_release() {
+#if defined(CPUBLAS_BRGEMM_BF16BF16F32)
+  cpublas::brgemm_release(/*is_vnni=*/true);
+#endif
 }
 
 }  // namespace bioplaus

@@ -6,6 +6,8 @@
 // callers pad ragged edges and keep to few shapes.
 #pragma once
 
+#include <c10/core/ScalarType.h>
+
 #include <cstdint>
 
 namespace bioplaus {
@@ -14,5 +16,20 @@ void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const fl
           int64_t ldc, bool accumulate);
 void gemm(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, const double* b, int64_t ldb, double* c,
           int64_t ldc, bool accumulate);
+
+// Whether tiles of bfloat16 or float16 can be multiplied as they are, into float32 (AMX). Asked anew for each op, as
+// torch.backends.mkldnn can be switched off. Where not, convert both tiles and multiply float32.
+bool half_gemm_available(at::ScalarType dtype);
+
+// B (k×n, 16-bit elements) as half_gemm wants it: rows in pairs, b[k, j] and b[k + 1, j] side by side, an odd last row
+// paired with zeros; 2·ceil(k/2)·n elements.
+void half_gemm_pack(int64_t k, int64_t n, const uint16_t* b, int64_t ldb, uint16_t* packed);
+
+// `k` is even: pad A and B with zeros. `dtype` is one that half_gemm_available answered yes to.
+void half_gemm(at::ScalarType dtype, int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda,
+               const uint16_t* packed, float* c, int64_t ldc, bool accumulate);
+
+// Each thread calls it after its last half_gemm of an op: gives the tile registers back.
+void half_gemm_release();
 
 }  // namespace bioplaus
