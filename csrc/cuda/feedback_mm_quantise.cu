@@ -7,8 +7,8 @@
 // width is decided from the row alone, so that its result does not depend on the rows beside it.
 //
 // Roofline: memory. dY is read twice, three times in half types (from L2 or L1 but for the first), and 4 or 2 bytes an
-// entry are written. The sums that decide in half types are in the CPU's order, 16 chains of K/16 additions in one
-// warp: some 8·K/16 cycles, hidden by the other blocks of a multiprocessor.
+// entry are written. The sums that decide in half types are in the CPU's order, 16 chains of K/32 additions in one
+// warp: some 8·K/32 cycles, hidden by the other blocks of a multiprocessor.
 #include "element.h"
 #include "feedback_mm.h"
 #include "launch_kernel.h"
@@ -94,16 +94,20 @@ __device__ uint32_t largest(const Row<T>& row, uint32_t* shared) {
   return top;
 }
 
-// Whether 2 bytes lose less than a rounding of the output, by sums in the CPU's order: 16 of every 16th entry, then
-// those. The first warp's halves sum squares, and squares of what is lost; its answer alone counts.
+// Whether 2 bytes lose less than a rounding of the output, by sums in the CPU's order: 16 of every 32nd entry and the
+// one 16 further on, then those. The first warp's halves sum squares, and squares of what is lost; its answer alone
+// counts.
 template <typename T>
 __device__ bool two_bytes_do(const Row<T>& row, const Scaling& s, double allowed) {
   const int lane = threadIdx.x % 32;
-  float sum = 0;
-  for (int64_t k = threadIdx.x < 32 ? lane % 16 : row.depth; k < row.depth; k += 16) {
+  const auto square_at = [&](int64_t k) {
     const float y = row[k] * s.up * s.more;
     const float v = lane < 16 ? y : y - rintf(y);
-    sum += v * v;
+    return v * v;
+  };
+  float sum = 0;
+  for (int64_t k = threadIdx.x < 32 ? lane % 16 : row.depth; k < row.depth; k += 32) {
+    sum += square_at(k) + square_at(k + 16);
   }
   double square = 0;
   double lost = 0;
