@@ -1,0 +1,123 @@
+"""The CUDA kernels and their host side, executed on the CPU: cuda_host/__init__.py says how.
+
+Each `cuda_host/cases_*.py` runs in one process. Then bugs are planted in the kernels, and those tests must find them.
+"""
+
+import re
+
+import pytest
+from cuda_host import HERE, build, run
+
+pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+
+
+@pytest.mark.parametrize("cases", sorted(path.name for path in HERE.glob("cases_*.py")))
+def test_cases(cases: str, request: pytest.FixtureRequest) -> None:
+    options = ["-m", "not slow"] if "not slow" in request.config.getoption("markexpr") else []
+    done = run(cases, build.library(), *options)
+    assert done.returncode == 0, done.stdout[-8000:]
+
+
+# what: ((file, text, what takes its place), ..., tests that find it, words of what they say)
+BUGS = {
+    "barrier removed before reading": (
+        ("pack_signs.cu", "    __syncthreads();\n    if (threadIdx.x", "    if (threadIdx.x"),
+        ("cases_elementwise.py", "test_signs and several"),
+        "AssertionError",
+    ),
+    "barrier removed before writing again": (
+        ("pack_signs.cu", "    }\n    __syncthreads();\n  }\n}", "    }\n  }\n}"),
+        # One block, so that it comes to a second tile.
+        ("pack_signs.cu", "kMaxBlocks = 1 << 16", "kMaxBlocks = 1"),
+        ("cases_elementwise.py", "test_signs and several"),
+        "AssertionError",
+    ),
+    "barrier removed from a single tile": (
+        ("redraw_key.cu", "  __syncthreads();\n", ""),
+        ("cases_elementwise.py", "test_redraw_key and convolution"),
+        "AssertionError",
+    ),
+    "early exit before a barrier": (
+        (
+            "pack_signs.cu",
+            "__syncthreads();\n    if (threadIdx.x",
+            "if (warp == 7) return;\n    __syncthreads();\n    if (threadIdx.x",
+        ),
+        ("cases_elementwise.py", "test_signs and convolution"),
+        "threads have left the kernel before it",
+    ),
+    "lane missing from a collective": (
+        (
+            "pack_signs.cu",
+            "lower = __ballot_sync(0xFFFFFFFFu, w < 0)",
+            "lower = inside ? __ballot_sync(0xFFFFFFFFu, w < 0) : 0",
+        ),
+        ("cases_elementwise.py", "test_signs and convolution"),
+        "__ballot_sync",
+    ),
+    "mask without its own lane": (
+        ("pack_signs.cu", "__ballot_sync(0xFFFFFFFFu, w > 0)", "__ballot_sync(0x7FFFFFFFu, w > 0)"),
+        ("cases_elementwise.py", "test_signs and convolution"),
+        "lane 31 is not in its own mask",
+    ),
+    "bound off by one": (
+        ("pack_signs.cu", "inside = j < p.cols", "inside = j <= p.cols"),
+        ("cases_elementwise.py", "test_signs and below"),
+        "heap-buffer-overflow",
+    ),
+    "ragged chunk stored whole": (
+        ("feedback_weight.cu", "p.cols - c.first < kColumns ? p.cols - c.first : kColumns", "kColumns"),
+        ("cases_elementwise.py", "test_feedback_weight and convolution"),
+        "AddressSanitizer: unknown-crash",
+    ),
+    "vector load from an odd address": (
+        ("feedback_weight.cu", "c.n == kColumns && wide(p.out, row + c.first)", "c.n == kColumns && p.out.dense"),
+        ("cases_elementwise.py", "test_feedback_weight and beyond"),
+        "misaligned address",
+    ),
+    "rows of 32 bits": (
+        ("pack_signs.cu", "+ i * p.weight.row_stride", "+ static_cast<int>(i * p.weight.row_stride)"),
+        ("cases_elementwise.py", "test_offsets"),
+        "SEGV|heap-buffer|AssertionError",
+    ),
+    "wait for cp.async missing": (
+        ("twins.cu", "    cp_async_wait<kStages - 2>();\n", ""),
+        ("cases_twins.py", "test_pipeline"),
+        "use-after-poison",
+    ),
+    "wait for cp.async one group short": (
+        ("twins.cu", "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>"),
+        ("cases_twins.py", "test_pipeline"),
+        "use-after-poison",
+    ),
+    "barrier after cp.async's wait missing": (
+        ("twins.cu", "    __syncthreads();\n    sum +=", "    sum +="),
+        ("cases_twins.py", "test_pipeline"),
+        "use-after-poison|AssertionError",
+    ),
+    "ragged cp.async reads on": (
+        ("twins.cu", "in + i, i < count)", "in + i, true)"),
+        ("cases_twins.py", "test_pipeline"),
+        "heap-buffer-overflow",
+    ),
+    "one stage too few": (
+        ("twins.cu", "    fetch(t + kStages - 1);", "    fetch(t + kStages);"),
+        ("cases_twins.py", "test_pipeline"),
+        "use-after-poison|AssertionError",
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_found(bug: str) -> None:
+    *patches, (cases, which), words = BUGS[bug]
+    done = run(cases, build.library(patches), "-k", which)
+    assert done.returncode not in (0, 2, 4, 5), done.stdout[-4000:]
+    assert re.search(words, done.stdout), done.stdout[-4000:]
+
+
+def test_grids_smaller_than_the_work() -> None:
+    """Grids are bounded, and loops in the kernels take the rest; here they are bounded to a few blocks."""
+    patches = [(f"{name}.cu", "kMaxBlocks = 1 << 16", "kMaxBlocks = 3") for name in ("feedback_weight", "pack_signs")]
+    done = run("cases_elementwise.py", build.library(patches), "-k", "beyond_a or several or transposed")
+    assert done.returncode == 0, done.stdout[-4000:]
