@@ -41,19 +41,7 @@ Padding = int | str | Sequence[int] | Sequence[Sequence[int]]
 
 def _autocasts(input: Tensor) -> bool:
     # The meta device has no autocast.
-    return not input.is_meta and torch.is_autocast_enabled(input.device.type)
-
-
-def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    # torch's own rule: under autocast the products run in the autocast dtype, and float64 is left alone.
-    if not _autocasts(input):
-        return input, weight, bias
-    dtype = torch.get_autocast_dtype(input.device.type)
-
-    def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-
-    return cast(input), cast(weight), None if bias is None else cast(bias)
+    return torch._C._is_any_autocast_enabled() and not input.is_meta and torch.is_autocast_enabled(input.device.type)
 
 
 Grads = tuple[Tensor | None, ...]
@@ -93,23 +81,36 @@ def _once(backward: Callable[..., Grads]) -> Callable[..., Grads]:
 # The Functions below take (input, weight, bias, *Operands, *geometry) and save what their backward reads, nothing else.
 
 
-def _save(ctx: Any, x: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, feedback: tuple[Any, ...]) -> None:
-    ctx.role, signs, magnitude, key, ctx.entries, ctx.scale, rescale = feedback
-    ctx.dtypes = input.dtype, weight.dtype, None if bias is None else bias.dtype
-    ctx.weight_shape = weight.shape
-    ctx.bias_per_position = bias is not None and bias.dim() > 1
+def _begin(
+    ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, feedback: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    # The operands of the forward product: under autocast in its dtype, by torch's own rule, which leaves float64 alone.
+    x, w, b, ctx.dtypes = input, weight, bias, None
+    if _autocasts(input):
+        dtype = torch.get_autocast_dtype(input.device.type)
+
+        def cast(t: Tensor) -> Tensor:
+            return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+        x, w, b = cast(input), cast(weight), None if bias is None else cast(bias)
+        ctx.dtypes = input.dtype, weight.dtype, None if bias is None else bias.dtype
+    role, signs, magnitude, key, entries, scale, rescale = feedback
+    ctx.feedback = role, entries, scale, weight.shape
     needs_input, needs_weight = ctx.needs_input_grad[:2]
-    b = (weight if ctx.role else None, signs, magnitude, key, rescale) if needs_input else (None,) * 5
-    ctx.save_for_backward(x if needs_weight else None, *b)
+    if needs_input:
+        ctx.save_for_backward(x if needs_weight else None, weight if role else None, signs, magnitude, key, rescale)
+    else:
+        ctx.save_for_backward(x if needs_weight else None, None, None, None, None, None)
+    return x, w, b
 
 
-def _saved(ctx: Any, saved: Grads) -> tuple[Tensor | None, Arguments, Tensor | None]:
-    # The input (None where no weight gradient is wanted), the ops' feedback arguments, and the factor of scale="match".
-    input, weight, signs, magnitude, key, rescale = saved
-    sign_source = weight if ctx.role == "sign" else None
-    if ctx.role == "magnitude":
-        magnitude = weight
-    return input, (sign_source, signs, magnitude, key, ctx.entries, ctx.scale), rescale
+def _saved(ctx: Any, saved: Grads) -> tuple[Tensor | None, Arguments, torch.Size]:
+    # The input (None where no weight gradient is wanted), the ops' feedback arguments, and the weight's shape.
+    input, weight, signs, magnitude, key, _ = saved
+    role, entries, scale, shape = ctx.feedback
+    if role == "magnitude":
+        weight, magnitude = None, weight
+    return input, (weight, signs, magnitude, key, entries, scale), shape
 
 
 def _bias_grad(ctx: Any, grad_output: Tensor) -> Tensor:
@@ -119,92 +120,89 @@ def _bias_grad(ctx: Any, grad_output: Tensor) -> Tensor:
 
 
 def _grads(
-    ctx: Any, grad_input: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None, rescale: Tensor | None
+    ctx: Any, saved: Grads, grad_input: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None
 ) -> Grads:
+    rescale = saved[-1]
     if grad_input is not None and rescale is not None:
         grad_input = grad_input * rescale
     grads = [grad_input, grad_weight, grad_bias]
-    for i, dtype in enumerate(ctx.dtypes):
-        grad = grads[i]
-        if grad is not None and grad.dtype != dtype:
-            grads[i] = grad.to(dtype)
+    if ctx.dtypes is not None:
+        grads = [g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
     return *grads, *(None,) * (len(ctx.needs_input_grad) - 3)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, *feedback: Any) -> Tensor:
-        x, w, b = _autocast(input, weight, bias)
-        _save(ctx, x, input, weight, bias, feedback)
+        x, w, b = _begin(ctx, input, weight, bias, feedback)
         return F.linear(x, w, b)
 
     @staticmethod
     @_once
     def backward(ctx: Any, grad_output: Tensor, saved: Grads) -> Grads:
-        input, feedback, rescale = _saved(ctx, saved)
+        input, feedback, shape = _saved(ctx, saved)
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_input = ops.feedback_mm(grad_output, *feedback, ctx.weight_shape[1])
+            grad_input = ops.feedback_mm(grad_output, *feedback, shape[1])
         if input is not None:
             grad_weight = grad_output.t().mm(input)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_output.sum(0)
-        return _grads(ctx, grad_input, grad_weight, grad_bias, rescale)
+        return _grads(ctx, saved, grad_input, grad_weight, grad_bias)
 
 
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-        x, w, b = _autocast(input, weight, bias)
-        _save(ctx, x, input, weight, bias, rest[:7])
+        x, w, b = _begin(ctx, input, weight, bias, rest[:7])
         ctx.input_shape, ctx.geometry = input.shape, rest[7:]
         return torch.convolution(x, w, b, *ctx.geometry)
 
     @staticmethod
     @_once
     def backward(ctx: Any, grad_output: Tensor, saved: Grads) -> Grads:
-        input, feedback, rescale = _saved(ctx, saved)
+        input, feedback, shape = _saved(ctx, saved)
         mask = ctx.needs_input_grad[:3]
         # The vendor's backward reads only the shape of an operand that no wanted gradient depends on.
         if input is None:
             input = grad_output.new_empty(1).expand(ctx.input_shape)
         if mask[0]:
-            b = ops.feedback_weight(*feedback, ctx.weight_shape, dtype=grad_output.dtype)
+            b = ops.feedback_weight(*feedback, shape, dtype=grad_output.dtype)
         else:
-            b = grad_output.new_empty(1).expand(ctx.weight_shape)
+            b = grad_output.new_empty(1).expand(shape)
         bias_sizes = [grad_output.shape[1]] if mask[2] else None
         x, w, c = torch.ops.aten.convolution_backward(grad_output, input, b, bias_sizes, *ctx.geometry, mask)
-        return _grads(ctx, x, w, c, rescale)
+        return _grads(ctx, saved, x, w, c)
 
 
 class _LocallyConnected(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-        x, w, b = _autocast(input, weight, bias)
-        _save(ctx, x, input, weight, bias, rest[:7])
+        x, w, b = _begin(ctx, input, weight, bias, rest[:7])
+        ctx.bias_per_position = bias is not None and bias.dim() > 1
         ctx.input_size, ctx.geometry = input.shape[2:], rest[7:]
         return ops.lc_forward(x, w, b, *ctx.geometry)
 
     @staticmethod
     @_once
     def backward(ctx: Any, grad_output: Tensor, saved: Grads) -> Grads:
-        input, feedback, rescale = _saved(ctx, saved)
-        kernel_size = ctx.weight_shape[len(ctx.input_size) + 1 : -1]
+        input, feedback, shape = _saved(ctx, saved)
+        kernel_size = shape[len(ctx.input_size) + 1 : -1]
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_input = ops.lc_backward_input(grad_output, *feedback, ctx.weight_shape, ctx.input_size, *ctx.geometry)
+            grad_input = ops.lc_backward_input(grad_output, *feedback, shape, ctx.input_size, *ctx.geometry)
         if input is not None:
             grad_weight = ops.lc_backward_weight(grad_output, input, kernel_size, *ctx.geometry)
         if ctx.needs_input_grad[2]:
             grad_bias = _bias_grad(ctx, grad_output)
-        return _grads(ctx, grad_input, grad_weight, grad_bias, rescale)
+        return _grads(ctx, saved, grad_input, grad_weight, grad_bias)
 
 
 class _LocallyConnectedTranspose(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-        x, w, b = _autocast(input, weight, bias)
-        _save(ctx, x, input, weight, bias, rest[:7])
+        x, w, b = _begin(ctx, input, weight, bias, rest[:7])
+        ctx.bias_per_position = bias is not None and bias.dim() > 1
         output_size, ctx.geometry = rest[7], rest[8:]
         y = ops.lc_backward_input(x, None, None, w, None, "stored", 1.0, w.shape, output_size, *ctx.geometry)
         if b is None:
@@ -214,17 +212,17 @@ class _LocallyConnectedTranspose(torch.autograd.Function):
     @staticmethod
     @_once
     def backward(ctx: Any, grad_output: Tensor, saved: Grads) -> Grads:
-        input, feedback, rescale = _saved(ctx, saved)
-        kernel_size = ctx.weight_shape[grad_output.dim() - 1 : -1]
+        input, feedback, shape = _saved(ctx, saved)
+        kernel_size = shape[grad_output.dim() - 1 : -1]
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            b = ops.feedback_weight(*feedback, ctx.weight_shape, dtype=grad_output.dtype)
+            b = ops.feedback_weight(*feedback, shape, dtype=grad_output.dtype)
             grad_input = ops.lc_forward(grad_output, b, None, *ctx.geometry)
         if input is not None:
             grad_weight = ops.lc_backward_weight(input, grad_output, kernel_size, *ctx.geometry)
         if ctx.needs_input_grad[2]:
             grad_bias = _bias_grad(ctx, grad_output)
-        return _grads(ctx, grad_input, grad_weight, grad_bias, rescale)
+        return _grads(ctx, saved, grad_input, grad_weight, grad_bias)
 
 
 def needs_feedback(input: Tensor) -> bool:

@@ -31,7 +31,7 @@ constexpr int64_t kDigitBytes = int64_t{1} << 20;
 constexpr int64_t kRows = 512;
 constexpr int64_t kRowsOfWeight = 1024;
 // Rows at once whose digits take more bytes than the rows themselves.
-constexpr int64_t kLossyRows = 256;
+constexpr size_t kLossyRows = 256;
 // A block that is never too large to hold.
 constexpr int64_t kSlabBytes = int64_t{1} << 18;
 // Rows of a half type from which on torch's own product makes up for slabs that have to be written and read.
@@ -41,14 +41,22 @@ constexpr int64_t kFormGrain = 8192;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Memory for one thread's use, aligned as every tensor's is.
+// Memory for one thread's use, aligned as every tensor's is; a small one costs no allocation.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count) : memory_(at::empty({count * static_cast<int64_t>(sizeof(T))}, at::kByte)) {}
-  T* get() const { return static_cast<T*>(memory_.mutable_data_ptr()); }
+  explicit Buffer(int64_t count) {
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+    if (bytes > static_cast<int64_t>(sizeof small_)) {
+      memory_ = at::empty({bytes}, at::kByte);
+    }
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() const { return reinterpret_cast<T*>(memory_.defined() ? memory_.mutable_data_ptr<uint8_t>() : small_); }
 
  private:
+  alignas(64) mutable uint8_t small_[8192];
   at::Tensor memory_;
 };
 
@@ -68,10 +76,11 @@ class SlabSigns {
   SlabSigns(const FeedbackParams& b, int64_t width)
       : b_(b),
         rows_(divide_up(b.rows, kTileRows) * kTileRows),
-        columns_(2 * sign_words(width) * rows_),
-        zeros_(sign_words(width) * rows_ / kTileRows),
-        strip_((2 * kTileRows + 1) * sign_words(width)),
-        signs_{columns_.get(), columns_.get() + sign_words(width) * rows_, zeros_.get(), rows_} {}
+        words_(sign_words(width)),
+        memory_(2 * words_ * rows_ + (2 * kTileRows + 1) * words_ + divide_up(words_ * rows_ / kTileRows, 4)),
+        strip_(memory_.get() + 2 * words_ * rows_),
+        signs_{memory_.get(), memory_.get() + words_ * rows_,
+               reinterpret_cast<uint8_t*>(strip_ + (2 * kTileRows + 1) * words_), rows_} {}
 
   const SignColumns& form(int64_t first, int64_t cols) const {
     const auto arrange = BK_PICK_PRODUCT(arrange);
@@ -82,12 +91,11 @@ class SlabSigns {
       arrange({planes, planes + b_.rows * width, planes + 2 * b_.rows * width, width}, 0, b_.rows, words, signs_);
       return signs_;
     }
-    int32_t* planes = strip_.get();
     for (int64_t row = 0; row < b_.rows; row += kTileRows) {
       const int64_t rows = std::min(kTileRows, b_.rows - row);
       if (b_.key) {
-        BK_PICK_PRODUCT(seeded_signs)(b_.key, row, row + rows, first / kSignsPerCall, words / 4, planes);
-        arrange({planes, nullptr, nullptr, words}, row, rows, words, signs_);
+        BK_PICK_PRODUCT(seeded_signs)(b_.key, row, row + rows, first / kSignsPerCall, words / 4, strip_);
+        arrange({strip_, nullptr, nullptr, words}, row, rows, words, signs_);
       } else {
         FeedbackParams strip = b_;
         strip.rows = rows;
@@ -95,8 +103,8 @@ class SlabSigns {
         strip.column_size[0] = cols;
         strip.weight.data = static_cast<char*>(b_.weight.data) +
                             (row * b_.weight.row_stride + first * b_.weight.stride[0]) * bytes_of(b_.weight.dtype);
-        BK_PICK(pack_signs)(strip, planes, 0, divide_up(cols, kPackColumns));
-        arrange({planes, planes + rows * words, planes + 2 * rows * words, words}, row, rows, words, signs_);
+        BK_PICK(pack_signs)(strip, strip_, 0, divide_up(cols, kPackColumns));
+        arrange({strip_, strip_ + rows * words, strip_ + 2 * rows * words, words}, row, rows, words, signs_);
       }
     }
     return signs_;
@@ -104,10 +112,9 @@ class SlabSigns {
 
  private:
   const FeedbackParams& b_;
-  int64_t rows_;
-  Buffer<int32_t> columns_;
-  Buffer<uint8_t> zeros_;
-  Buffer<int32_t> strip_;
+  int64_t rows_, words_;
+  Buffer<int32_t> memory_;
+  int32_t* strip_;
   SignColumns signs_;
 };
 
@@ -160,10 +167,10 @@ std::vector<int64_t> digit_product(const at::Tensor& grad, const FeedbackParams&
   p.out = out.mutable_data_ptr();
   p.scale = entry_scale(b.scale, grad.scalar_type());
   p.bytes = bytes;
-  const Buffer<int8_t> digits(BK_PICK_PRODUCT(digit_bytes)(p.rows, p.depth, bytes));
-  const Buffer<FixedPoint> fixed(p.rows);
-  p.digits = digits.get();
-  p.fixed = fixed.get();
+  const int64_t digits = BK_PICK_PRODUCT(digit_bytes)(p.rows, p.depth, bytes);
+  const Buffer<int8_t> memory(digits + p.rows * static_cast<int64_t>(sizeof(FixedPoint)));
+  p.digits = memory.get();
+  p.fixed = reinterpret_cast<FixedPoint*>(memory.get() + digits);
   quantise_rows(p);
   std::vector<int64_t> lossy;
   for (int64_t row = 0; row < p.rows; ++row) {
@@ -185,14 +192,14 @@ at::Tensor sign_product(const at::Tensor& grad, const FeedbackParams& b) {
   const int64_t step = std::max(b.weight.data ? kRowsOfWeight : kRows, kDigitBytes / (b.rows * bytes));
   for (int64_t first = 0; first < rows; first += step) {
     const int64_t n = std::min(step, rows - first);
-    const at::Tensor some = grad.narrow(0, first, n);
-    at::Tensor to = out.narrow(0, first, n);
+    const bool all = n == rows;
+    const at::Tensor some = all ? grad : grad.narrow(0, first, n);
+    at::Tensor to = all ? out : out.narrow(0, first, n);
     std::vector<int64_t> lossy = digit_product(some, b, bytes, to);
-    const int64_t count = static_cast<int64_t>(lossy.size());
-    const at::Tensor indices = at::from_blob(lossy.data(), {count}, at::kLong);
-    for (int64_t i = 0; i < count; i += kLossyRows) {
-      const at::Tensor index = indices.narrow(0, i, std::min(kLossyRows, count - i));
-      const at::Tensor part = at::empty({index.size(0), b.cols}, grad.options());
+    for (size_t i = 0; i < lossy.size(); i += kLossyRows) {
+      const int64_t count = static_cast<int64_t>(std::min(kLossyRows, lossy.size() - i));
+      const at::Tensor index = at::from_blob(lossy.data() + i, {count}, at::kLong);
+      const at::Tensor part = at::empty({count, b.cols}, grad.options());
       digit_product(some.index_select(0, index), b, 4, part);
       to.index_copy_(0, index, part);
     }
@@ -236,7 +243,7 @@ class TileProduct {
         grad_(readable(grad)),
         out_(static_cast<char*>(out.mutable_data_ptr())),
         rows_(grad.size(0)),
-        width_(std::clamp(divide_up(divide_up(b.cols, 2 * at::get_num_threads()), 64) * 64, kMinColumns, kColumns)) {}
+        width_(std::min(b.cols, std::clamp(divide_up(b.cols, 2 * at::get_num_threads()), kMinColumns, kColumns))) {}
 
   void run() const {
     const int64_t slabs = divide_up(b_.cols, width_);
@@ -261,11 +268,12 @@ class TileProduct {
   static constexpr int64_t kColumns = 1024;
 
   struct Workspace {
-    Workspace(const TileProduct& p, int64_t rows)
-        : tile(kDepthBlock * p.width_ * p.grad_.element_size()),
-          packed(p.native_ ? kDepthBlock * p.width_ : 0),
-          wide_tile(p.half_ && !p.native_ ? kDepthBlock * p.width_ : 0),
-          wide_grad(p.half_ && !p.native_ ? kRowBlock * kDepthBlock : 0),
+    Workspace(const TileProduct& p, int64_t rows) : Workspace(p, rows, std::min(kDepthBlock, p.b_.rows + 1)) {}
+    Workspace(const TileProduct& p, int64_t rows, int64_t depth)
+        : tile(depth * p.width_ * p.grad_.element_size()),
+          packed(p.native_ ? depth * p.width_ : 0),
+          wide_tile(p.half_ && !p.native_ ? depth * p.width_ : 0),
+          wide_grad(p.half_ && !p.native_ ? std::min(kRowBlock, rows) * depth : 0),
           sums(p.half_ ? rows * p.width_ : 0) {}
 
     Buffer<char> tile;

@@ -687,8 +687,12 @@ struct Scratch {
   double* v;
 };
 
-constexpr int64_t kOperandBytes = kGroups * kFormBlocks * kTileBytes;
-constexpr int64_t kSumBytes = kRowTiles * kGroups * kTileBytes;
+int64_t operand_bytes(const SignProduct& p) {
+  return kGroups * min(kFormBlocks, divide_up(p.depth, kDepth)) * kTileBytes;
+}
+int64_t sum_bytes(const SignProduct& p) {
+  return kGroups * min(kRowTiles, divide_up(p.rows, tile_rows(p.bytes))) * kTileBytes;
+}
 
 // Tiles [tile, tile + tiles) × one word of columns, over one pass along K.
 void pass(const SignProduct& p, const SignColumns& signs, int64_t tile, int64_t tiles, int64_t word, int64_t block,
@@ -820,13 +824,14 @@ int64_t multiply_scratch(const SignProduct& p, int64_t cols) {
       divide_up(p.depth, kDepth) > kPassBlocks
           ? divide_up(cols, 32) * 32 * kRowTiles * tile_rows(p.bytes) * static_cast<int64_t>(sizeof(double))
           : 0;
-  return kOperandBytes + kSumBytes + running;
+  return operand_bytes(p) + sum_bytes(p) + running;
 }
 
 void multiply(const SignProduct& p, const SignColumns& signs, int64_t tile_begin, int64_t tile_end, int64_t first,
               int64_t cols, char* scratch) {
-  const Scratch parts{reinterpret_cast<int8_t*>(scratch), reinterpret_cast<int32_t*>(scratch + kOperandBytes),
-                      reinterpret_cast<double*>(scratch + kOperandBytes + kSumBytes)};
+  char* sums = scratch + operand_bytes(p);
+  const Scratch parts{reinterpret_cast<int8_t*>(scratch), reinterpret_cast<int32_t*>(sums),
+                      reinterpret_cast<double*>(sums + sum_bytes(p))};
   if (p.bytes == 2) {
     multiply_digits<2 / sizeof(Digit)>(p, signs, tile_begin, tile_end, first, cols, parts);
   } else {
