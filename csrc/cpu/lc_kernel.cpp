@@ -262,21 +262,24 @@ void dot(const T* w, int64_t ldw, int64_t rows, int64_t cols, const acc_t* x, in
   }
 }
 
+// kRows terms are added among themselves first: a chain of additions loses by its length.
 template <int kRows, typename acc_t>
 BK_INLINE void axpy_rows(const acc_t* const* w, const acc_t* g, int64_t n, acc_t* y) {
   constexpr int64_t lanes = kLanes<acc_t>;
   int64_t j = 0;
   for (; j + lanes <= n; j += lanes) {
-    auto sum = load(y + j);
-    for (int r = 0; r < kRows; ++r) {
+    auto sum = load(w[0] + j) * g[0];
+    for (int r = 1; r < kRows; ++r) {
       sum += load(w[r] + j) * g[r];
     }
-    store(y + j, sum);
+    store(y + j, load(y + j) + sum);
   }
   for (; j < n; ++j) {
-    for (int r = 0; r < kRows; ++r) {
-      y[j] += w[r][j] * g[r];
+    acc_t sum = w[0][j] * g[0];
+    for (int r = 1; r < kRows; ++r) {
+      sum += w[r][j] * g[r];
     }
+    y[j] += sum;
   }
 }
 
