@@ -29,8 +29,10 @@ def main() -> None:
     run.add_argument("--seconds", type=float, default=1.0, help="timing of each variant (default 1)")
     run.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     run.add_argument("--out", type=Path, default=RESULTS / "cpu.json", help="default: bench/results/cpu.json")
-    show = commands.add_parser("report", help="write the Markdown table and pictures from a result file")
-    show.add_argument("--results", type=Path, default=RESULTS / "cpu.json")
+    show = commands.add_parser("report", help="write the Markdown tables and pictures from result files")
+    show.add_argument(
+        "--results", type=Path, nargs="+", default=sorted(RESULTS.glob("cpu*.json")), help="the first is shown whole"
+    )
     show.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
     args = parser.parse_args()
     if args.command == "report":

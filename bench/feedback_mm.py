@@ -8,7 +8,7 @@ from bioplaus_kernels import ops
 from bioplaus_kernels.feedback import feedback_key
 
 from .gate import mm_gate
-from .registry import Bench, Case, Run, register
+from .registry import Bench, Case, Run, Work, register
 
 SHAPES = ((512, 512), (1024, 4096), (4096, 4096))
 BATCHES = (1, 8, 32, 128, 512, 2048, 4096)
@@ -35,6 +35,17 @@ def sign_then_matmul(g: torch.Tensor, w: torch.Tensor, s: float) -> torch.Tensor
     return g @ (torch.sign(w) * s)
 
 
+def magnitude_then_matmul(g: torch.Tensor, w: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """The plain-torch way of frsf with a stored magnitude."""
+    return g @ (torch.sign(w) * magnitude.abs())
+
+
+def draw_then_matmul(g: torch.Tensor, w: torch.Tensor, s: float) -> torch.Tensor:
+    """The plain-torch way of seeded feedback that keeps no tensor."""
+    generator = torch.Generator().manual_seed(0)
+    return g @ torch.empty_like(w).uniform_(-s, s, generator=generator)
+
+
 def bf16_parts(g: torch.Tensor, w: torch.Tensor, s: float) -> torch.Tensor:
     """The strongest plain-torch composition: dY as three bf16 parts times bf16 signs."""
     high = g.bfloat16()
@@ -51,6 +62,7 @@ def build(m: int, out: int, n: int, dtype: torch.dtype) -> Bench:
     s, key, signs = n**-0.5, feedback_key(0), ops.pack_signs(w)
     torch._dynamo.reset()
     compiled = torch.compile(sign_then_matmul, dynamic=False)
+    magnitudes = torch.compile(magnitude_then_matmul, dynamic=False)
     stored = ops.feedback_weight(None, None, None, key, "uniform", s, w.shape, dtype=dtype)
     arguments = {
         "usf, signs from W": (w, None, None, None, "constant", s),
@@ -65,6 +77,9 @@ def build(m: int, out: int, n: int, dtype: torch.dtype) -> Bench:
         "torch dY @ W": lambda: g @ w,
         "sign, then matmul": lambda: sign_then_matmul(g, w, s),
         "sign, then matmul, torch.compile": lambda: compiled(g, w, s),
+        "sign x magnitude, then matmul": lambda: magnitude_then_matmul(g, w, stored),
+        "sign x magnitude, then matmul, torch.compile": lambda: magnitudes(g, w, stored),
+        "draw uniform, then matmul": lambda: draw_then_matmul(g, w, s),
     }
     gate = {}
     if dtype == torch.float32:
@@ -76,4 +91,4 @@ def build(m: int, out: int, n: int, dtype: torch.dtype) -> Bench:
             ops.feedback_mm(g, *f, n), g, ops.feedback_weight(*f, w.shape, dtype=torch.float64)
         )
     traffic = (g.numel() + w.numel() + m * n) * g.element_size()
-    return Bench(variants, gate, 2.0 * m * out * n, traffic, str(dtype).removeprefix("torch."))
+    return Bench(variants, gate, (Work(2.0 * m * out * n, traffic),), str(dtype).removeprefix("torch."))

@@ -7,7 +7,7 @@ import torch
 from bioplaus_kernels import ops
 from bioplaus_kernels.feedback import feedback_key
 
-from .registry import Bench, Case, register
+from .registry import Bench, Case, Work, register
 
 
 @register("feedback_weight")
@@ -35,4 +35,4 @@ def build(w: torch.Tensor) -> Bench:
         variants[name] = lambda c=cell: ops.feedback_weight(*c, w.shape, dtype=w.dtype)
     variants["pack_signs"] = lambda: ops.pack_signs(w)
     variants["unpack_signs"] = lambda: ops.unpack_signs(signs, w.shape, dtype=w.dtype)
-    return Bench(variants, bytes=2.0 * w.numel() * w.element_size())
+    return Bench(variants, work=(Work(read=2.0 * w.numel() * w.element_size()),))

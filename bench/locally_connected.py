@@ -1,6 +1,8 @@
 """Locally-connected layers of Bartunov et al. 2018, forward and backward, against plain-torch compositions."""
 
+import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ import bioplaus_kernels as bk
 from bioplaus_kernels import ops
 
 from .gate import relative_gate
-from .registry import Bench, Case, Run, register
+from .registry import Bench, Case, Run, Work, register
 
 # in_channels, out_channels, kernel, stride, input size: the layers of MNIST's, CIFAR-10's and ImageNet's networks.
 LAYERS = {
@@ -38,6 +40,7 @@ def cases() -> Iterator[Case]:
                 label = f"{name} N={n} {part}"
                 quick = name == "CIFAR 3" and n == 16
                 yield Case("locally_connected", label, lambda a=layer, n=n, p=part: build(n, *a, p), quick)
+    yield Case("locally_connected", "building the ImageNet network's layers", construction)
 
 
 def _unfold(x: Tensor, kernel: int, stride: int, pairs: Sequence[int]) -> Tensor:
@@ -56,17 +59,30 @@ def unfold_einsum(x: Tensor, w: Tensor, kernel: int, stride: int, pairs: Sequenc
     return torch.einsum("nkp,pko->nop", _unfold(x, kernel, stride, pairs), w)
 
 
-def build(n: int, c: int, o: int, kernel: int, stride: int, size: int, part: str) -> Bench:
-    """One layer, one batch, one part of the training step."""
+def _taps_first(w: Tensor) -> Tensor:
+    # torch's compositions get their weights in the layout that suits them.
+    positions, o, columns = w.shape[:2].numel(), w.shape[2], w.shape[3:].numel()
+    return w.permute(0, 1, 5, 3, 4, 2).reshape(positions, columns, o).contiguous()
+
+
+def operands(n: int, c: int, o: int, kernel: int, stride: int, size: int) -> tuple[Tensor, Tensor, Tensor, Any, Any]:
+    """Input, weight, output gradient, padding and geometry of one layer and batch."""
     torch.manual_seed(0)
     layer = bk.nn.LocallyConnected2d(c, o, kernel, stride, "same", bias=False, input_size=size)
     w = layer.weight.detach()
-    oh, ow = w.shape[:2]
     pairs = bk.functional.pad_pairs("same", (size, size), layer.kernel_size, layer.stride, layer.dilation)
-    geometry = (layer.stride, pairs, layer.dilation, 1)
-    x, g = torch.randn(n, c, size, size), torch.randn(n, o, oh, ow)
-    # torch's compositions get their weights in the layout that suits them.
-    taps_first = w.permute(0, 1, 5, 3, 4, 2).reshape(oh * ow, c * kernel * kernel, o).contiguous()
+    return (
+        *(torch.randn(n, c, size, size), w, torch.randn(n, o, *w.shape[:2])),
+        *(pairs, (layer.stride, pairs, layer.dilation, 1)),
+    )
+
+
+def build(n: int, c: int, o: int, kernel: int, stride: int, size: int, part: str) -> Bench:
+    """One layer, one batch, one part of the training step."""
+    shape = (c, o, kernel, stride, size)
+    x, w, g, pairs, geometry = operands(n, *shape)
+    oh, ow = w.shape[:2]
+    taps_first = _taps_first(w)
 
     def ours() -> list[Tensor]:
         results = []
@@ -98,25 +114,6 @@ def build(n: int, c: int, o: int, kernel: int, stride: int, size: int, part: str
         y = composition(*inputs, kernel, stride, pairs)
         return lambda: torch.autograd.grad(y, wanted, grad, retain_graph=True)
 
-    def gate() -> float:
-        y = ours()[0].flatten(1) if part == "forward" else None
-        if y is not None:
-            exact = unfold_bmm(x.double(), taps_first.double(), kernel, stride, pairs).flatten(1)
-            return relative_gate(y, exact, unfold_bmm(x, taps_first, kernel, stride, pairs).flatten(1))
-        xd, wd = x.double().requires_grad_(), taps_first.double().requires_grad_()
-        exact_grads = torch.autograd.grad(
-            unfold_bmm(xd, wd, kernel, stride, pairs), (xd, wd), g.double().reshape(n, o, oh * ow)
-        )
-        xs, ws = x.clone().requires_grad_(), taps_first.clone().requires_grad_()
-        torch_grads = torch.autograd.grad(unfold_bmm(xs, ws, kernel, stride, pairs), (xs, ws), g.reshape(n, o, oh * ow))
-        results, errors = ours()[-2:] if part == "forward + backward" else ours(), []
-        if part != "backward weight":
-            errors.append(relative_gate(results[0], exact_grads[0], torch_grads[0]))
-        if part != "backward input":
-            dw = results[-1].permute(0, 1, 5, 3, 4, 2).reshape(taps_first.shape)
-            errors.append(relative_gate(dw, exact_grads[1], torch_grads[1]))
-        return max(errors)
-
     variants: dict[str, Run] = {
         "unfold + bmm": torchs(unfold_bmm),
         "unfold + einsum": torchs(unfold_einsum),
@@ -124,6 +121,62 @@ def build(n: int, c: int, o: int, kernel: int, stride: int, size: int, part: str
     }
     if part in ("backward input", "forward + backward"):
         variants["bioplaus, usf"] = usf
-    passes = 3 if part == "forward + backward" else 1
-    macs = n * w.numel()
-    return Bench(variants, {"bioplaus, backprop": gate}, 2.0 * macs * passes, passes * 4.0 * w.numel())
+    flops = 2.0 * n * w.numel()
+    passes = {
+        "forward": (Work(flops, read=w.nbytes),),
+        "backward input": (Work(flops, read=w.nbytes),),
+        "backward weight": (Work(flops, written=w.nbytes),),
+    }
+    gate = {
+        "bioplaus, backprop": lambda: max(e for p, e in errors(n, *shape).items() if p in part or " + " in part),
+        "bioplaus, usf": lambda: errors(n, *shape)["usf"],
+    }
+    results = sum(t.nbytes for t in ours())
+    return Bench(
+        variants,
+        {name: gate[name] for name in variants if name in gate},
+        passes.get(part) or tuple(work for pair in passes.values() for work in pair),
+        inputs=w.nbytes
+        + (x.nbytes if part in ("forward", "backward weight") else 0)
+        + (g.nbytes if part != "forward" else 0),
+        outputs=results,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def errors(n: int, c: int, o: int, kernel: int, stride: int, size: int) -> dict[str, float]:
+    """Error over bound of each product and of usf's input gradient, once for the four cases of a layer and batch."""
+    x, w, g, pairs, geometry = operands(n, c, o, kernel, stride, size)
+    oh, ow = w.shape[:2]
+    grad, found = g.reshape(n, o, oh * ow), {}
+    for name, b in (("usf", torch.sign(w) * 0.1), ("backward input", w)):
+        taps = _taps_first(b)
+        results = []
+        for dtype in (torch.float64, torch.float32):
+            xs, ws = x.to(dtype).requires_grad_(), taps.to(dtype).requires_grad_()
+            y = unfold_bmm(xs, ws, kernel, stride, pairs)
+            results.append((y.detach(), *torch.autograd.grad(y, (xs, ws), grad.to(dtype))))
+        exact, torchs = results
+        feedback = (w, None, None, None, "constant", 0.1) if name == "usf" else (None, None, w, None, "stored", 1.0)
+        ours = ops.lc_backward_input(g, *feedback, w.shape, (size, size), *geometry)
+        found[name] = relative_gate(ours, exact[1], torchs[1])
+    y = ops.lc_forward(x, w, None, *geometry).flatten(2)
+    found["forward"] = relative_gate(y, exact[0], torchs[0])
+    dw = _taps_first(ops.lc_backward_weight(g, x, (kernel, kernel), *geometry))
+    found["backward weight"] = relative_gate(dw, exact[2], torchs[2])
+    return found
+
+
+def construction() -> Bench:
+    """torch.empty and torch's own initialisation of as many weights, against the layers."""
+    layers = [LAYERS[f"ImageNet {i}"] for i in range(1, 8)]
+
+    def layer(c: int, o: int, kernel: int, stride: int, size: int) -> torch.nn.Module:
+        return bk.nn.LocallyConnected2d(c, o, kernel, stride, "same", input_size=size)
+
+    shapes = [(p.shape, layer_[0] * layer_[2] ** 2) for layer_ in layers for p in layer(*layer_).parameters()]
+
+    def plain() -> list[Tensor]:
+        return [torch.empty(shape).uniform_(-(fan**-0.5), fan**-0.5) for shape, fan in shapes]
+
+    return Bench({"torch.empty and uniform_": plain, "LocallyConnected2d": lambda: [layer(*a) for a in layers]})

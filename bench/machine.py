@@ -54,7 +54,8 @@ def best(function: Callable[[], object], seconds: float = 0.5) -> float:
 
 
 def roofline() -> dict[str, float]:
-    """Peak products (flop/s by dtype) and memory bandwidths (byte/s: read, copy, write to a fresh tensor)."""
+    """Peak products (flop/s by dtype) and memory bandwidths (byte/s: read, copy, write in place, write to a
+    fresh tensor)."""
     peaks = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(2, 2048, 2048).to(dtype)
@@ -69,5 +70,6 @@ def roofline() -> dict[str, float]:
     size = big.numel() * 4
     peaks["read"] = size / best(lambda: big.sum())
     peaks["copy"] = 2 * size / best(lambda: target.copy_(big))
+    peaks["write"] = size / best(lambda: target.fill_(1.0))
     peaks["write_fresh"] = size / best(lambda: torch.full((2**26,), 1.0))
     return peaks

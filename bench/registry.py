@@ -2,8 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 Run = Callable[[], object]
+
+
+class Work(NamedTuple):
+    """The least work of one pass: operations, bytes read, bytes written into memory that is there already."""
+
+    flops: float = 0.0
+    read: float = 0.0
+    written: float = 0.0
 
 
 @dataclass
@@ -12,14 +21,16 @@ class Bench:
 
     variants: what is timed, by name; the first is the baseline that ratios are to.
     gate: error of a variant over its bound (at most 1 passes); a variant without an entry is torch's own.
-    flops, bytes: the least work of the product and the least traffic to memory, for the roofline; 0 where it has none.
+    work: its passes, for the roofline; none where it has none. unit: the dtype whose product rate counts.
+    inputs, outputs: bytes of the operands, for the share of the memory that comes on top; 0 where it does not count.
     """
 
     variants: dict[str, Run]
     gate: dict[str, Callable[[], float]] = field(default_factory=dict)
-    flops: float = 0.0
-    bytes: float = 0.0
+    work: tuple[Work, ...] = ()
     unit: str = "float32"
+    inputs: int = 0
+    outputs: int = 0
 
 
 @dataclass

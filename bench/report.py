@@ -13,13 +13,14 @@ from tabulate import tabulate
 _COLUMNS = ("variant", "ms (p20–p80)", "ratio", "share of roofline", "peak MiB", "error / bound")
 
 
-def share_of_roofline(row: dict[str, Any], roofline: dict[str, float]) -> float | None:
-    """The least time the machine allows, max(flops / product rate, bytes / read rate), over the time taken."""
-    if not row["flops"] and not row["bytes"]:
+def least_seconds(row: dict[str, Any], roofline: dict[str, float]) -> float | None:
+    """The least time the machine allows: max(flops / product rate, bytes / rate of memory), pass by pass."""
+    if not row["work"]:
         return None
-    peak = roofline.get(row["unit"], 0.0)
-    least = max(row["flops"] / peak if peak else 0.0, row["bytes"] / roofline["read"])
-    return least / (row["ms"] / 1e3)
+    peak = roofline[row["unit"]]
+    return sum(
+        max(flops / peak, read / roofline["read"], written / roofline["write"]) for flops, read, written in row["work"]
+    )
 
 
 def _cells(row: dict[str, Any], roofline: dict[str, float]) -> list[str]:
@@ -27,13 +28,13 @@ def _cells(row: dict[str, Any], roofline: dict[str, float]) -> list[str]:
     error_cell = "" if error is None else f"{error:.2g}"
     if "ms" not in row:
         return [row["variant"], "not timed", "", "", "", f"{error_cell}: over the bound"]
-    share = share_of_roofline(row, roofline)
+    least = least_seconds(row, roofline)
     peak = row["peak_bytes"]
     return [
         row["variant"],
         f"{row['ms']:.3g} ({row['ms_p20']:.3g}–{row['ms_p80']:.3g})",
         f"{row['ratio']:.2f}",
-        "" if share is None else f"{share:.0%}",
+        "" if least is None else f"{least / (row['ms'] / 1e3):.0%}",
         "" if peak is None else f"{peak / 2**20:.3g}",
         error_cell,
     ]
@@ -83,36 +84,54 @@ def _picture(op: str, result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def write(results: Path, out: Path) -> None:
-    """Write `out` and a picture for each op beside it."""
-    result = json.loads(results.read_text())
+def _properties(title: str, values: dict[str, Any]) -> str:
+    return tabulate(values.items(), (title, ""), tablefmt="pipe", disable_numparse=True)
+
+
+def write(results: list[Path], out: Path) -> None:
+    """Write `out` and a picture for each op of the first result beside it; the goals are looked up in all results."""
+    from . import goals
+
+    loaded = [json.loads(path.read_text()) for path in results]
+    result = loaded[0]
     out.parent.mkdir(parents=True, exist_ok=True)
-    machine = "\n".join(f"| {key} | {value} |" for key, value in result["machine"].items())
-    roof = "\n".join(f"| {key} | {value / 1e9:.4g} |" for key, value in result["roofline"].items())
     pictures = []
     for op in dict.fromkeys(row["op"] for row in result["rows"]):
         picture = out.parent / f"{out.stem}-{op}.png"
         _picture(op, result, picture)
         pictures.append(f"![{op}]({picture.name})")
+    roof = {key: f"{value / 1e9:.4g}" for key, value in result["roofline"].items()}
+    notes = out.with_name(f"{out.stem}-notes.md")
     text = f"""# Benchmarks
 
-Written by `python -m bench report` from one run of `python -m bench run`. Times are medians with the 20th and 80th
-percentile, variants of a case interleaved in one process. A variant whose error is over its bound (twice torch's own in
-the same dtype plus one rounding, against float64) is not timed. Ratios are to the first row of a case. The roofline's
-share is max(flops / product rate, bytes / read rate), from the rates below, over the time taken; a product by int8
-digits can pass 100 % of the float32 rate. Peak is what torch's CPU allocator held for one call.
+Written by `python -m bench report` from `python -m bench run`. Times are medians with the 20th and 80th percentile,
+variants of a case interleaved in one process. A variant whose error is over its bound (twice torch's own in the same
+dtype plus one rounding, against float64) is not timed. Ratios are to the first row of a case; rows that lose are here
+too. The roofline's share is max(flops / product rate, bytes / rate of memory), pass by pass and from the rates below,
+over the time taken; a product by int8 digits can pass 100 % of the float32 rate. Peak is what torch's CPU allocator
+held for one call, results included.
 
-| machine | |
-|---|---|
-{machine}
+{_properties("machine", result["machine"])}
 
-| measured in this run | 1e9 flop/s or byte/s |
-|---|---|
-{roof}
+{_properties("measured in this run, 1e9 flop/s or byte/s", roof)}
+
+## Goals
+
+{goals.table(loaded)}
+
+{notes.read_text() if notes.exists() else ""}
+## Pictures
 
 {chr(10).join(pictures)}
 
 {table(result)}"""
+    for other in loaded[1:]:
+        text += f"""
+# Level {other["machine"]["library_level"]}
+
+{_properties("machine", other["machine"])}
+
+{table(other)}"""
     temporary = out.with_suffix(".tmp")
     temporary.write_text(text)
     temporary.replace(out)

@@ -9,6 +9,8 @@ import torch
 from .registry import Bench, Case, Run
 
 _FLUSH_BYTES = 2**29
+# Seconds of a call that passes through more memory than caches hold.
+_SLOW = 0.3
 
 
 def run(case: Case, seconds: float) -> list[dict[str, Any]]:
@@ -34,23 +36,26 @@ def run(case: Case, seconds: float) -> list[dict[str, Any]]:
 
 def _interleave(variants: dict[str, Run], seconds: float, cold: bool) -> dict[str, list[float]]:
     # Rounds over all variants, so that a slow spell of the machine falls on all of them; each sample is long enough to
-    # read on the clock, and follows a call that brings back what the other variants drove out of the caches.
+    # read on the clock, and follows a call that brings back what the other variants drove out of the caches, where
+    # the caches matter.
     flush = torch.empty(_FLUSH_BYTES // 4) if cold else None
-    repeats = {}
+    repeats, slow = {}, {}
     for name, function in variants.items():
         function()
         start = time.perf_counter()
         function()
         once = time.perf_counter() - start
         repeats[name] = 1 if cold else max(1, int(0.002 / max(once, 1e-7)))
+        slow[name] = once > _SLOW
     samples: dict[str, list[float]] = {name: [] for name in variants}
     end = time.perf_counter() + seconds * len(variants)
-    while time.perf_counter() < end or len(next(iter(samples.values()))) < 3:
+    least = 2 if all(slow.values()) else 3
+    while time.perf_counter() < end or len(next(iter(samples.values()))) < least:
         for name, function in variants.items():
-            if flush is None:
-                function()
-            else:
+            if flush is not None:
                 flush.add_(1.0)
+            elif not slow[name]:
+                function()
             n = repeats[name]
             start = time.perf_counter()
             for _ in range(n):
@@ -67,11 +72,10 @@ def _summary(samples: list[float], baseline: float, bench: Bench) -> dict[str, A
         "ms_p20": cuts[0] * 1e3,
         "ms_p80": cuts[-1] * 1e3,
         "ratio": middle / baseline,
-        "gflops": bench.flops / middle / 1e9,
-        "gbytes_per_s": bench.bytes / middle / 1e9,
-        "flops": bench.flops,
-        "bytes": bench.bytes,
+        "work": bench.work,
         "unit": bench.unit,
+        "inputs": bench.inputs,
+        "outputs": bench.outputs,
     }
 
 

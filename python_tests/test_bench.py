@@ -41,15 +41,14 @@ def test_rows_hold_what_the_report_shows() -> None:
     bench = registry.Bench(
         {"copy": lambda: x.clone(), "wrong": lambda: x},
         {"wrong": lambda: 2.0},
-        flops=1e3,
-        bytes=2.0 * x.numel() * 4,
+        work=(registry.Work(flops=1e3, read=x.nbytes, written=x.nbytes),),
     )
     rows = runner.run(registry.Case("op", "label", lambda: bench), seconds=0.01)
     assert [row["variant"] for row in rows] == ["copy", "wrong"]
     assert rows[0]["ratio"] == 1 and rows[0]["peak_bytes"] == x.numel() * 4
     assert rows[0]["ms_p20"] <= rows[0]["ms"] <= rows[0]["ms_p80"]
     assert "ms" not in rows[1]
-    text = report.table({"rows": rows, "roofline": {"float32": 1e12, "read": 1e10}})
+    text = report.table({"rows": rows, "roofline": {"float32": 1e12, "read": 1e10, "write": 1e10}})
     assert "not timed" in text and "over the bound" in text
 
 

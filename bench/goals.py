@@ -1,0 +1,171 @@
+"""What the CPU kernels are to reach, and what one set of runs reached: the worst row unless a mean is named."""
+
+import re
+from collections.abc import Callable, Iterable
+from statistics import geometric_mean
+from typing import Any
+
+from tabulate import tabulate
+
+from .report import least_seconds
+
+Result = dict[str, Any]
+Cases = dict[str, dict[str, dict[str, Any]]]
+
+SQUARE = "4096x4096 M={} {}"
+CONSTANT = ("usf, signs from W", "usf, packed signs", "fa seeded, ±s")
+# Our variants, and the plain-torch ways to compute the same.
+PLAIN = {
+    **dict.fromkeys(CONSTANT, ("sign, then matmul", "sign, then matmul, torch.compile")),
+    "frsf stored": ("sign x magnitude, then matmul", "sign x magnitude, then matmul, torch.compile"),
+    "fa seeded, uniform": ("draw uniform, then matmul",),
+    "fa stored": ("torch dY @ W",),
+}
+
+
+def cases(result: Result, op: str) -> Cases:
+    """Timed rows of `op`, warm, by case and variant."""
+    found: Cases = {}
+    for row in result["rows"]:
+        if row["op"] == op and row["state"] == "warm" and "ms" in row:
+            found.setdefault(row["case"], {})[row["variant"]] = row
+    return found
+
+
+def _ratio(result: Result, variant: str, batches: Iterable[int], dtype: str = "float32") -> float | None:
+    mm = cases(result, "feedback_mm")
+    rows = [mm.get(SQUARE.format(m, dtype), {}).get(variant) for m in batches]
+    return max((row["ratio"] for row in rows if row), default=None)
+
+
+def _faster(result: Result) -> float | None:
+    mm = cases(result, "feedback_mm")
+    square = [rows for case, rows in mm.items() if re.fullmatch(SQUARE.format(r"\d+", "float32"), case)]
+    means = [
+        geometric_mean(rows["sign, then matmul"]["ms"] / rows[variant]["ms"] for rows in square)
+        for variant in CONSTANT
+        if square and all(variant in rows for rows in square)
+    ]
+    return min(means, default=None)
+
+
+def _against_plain(result: Result) -> float | None:
+    return max(
+        (
+            rows[ours]["ms"] / min(rows[p]["ms"] for p in plain)
+            for rows in cases(result, "feedback_mm").values()
+            for ours, plain in PLAIN.items()
+            if ours in rows
+        ),
+        default=None,
+    )
+
+
+def _error(result: Result) -> float | None:
+    errors = (row["error_over_bound"] for row in result["rows"] if not row["variant"].startswith("three bf16"))
+    return max((e for e in errors if e is not None), default=None)
+
+
+def _step(result: Result, case: str, variants: Iterable[str]) -> float | None:
+    rows = cases(result, "training_step").get(case, {})
+    return max((rows[v]["ratio"] for v in variants if v in rows), default=None)
+
+
+def _layers(result: Result) -> list[dict[str, dict[str, Any]]]:
+    lc = cases(result, "locally_connected")
+    return [rows for case, rows in lc.items() if "forward + backward" in case and "bioplaus, backprop" in rows]
+
+
+def _lc_speedup(result: Result) -> float | None:
+    layers = _layers(result)
+    faster = [min(r["unfold + bmm"]["ms"], r["unfold + einsum"]["ms"]) / r["bioplaus, backprop"]["ms"] for r in layers]
+    return geometric_mean(faster) if faster else None
+
+
+def _lc_roofline(result: Result) -> float | None:
+    rows = [r["bioplaus, backprop"] for r in _layers(result)]
+    times = [row["ms"] / 1e3 / (least_seconds(row, result["roofline"]) or 1.0) for row in rows]
+    return geometric_mean(times) if times else None
+
+
+def _lc_memory(result: Result) -> float | None:
+    shares = [
+        (row["peak_bytes"] - row["outputs"]) / (row["inputs"] + row["outputs"])
+        for rows in cases(result, "locally_connected").values()
+        for name, row in rows.items()
+        if name == "bioplaus, backprop" and row["inputs"]
+    ]
+    return max(shares, default=None)
+
+
+def _construction(result: Result) -> float | None:
+    rows = cases(result, "locally_connected").get("building the ImageNet network's layers")
+    return rows["LocallyConnected2d"]["ratio"] if rows else None
+
+
+def _overhead(result: Result, backward: bool) -> float | None:
+    found = cases(result, "overhead")
+    extra = []
+    for layer in ("Linear", "Conv2d"):
+        forward, both = (found.get(f"{layer} 1x8x8 {what}") for what in ("forward", "forward + backward"))
+        if not forward or not both:
+            continue
+        for rule in forward.keys() - {"torch.nn"}:
+            first, whole = (rows[rule]["ms"] - rows["torch.nn"]["ms"] for rows in (forward, both))
+            extra.append(1e3 * (whole - first if backward else first))
+    return max(extra, default=None)
+
+
+LARGE, SMALL = (128, 512, 2048, 4096), (1, 8, 32)
+RESNET = "ResNet-18 N=16 {}"
+# What, level it is for (None: any), limit, at least rather than at most, how it is found.
+GOALS: tuple[tuple[str, str | None, float, bool, Callable[[Result], float | None]], ...] = (
+    ("usf fp32, signs from W, M ≥ 128", "AMX", 0.40, False, lambda r: _ratio(r, CONSTANT[0], LARGE)),
+    ("usf fp32, packed signs, M ≤ 32", "AMX", 0.30, False, lambda r: _ratio(r, CONSTANT[1], SMALL)),
+    ("usf fp32, packed signs, M ≥ 128", "AMX", 0.30, False, lambda r: _ratio(r, CONSTANT[1], LARGE)),
+    ("usf bf16, packed signs, M ≤ 32", "AMX", 0.40, False, lambda r: _ratio(r, CONSTANT[1], SMALL, "bfloat16")),
+    ("usf bf16, packed signs, M ≥ 128", "AMX", 1.0, False, lambda r: _ratio(r, CONSTANT[1], LARGE, "bfloat16")),
+    ("seeded ±s fa fp32, M = 8, 32", "AMX", 0.50, False, lambda r: _ratio(r, CONSTANT[2], (8, 32))),
+    ("seeded ±s fa fp32, M ≥ 128", "AMX", 0.35, False, lambda r: _ratio(r, CONSTANT[2], LARGE)),
+    ("usf fp32, packed signs, M ≤ 8", "AVX512_VNNI", 0.35, False, lambda r: _ratio(r, CONSTANT[1], (1, 8))),
+    ("usf fp32, packed signs, M = 128", "AVX512_VNNI", 1.0, False, lambda r: _ratio(r, CONSTANT[1], (128,))),
+    ("usf fp32, packed signs, M = 128", "AVX2", 1.2, False, lambda r: _ratio(r, CONSTANT[1], (128,))),
+    ("usf fp32, packed signs, M ≥ 512", "AVX2", 1.1, False, lambda r: _ratio(r, CONSTANT[1], (512, 2048))),
+    ("±s rules over sign-then-matmul, eager, geometric mean over M", "AMX", 5.0, True, _faster),
+    ("any rule, shape, dtype: time / best plain-torch way", "AMX", 1.05, False, _against_plain),
+    ("error / bound, every gated row", None, 1.0, False, _error),
+    ("MLP 5×2048 step, batch 64, usf / torch.nn", "AMX", 0.93, False, lambda r: _step(r, "MLP 5x2048 N=64", ["usf"])),
+    ("MLP 5×2048 step, batch 512, usf / torch.nn", "AMX", 0.88, False, lambda r: _step(r, "MLP 5x2048 N=512", ["usf"])),
+    (
+        *("ResNet-18 step 64²: usf, frsf, stored fa / torch.nn", "AMX", 1.04, False),
+        lambda r: _step(r, RESNET.format(64), ("usf", "frsf", "fa stored")),
+    ),
+    (
+        *("ResNet-18 step 64²: brsf, seeded fa / torch.nn", "AMX", 1.10, False),
+        lambda r: _step(r, RESNET.format(64), ("brsf", "fa")),
+    ),
+    (
+        *("ResNet-18 step 224²: any rule / torch.nn", "AMX", 1.02, False),
+        lambda r: _step(r, RESNET.format(224), ("usf", "frsf", "brsf", "fa", "fa stored")),
+    ),
+    ("LC forward + backward, speed-up over faster torch way, geometric mean", "AMX", 4.0, True, _lc_speedup),
+    ("LC forward + backward, time / roofline, geometric mean", "AMX", 2.0, False, _lc_roofline),
+    ("LC, peak extra memory / operands", "AMX", 0.05, False, _lc_memory),
+    ("building the ImageNet LC layers / torch.empty and uniform_", "AMX", 1.05, False, _construction),
+    ("layer forward on 1×8×8, µs over torch.nn", "AMX", 5.0, False, lambda r: _overhead(r, False)),
+    ("layer backward on 1×8×8, µs over torch.nn", "AMX", 5.0, False, lambda r: _overhead(r, True)),
+)
+
+
+def table(results: list[Result]) -> str:
+    """One row for each goal that some run measured."""
+    rows = []
+    for what, level, limit, at_least, find in GOALS:
+        for result in results:
+            if level not in (None, result["machine"]["library_level"]) or (value := find(result)) is None:
+                continue
+            met = value >= limit if at_least else value <= limit
+            goal = f"{'≥' if at_least else '≤'} {limit:g}"
+            rows.append([what, result["machine"]["library_level"], goal, f"{value:.3g}", "yes" if met else "no"])
+    header = ("4096² unless said, ratio to torch's dY @ W; worst row", "level", "goal", "reached", "met")
+    return tabulate(rows, header, tablefmt="pipe", disable_numparse=True)
