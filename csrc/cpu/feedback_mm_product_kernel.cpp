@@ -14,6 +14,7 @@
 
 #include "../common/packed_signs.h"
 #include "convert.h"
+#include "draw.h"
 #include "feedback_mm.h"
 #include "strided.h"
 
@@ -845,13 +846,7 @@ void multiply(const SignProduct& p, const SignColumns& signs, int64_t tile_begin
 void seeded_signs(const int64_t* key, int64_t begin, int64_t end, int64_t first, int64_t calls, int32_t* words) {
   const Key k = read_key(key);
   for (int64_t row = begin; row < end; ++row) {
-    int32_t* to = words + (row - begin) * calls * 4;
-    for (int64_t call = 0; call < calls; ++call) {
-      const Philox4 x = draw(k, row, first + call);
-      for (int q = 0; q < 4; ++q) {
-        to[4 * call + q] = static_cast<int32_t>(x.w[q]);
-      }
-    }
+    draw_run(k, row, first, calls, reinterpret_cast<uint32_t*>(words + (row - begin) * calls * 4));
   }
 }
 

@@ -8,6 +8,7 @@
 #include "../common/packed_signs.h"
 #include "bits.h"
 #include "convert.h"
+#include "draw.h"
 #include "feedback_weight.h"
 #include "strided.h"
 
@@ -50,13 +51,7 @@ template <typename acc_t>
 void words(Chunk<acc_t>& c, uint32_t* w) {
   const int64_t call = c.first / kNumbersPerCall;
   const int64_t calls = (c.n + kNumbersPerCall - 1) / kNumbersPerCall;
-  for (int64_t t = 0; t < calls; ++t) {
-    const Philox4 x = draw(c.key, c.row, call + t);
-    w[4 * t] = x.w[0];
-    w[4 * t + 1] = x.w[1];
-    w[4 * t + 2] = x.w[2];
-    w[4 * t + 3] = x.w[3];
-  }
+  draw_run(c.key, c.row, call, calls, w);
 }
 
 // ln u for a normal u: with u = m·2^e, √½ ≤ m < √2 and s = (m − 1) / (m + 1), ln u = 2·artanh s + e·ln 2.
