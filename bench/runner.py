@@ -49,7 +49,7 @@ def _interleave(variants: dict[str, Run], seconds: float, cold: bool) -> dict[st
         slow[name] = once > _SLOW
     samples: dict[str, list[float]] = {name: [] for name in variants}
     end = time.perf_counter() + seconds * len(variants)
-    least = 2 if all(slow.values()) else 3
+    least = 2 if any(slow.values()) else 3
     while time.perf_counter() < end or len(next(iter(samples.values()))) < least:
         for name, function in variants.items():
             if flush is not None:
