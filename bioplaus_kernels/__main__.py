@@ -27,6 +27,10 @@ def main() -> None:
         print(f"  OpenMP {'yes' if config['openmp'] else 'no'}, {native.library.num_threads_used()} threads")
         cuda = f"{config['cuda']} for {', '.join(config['cuda_archs'])}" if config["cuda"] else "not built"
         print(f"  CUDA {cuda}")
+    print(f"backend: {backends.chosen() or 'automatic'} ({backends.VARIABLE}, bioplaus_kernels.backends.use)")
+    for name in backends.NAMES:
+        reason = backends.unavailable(name)
+        print(f"  {name}: {reason or 'can run'}")
     print()
     rows = [("op", "device", "backend", "why"), *backends.choices()]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]

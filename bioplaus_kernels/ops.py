@@ -2,16 +2,22 @@
 
 With the native library loaded, each name is the dispatcher's op `torch.ops.bioplaus.<name>`: the processor's kernel
 where there is one, the reference otherwise, and opaque to torch.compile. Without it, each name is the reference itself.
-Signatures, meanings and docstrings are the reference's.
+On a machine with a GPU the products are functions that take the fastest way by `backends.rule`. `backends.use` binds
+all names anew, so that a choice costs nothing at a call: look them up here at each call, and keep none. Signatures,
+meanings and docstrings are the reference's.
 """
 
+import importlib
+import math
+import os
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, cast
+from typing import Any, ParamSpec, cast
 
 import torch
 from torch import Tensor
 
-from .backends import native, reference
+from . import backends
+from .backends import native, reference, rule
 from .backends.reference.lc import memory_format, output_size
 from .backends.reference.pack_signs import packed_shape
 
@@ -132,3 +138,117 @@ if native.library is not None:
     for _name, _reference in reference.OPS.items():
         _library.impl(_name, _reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"bioplaus::{_name}", globals()[f"_fake_{_name}"])
+
+
+def _only(name: str, backend: str, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    # `call` for tensors on the device of `backend`; everything else raises.
+    reason = backends.lacks(name, backend)
+    device = "cpu" if backend == "cpu" or (backend == "triton" and not torch.cuda.is_available()) else "cuda"
+
+    def op(*args: Any, **kwargs: Any) -> Tensor:
+        if reason:
+            raise RuntimeError(f"backend {backend!r} cannot be used: {reason}")
+        tensor = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        if tensor.device.type != device:
+            raise RuntimeError(f"backend {backend!r} cannot be used: expected tensors on {device}, got {tensor.device}")
+        return call(*args, **kwargs)
+
+    op.__name__ = name
+    return op
+
+
+def _ways(name: str) -> list[str]:
+    # Kernels of this process for CUDA tensors, beside the reference and the vendor's product.
+    return [way for way in ("cuda", "triton") if not (backends.unavailable(way) or backends.lacks(name, way))]
+
+
+def _triton(name: str) -> Callable[..., Tensor]:
+    importlib.import_module(".backends.triton", __package__)  # defines them
+    return cast(Callable[..., Tensor], getattr(torch.ops.bioplaus_triton, name).default)
+
+
+def _automatic_feedback_mm() -> Callable[..., Tensor]:
+    from .backends.triton import configs
+
+    ways, native_op, triton_op = ["cublas", *_ways("feedback_mm")], _bind(reference.feedback_mm), _triton("feedback_mm")
+
+    def feedback_mm(
+        grad_output: Tensor,
+        weight: Tensor | None,
+        signs: Tensor | None,
+        magnitude: Tensor | None,
+        key: Tensor | None,
+        entries: str,
+        scale: float,
+        in_features: int,
+    ) -> Tensor:
+        arguments = (weight, signs, magnitude, key, entries, scale)
+        if not grad_output.is_cuda or grad_output.dtype == torch.float64 or grad_output.dim() != 2:
+            return native_op(grad_output, *arguments, in_features)
+        m, k = grad_output.shape
+        if m == 0 or k == 0 or in_features == 0:
+            return native_op(grad_output, *arguments, in_features)
+        source = sum(x.element_size() for x in (weight, magnitude) if x is not None) + (
+            0.125 if signs is not None else 0
+        )
+        p = rule.Product(m, in_features, k, grad_output.element_size(), source, entries == "constant")
+        way = rule.least(rule.times(p, configs.architecture(grad_output.device)), ways)
+        if way == "cuda":
+            return native_op(grad_output, *arguments, in_features)
+        if way == "triton":
+            return triton_op(grad_output, *arguments, in_features)
+        b = globals()["feedback_weight"](*arguments, (k, in_features), dtype=grad_output.dtype)
+        return torch.mm(grad_output, b)
+
+    return feedback_mm
+
+
+def _automatic_lc(name: str) -> Callable[..., Tensor]:
+    from .backends.triton import configs
+
+    ways, native_op, triton_op = ["reference", *_ways(name)], _bind(reference.OPS[name]), _triton(name)
+
+    def op(first: Tensor, *rest: Any) -> Tensor:
+        if not first.is_cuda or first.dtype == torch.float64 or first.numel() == 0:
+            return native_op(first, *rest)
+        # The weight's size: (*out, O, *kernel, C / groups).
+        if name == "lc_forward":
+            size = rest[0].shape
+        elif name == "lc_backward_input":
+            size = rest[6]
+        else:
+            size = (*first.shape[2:], first.shape[1], *rest[1], rest[0].shape[1] // rest[-1])
+        d = first.dim() - 2
+        patches = math.prod(size[:d]) * math.prod(size[d + 1 : -1]) * size[-1] * rest[-1]
+        p = rule.LocalProduct(first.shape[0], math.prod(size), patches, first.element_size())
+        way = rule.least(rule.local_times(p, configs.architecture(first.device)), ways)
+        return triton_op(first, *rest) if way == "triton" else native_op(first, *rest)
+
+    return op
+
+
+def _automatic(name: str) -> Callable[..., Tensor]:
+    # Where there is no GPU nothing is left to choose at a call.
+    if name not in backends.TRITON_OPS or backends.unavailable("triton") or not torch.cuda.is_available():
+        return _bind(reference.OPS[name])
+    return _automatic_feedback_mm() if name == "feedback_mm" else _automatic_lc(name)
+
+
+def bind(backend: str | None) -> None:
+    """Bind every name of this module to `backend`, or to the automatic choice."""
+    for name, function in reference.OPS.items():
+        if backend == "reference":
+            op: Callable[..., Tensor] = function
+        elif backend == "triton" and name in backends.TRITON_OPS:
+            op = _only(name, backend, _triton(name))
+        elif backend in ("cpu", "cuda"):
+            op = _only(name, backend, _bind(function))
+        else:
+            op = _automatic(name)
+        globals()[name] = op
+
+
+if os.environ.get(backends.VARIABLE):
+    backends.choose(os.environ[backends.VARIABLE])
+elif torch.cuda.is_available():
+    bind(None)

@@ -1,14 +1,20 @@
 """What every test gets: a fixed seed, full precision, and memory from torch.empty that is not zero by luck."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+# Where there is no GPU Triton's kernels run in its interpreter, which it must hear of before it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    config.addinivalue_line("markers", "exhaustive: compiles every configuration of every GPU kernel")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,11 +1,20 @@
-"""The backends and which one serves each op on each device, with the reason."""
+"""The backends, which one serves each op on each device, with the reason, and the user's own choice."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 
-from . import native
+from . import native, rule
 from .reference import OPS
+
+NAMES = ("reference", "cpu", "cuda", "triton")
+# The ops that Triton has kernels for; B and signs are formed by the device's own kernels whatever is chosen.
+TRITON_OPS = ("feedback_mm", "lc_forward", "lc_backward_input", "lc_backward_weight")
+VARIABLE = "BIOPLAUS_BACKEND"
 
 
 class Choice(NamedTuple):
@@ -17,22 +26,122 @@ class Choice(NamedTuple):
     reason: str
 
 
+_chosen: str | None = None
+
+
+def chosen() -> str | None:
+    """The backend that `use` or the environment chose, or None where each product is left to the rule."""
+    return _chosen
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on tensors of the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def unavailable(backend: str) -> str:
+    """Why `backend` cannot run in this process; empty if it can."""
+    if backend not in NAMES:
+        return f"expected one of {NAMES}"
+    if backend == "reference":
+        return ""
+    if backend == "triton":
+        if find_spec("triton") is None:
+            return "the package triton is not installed"
+        if torch.cuda.is_available() or interpreted():
+            return ""
+        return "no GPU in this machine, and TRITON_INTERPRET is not set"
+    if native.library is None:
+        return f"native library {native.reason}"
+    if backend == "cuda":
+        if native.library.build_config()["cuda"] is None:
+            return "native library built without CUDA"
+        if not torch.cuda.is_available():
+            return "no CUDA device in this machine"
+    return ""
+
+
+def lacks(op: str, backend: str) -> str:
+    """Why `backend` has no kernel of its own for `op`; empty if it has one."""
+    if backend in ("cpu", "cuda") and not torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"bioplaus::{op}", backend.upper()
+    ):
+        return f"no {backend.upper() if backend == 'cpu' else 'CUDA'} kernel for {op} in this version"
+    if backend == "triton" and op not in TRITON_OPS:
+        return f"no Triton kernel for {op}"
+    return ""
+
+
+def choose(backend: str | None) -> None:
+    """`use` for the rest of the process."""
+    global _chosen
+    from .. import ops
+
+    if backend is not None:
+        reason = unavailable(backend)
+        if reason:
+            error = ValueError if backend not in NAMES else RuntimeError
+            raise error(f"backend {backend!r} cannot be used: {reason}")
+    ops.bind(backend)
+    _chosen = backend
+
+
+@contextmanager
+def use(backend: str | None) -> Iterator[None]:
+    """Every op, and so every layer, of this process is served by `backend` inside, or raises and says why it cannot be.
+
+    "reference": plain torch on any device. "cpu", "cuda": the native kernels, of tensors on that device. "triton": the
+    products by Triton's kernels (on tensors of the CPU under TRITON_INTERPRET=1), everything else by the device's own.
+    None: what is fastest by `rule`. For all threads, as a backward runs in autograd's own. A compiled function is
+    compiled anew where the choice differs; enter this outside of it. The environment variable BIOPLAUS_BACKEND does the
+    same for the whole process.
+    """
+    before = _chosen
+    choose(backend)
+    try:
+        yield
+    finally:
+        choose(before)
+
+
 def choices() -> list[Choice]:
     """One row for each op and device type."""
-    rows = []
-    for device in ("cpu", "cuda"):
-        for op in OPS:
-            rows.append(Choice(op, device, *_choose(op, device)))
-    return rows
+    return [Choice(op, device, *_serves(op, device)) for device in ("cpu", "cuda") for op in OPS]
 
 
-def _choose(op: str, device: str) -> tuple[str, str]:
+def _serves(op: str, device: str) -> tuple[str, str]:
+    if _chosen == "reference":
+        return "reference", "chosen"
+    if _chosen == "triton" and op in TRITON_OPS:
+        return "triton", "chosen" if device == "cuda" or interpreted() else "chosen: raises on this device"
+    if _chosen in ("cpu", "cuda"):
+        return _chosen, "chosen" if _chosen == device else "chosen: raises on this device"
+    if device == "cuda" and op in TRITON_OPS and torch.cuda.is_available() and not unavailable("triton"):
+        ways = [name for name in ("cuda", "triton") if not (unavailable(name) or lacks(op, name))]
+        rest = "cublas" if op == "feedback_mm" else "reference"
+        return "rule", f"the least of {', '.join((*ways, rest))} by the estimates of backends.rule for each shape"
     if native.library is None:
         return "reference", f"native library {native.reason}"
     if device == "cuda" and native.library.build_config()["cuda"] is None:
         return "reference", "native library built without CUDA"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"bioplaus::{op}", device.upper()):
+    if lacks(op, device):
         return "reference", "no native kernel in this version"
     if device == "cuda" and not torch.cuda.is_available():
         return device, "no CUDA device in this machine"
     return device, ""
+
+
+__all__ = [
+    "NAMES",
+    "TRITON_OPS",
+    "VARIABLE",
+    "Choice",
+    "choices",
+    "choose",
+    "chosen",
+    "interpreted",
+    "lacks",
+    "rule",
+    "unavailable",
+    "use",
+]

@@ -1,0 +1,223 @@
+"""Tiles of B, formed in registers as they are needed: csrc/common/feedback.h in Triton.
+
+Which cell of the table it is follows from which pointers are None and from ENTRIES, so that a tile's code holds nothing
+of the other cells. Half types are widened as they are loaded: the interpreter has no arithmetic in bf16.
+"""
+
+import triton
+import triton.language as tl
+
+SIGNS_PER_CALL = tl.constexpr(128)
+TILE_ROWS = tl.constexpr(64)  # of a flag of packed signs
+
+
+@triton.jit
+def widen(x):
+    return x.to(tl.float32) if x.dtype.primitive_bitwidth < 32 else x
+
+
+@triton.jit
+def sign_of(w):
+    w = widen(w)
+    return (w > 0).to(tl.int8) - (w < 0).to(tl.int8)
+
+
+@triton.jit
+def draw(key, call, row):
+    """The four words of call number `call` of row `row`: csrc/common/philox.h."""
+    stream = tl.load(key + 2)
+    low = stream.to(tl.uint32)
+    high = (stream >> 32).to(tl.uint32)
+    call, row = tl.broadcast(call.to(tl.uint32), row.to(tl.uint32))
+    return tl.philox(tl.load(key + 1), call, row, low, high)
+
+
+@triton.jit
+def uniform(word, scale):
+    # An integer in [-2^23, 2^23) times scale * 2^-23: one rounding, so that the backends agree on bits.
+    return ((word >> 8).to(tl.int32) - 8388608).to(tl.float32) * (scale * (1.0 / 8388608.0))
+
+
+@triton.jit
+def normal_pair(a, b, scale):
+    # Box and Muller; the argument of the logarithm is in (0, 1].
+    radius = tl.sqrt(-2.0 * tl.log(((a >> 8) + 1).to(tl.float32) * (1.0 / 16777216.0)))
+    angle = (b >> 8).to(tl.float32) * (6.283185307179586 / 16777216.0)
+    return radius * tl.cos(angle) * scale, radius * tl.sin(angle) * scale
+
+
+@triton.jit
+def numbers(words, scale, ENTRIES: tl.constexpr):
+    """Four draws of one call."""
+    a, b, c, d = words
+    if ENTRIES == "uniform":
+        return uniform(a, scale), uniform(b, scale), uniform(c, scale), uniform(d, scale)
+    else:
+        na, nb = normal_pair(a, b, scale)
+        nc, nd = normal_pair(c, d, scale)
+        return na, nb, nc, nd
+
+
+@triton.jit
+def interleave(a, b, c, d):
+    """Four (R, C) tiles as one (4 R, C) tile, rows in turn."""
+    x = tl.join(tl.join(a, c), tl.join(b, d))  # (R, C, 2, 2), the last two dims in the order of the words
+    x = tl.permute(x, (0, 2, 3, 1))
+    return tl.reshape(x, (4 * a.shape[0], a.shape[1]))
+
+
+@triton.jit
+def unfold(words):
+    """Bits of an (R, C) tile of words as a (32 R, C) tile of 0 and 1."""
+    bits = (words[:, None, :] >> tl.arange(0, 32)[None, :, None]) & 1
+    return tl.reshape(bits.to(tl.int8), (32 * words.shape[0], words.shape[1]))
+
+
+@triton.jit
+def matrix_tile(x, row, column, k0, n0, rows, columns, BN: tl.constexpr, BK: tl.constexpr, INDEX: tl.constexpr):
+    """Elements of rows k0 ... and columns n0 ... of a strided matrix, transposed: (BN, BK), 0 outside.
+
+    Where the tile lies is one 64-bit number; INDEX, of the places in it, is 32 bits wide unless strides are huge.
+    """
+    k = tl.arange(0, BK)
+    n = tl.arange(0, BN)
+    x += tl.cast(k0, tl.int64) * row + tl.cast(n0, tl.int64) * column
+    at = n.to(INDEX)[:, None] * column + k.to(INDEX)[None, :] * row
+    return tl.load(x + at, mask=(n0 + n < columns)[:, None] & (k0 + k < rows)[None, :], other=0.0)
+
+
+@triton.jit
+def sign_tile(
+    weight,
+    weight_row,
+    weight_column,
+    planes,
+    key,
+    k0,
+    n0,
+    rows,
+    columns,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """Signs of rows k0 ... and of columns n0 ..., a multiple of 128, transposed: (BN, BK) of int8.
+
+    Entries outside the matrix are anything from -1 to 1.
+    """
+    if weight is not None:
+        return sign_of(matrix_tile(weight, weight_row, weight_column, k0, n0, rows, columns, BN, BK, INDEX))
+    elif planes is not None:
+        words = tl.cdiv(columns, SIGNS_PER_CALL) * 4
+        word = tl.arange(0, BN // 32)
+        k = tl.arange(0, BK)
+        inside = (k0 + k < rows)[None, :] & (n0 // 32 + word < words)[:, None]
+        at = k[None, :] * words + word[:, None]
+        planes += n0 // 32
+        tile = tl.cast(k0, tl.int32) // TILE_ROWS
+        flags = planes + (tl.cast(rows, tl.int64) * 2 + tile) * words
+        flag = tl.load(flags + ((k0 + k) // TILE_ROWS - tile)[None, :] * words + word[:, None], mask=inside, other=0)
+        planes += tl.cast(k0, tl.int64) * words
+        negative = unfold(tl.load(planes + at, mask=inside, other=0))
+        # The second plane is read only where the flag says that a tile holds a zero.
+        planes += tl.cast(rows, tl.int64) * words
+        nonzero = unfold(tl.load(planes + at, mask=inside & (flag != 0), other=-1))
+        return (1 - 2 * negative).to(tl.int8) * nonzero
+    else:
+        call = n0 // SIGNS_PER_CALL + tl.arange(0, BN // SIGNS_PER_CALL)
+        a, b, c, d = draw(key, call[:, None], (k0 + tl.arange(0, BK))[None, :])
+        return (1 - 2 * unfold(interleave(a, b, c, d))).to(tl.int8)
+
+
+@triton.jit
+def feedback_tile(
+    weight,
+    weight_row,
+    weight_column,
+    planes,
+    magnitude,
+    magnitude_row,
+    magnitude_column,
+    key,
+    scale,
+    k0,
+    n0,
+    rows,
+    columns,
+    ENTRIES: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """Entries of B at rows k0 ... and columns n0 ..., transposed: (BN, BK) of float32, finite outside B."""
+    if ENTRIES == "constant":
+        sign = sign_tile(weight, weight_row, weight_column, planes, key, k0, n0, rows, columns, BN, BK, INDEX)
+        b = sign.to(tl.float32) * scale
+    else:
+        if ENTRIES == "stored":
+            b = matrix_tile(magnitude, magnitude_row, magnitude_column, k0, n0, rows, columns, BN, BK, INDEX)
+            b = b.to(tl.float32) * scale
+        else:
+            call = n0 // 4 + tl.arange(0, BN // 4)
+            x, y, z, w = numbers(draw(key, call[:, None], (k0 + tl.arange(0, BK))[None, :]), scale, ENTRIES)
+            b = interleave(x, y, z, w)
+        if (weight is not None) or (planes is not None):
+            sign = sign_tile(weight, weight_row, weight_column, planes, key, k0, n0, rows, columns, BN, BK, INDEX)
+            b = sign.to(tl.float32) * tl.abs(b)
+    return b
+
+
+@triton.jit
+def choose(words, which):
+    a, b, c, d = words
+    return tl.where(which < 2, tl.where(which == 0, a, b), tl.where(which == 2, c, d))
+
+
+@triton.jit
+def feedback_entries(
+    weight,
+    planes,
+    magnitude,
+    key,
+    scale,
+    at,
+    inside,
+    rows,
+    columns,
+    ENTRIES: tl.constexpr,
+):
+    """Entries of a dense B at flat indices `at`, any tile of them, float32; 0 where not `inside`.
+
+    Locally-connected blocks start anywhere in a row of B, so each entry finds its own word; the words that neighbours
+    share come from the cache, and their draws are made for each.
+    """
+    i = at // columns
+    j = at - i * columns
+    if ENTRIES == "stored":
+        b = tl.load(magnitude + at, mask=inside, other=0.0).to(tl.float32) * scale
+    elif ENTRIES == "constant":
+        b = tl.full(at.shape, 1.0, tl.float32) * scale
+    else:
+        words = draw(key, j // 4, i)
+        if ENTRIES == "uniform":
+            b = uniform(choose(words, j % 4), scale)
+        else:
+            na, nb, nc, nd = numbers(words, scale, ENTRIES)
+            b = choose((na, nb, nc, nd), j % 4)
+    if weight is not None:
+        sign = sign_of(tl.load(weight + at, mask=inside, other=0.0)).to(tl.float32)
+        b = sign * tl.abs(b) if ENTRIES != "constant" else sign * b
+    elif planes is not None:
+        words = tl.cdiv(columns, SIGNS_PER_CALL) * 4
+        word = i * words + j // 32
+        flag = tl.load(planes + (2 * rows + i // TILE_ROWS) * words + j // 32, mask=inside, other=0)
+        bit = (j % 32).to(tl.int32)
+        negative = (tl.load(planes + word, mask=inside, other=0) >> bit) & 1
+        nonzero = (tl.load(planes + rows * words + word, mask=inside & (flag != 0), other=-1) >> bit) & 1
+        sign = ((1 - 2 * negative) * nonzero).to(tl.float32)
+        b = sign * tl.abs(b) if ENTRIES != "constant" else sign * b
+    elif ENTRIES == "constant":
+        word = choose(draw(key, j // SIGNS_PER_CALL, i), (j // 32) % 4)
+        negative = (word >> (j % 32).to(tl.uint32)) & 1
+        b = tl.where(negative != 0, -b, b)
+    return tl.where(inside, b, 0.0)

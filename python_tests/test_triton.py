@@ -1,0 +1,262 @@
+"""The Triton kernels, in Triton's interpreter with every access checked, or on hardware (`-m gpu`).
+
+The contracts are those of test_feedback_mm.py, run with `use("triton")`; here is also what holds only between backends:
+constant entries have the CPU's own bits. Other tests of the same kernels: test_triton_lc.py, test_triton_static.py.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import bioplaus_kernels as bk
+from bioplaus_kernels import ops
+from bioplaus_kernels.backends import native, reference
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+import test_feedback_mm as contract  # noqa: E402
+from interpreter import OutOfBounds, checked  # noqa: E402
+
+interpreted = bk.backends.interpreted()
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not interpreted, reason="TRITON_INTERPRET is not set")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+devices = pytest.mark.parametrize("device", DEVICES)
+needs_interpreter = pytest.mark.skipif(not interpreted, reason="TRITON_INTERPRET is not set")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+@pytest.fixture(autouse=True)
+def in_triton(one_thread: None) -> Iterator[None]:
+    """Every op by Triton, and checked where it is interpreted."""
+    with bk.backends.use("triton"):
+        if interpreted:
+            with checked():
+                yield
+        else:
+            yield
+
+
+@triton.jit
+def _copy(x, y, count, shift, MASKED: tl.constexpr):
+    i = tl.arange(0, 16)
+    mask = i < count if MASKED else i < 16
+    tl.store(y + i, tl.load(x + i + shift, mask=mask), mask=mask)
+
+
+@needs_interpreter
+def test_the_hook_catches_out_of_bounds() -> None:
+    # A neighbour in memory, so that nothing else notices.
+    memory = torch.arange(64.0)
+    for shift, masked, short in ((0, False, 13), (1, True, 13), (-1, True, 13)):
+        x, y = memory[:short].clone(), torch.zeros(16)
+        with pytest.raises(Exception, match="load of 4 bytes"):
+            _copy[(1,)](x, y, 13, shift, MASKED=masked)
+    with pytest.raises(Exception, match="store of 4 bytes"):
+        _copy[(1,)](memory.clone(), torch.zeros(15), 16, 0, MASKED=True)
+    x, y = memory[:13].clone(), torch.zeros(13)
+    _copy[(1,)](x, y, 13, 0, MASKED=True)
+    assert torch.equal(x, y)
+    assert issubclass(OutOfBounds, Exception)
+
+
+@triton.jit
+def _half(x, y, z, DOT: tl.constexpr):
+    i = tl.arange(0, 16)
+    at = i[:, None] * 16 + i[None, :]
+    a = tl.load(x + at)
+    if DOT:
+        tl.store(z + at, tl.dot(a, tl.load(y + at)))
+    else:
+        tl.store(y + at, (a.to(tl.float32) * 1.01).to(y.dtype.element_ty))
+
+
+@triton.jit
+def _wrong(x, y):
+    i = tl.arange(0, 16)
+    tl.store(y + i, tl.load(x + i) + tl.load(y + i))
+
+
+@needs_interpreter
+def test_the_interpreter_rounds_bf16_as_hardware_does() -> None:
+    x, y, z = torch.randn(16, 16).bfloat16(), torch.randn(16, 16).bfloat16(), torch.zeros(16, 16)
+    _half[(1,)](x, y, z, DOT=True)
+    torch.testing.assert_close(z, x.float() @ y.float())
+    _half[(1,)](x, y, z, DOT=False)
+    assert torch.equal(y, (x.float() * 1.01).bfloat16())
+    with pytest.raises(Exception, match="arithmetic in bf16"):
+        _wrong[(1,)](x, y)
+
+
+# M, K, N and the reason.
+SHAPES = {
+    "one of everything": (1, 1, 1),
+    "primes": (7, 131, 61),
+    "a tile, a call of the generator, a flag": (16, 64, 128),
+    "one beyond each": (17, 65, 129),
+    "two tiles and one in both directions": (131, 40, 257),
+    "more tiles along K than stages, and a rest": (3, 64 * 6 + 5, 33),
+    "more row tiles than a group holds": (16 * 9 * 4 + 1, 33, 130),
+    "columns of less than a word": (5, 300, 3),
+}
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def row_by_row(grad_output: Tensor, feedback: tuple, columns: int) -> Tensor:
+    """The CPU's product of each row alone, as a half-type row takes 2 digits or 4 by itself."""
+    with bk.backends.use("cpu"):
+        rows = [ops.feedback_mm(grad_output[i : i + 1], *feedback, columns) for i in range(len(grad_output))]
+    return torch.cat(rows)
+
+
+def to(device: str, feedback: tuple) -> tuple:
+    return tuple(x.to(device) if isinstance(x, Tensor) else x for x in feedback)
+
+
+@pytest.mark.skipif(native.library is None, reason="the CPU's product is native")
+@devices
+@dtypes
+@shapes
+@pytest.mark.parametrize("cell", ["weight constant", "signs constant", "none constant"])
+def test_constant_entries_have_the_bits_of_the_cpu(cell: str, shape: tuple, dtype: torch.dtype, device: str) -> None:
+    m, k, n = shape
+    if m > 200 and cell != "signs constant":
+        pytest.skip("many rows, which are the same for every source of signs")
+    feedback = contract.operands(cell, k, n, dtype)
+    for data in (contract.normal, contract.log_normal) if m > 20 else contract.DATA:
+        values = data(m, k)
+        g = (values / max(1.0, values.abs().max().item() / 1024) if dtype == torch.float16 else values).to(dtype)
+        actual = ops.feedback_mm(g.to(device), *to(device, feedback), n)
+        assert torch.equal(actual.cpu(), row_by_row(g, feedback, n)), data.__name__
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize("cell", contract.CELLS)
+def test_error_of_every_cell(cell: str, dtype: torch.dtype, device: str) -> None:
+    for m, k, n in ((9, 70, 45), (20, 131, 150)):
+        feedback = contract.operands(cell, k, n, dtype, device)
+        for data in contract.DATA if m == 9 else contract.DATA[:1]:
+            contract.check(contract.grad(data, m, k, dtype).to(device), feedback, n)
+
+
+@devices
+@dtypes
+@shapes
+@pytest.mark.parametrize("cell", ["weight uniform", "weight stored", "none normal"])
+def test_shapes(cell: str, shape: tuple, dtype: torch.dtype, device: str) -> None:
+    m, k, n = shape
+    feedback = contract.operands(cell, k, n, dtype, device)
+    contract.check(contract.normal(m, k).to(device, dtype), feedback, n)
+
+
+@devices
+@dtypes
+def test_draws_are_the_references(dtype: torch.dtype, device: str) -> None:
+    # A product with the identity is B itself.
+    k, n = 67, 131
+    for cell in contract.CELLS:
+        feedback = contract.operands(cell, k, n, dtype, device)
+        b = reference.feedback_weight(*feedback, (k, n), dtype=dtype)
+        actual = ops.feedback_mm(torch.eye(k, device=device, dtype=dtype), *feedback, n)
+        if "normal" in cell:
+            torch.testing.assert_close(actual, b)
+        else:
+            assert torch.equal(actual, b), cell
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_non_finite_rows(value: float, dtype: torch.dtype, device: str) -> None:
+    k, n = 66, 40
+    for cell in contract.LOADERS:
+        feedback = contract.operands(cell, k, n, dtype, device)
+        clean = contract.normal(11, k).to(device, dtype)
+        dirty = clean.clone()
+        dirty[4, 17] = value
+        dirty[6, 1], dirty[6, 40] = value, -value
+        dirty[7, 1], dirty[7, 40] = value, value
+        for scale in (0.5, -0.5):
+            arguments = (*feedback[:5], scale)
+            expected, actual = (ops.feedback_mm(g, *arguments, n) for g in (clean, dirty))
+            torchs = dirty @ contract.matrix(arguments, k, n, dtype)
+            for row in range(11):
+                if row in (4, 6, 7):
+                    assert not actual[row].isfinite().any()
+                    assert torch.equal(actual[row].nan_to_num(0.5), torchs[row].nan_to_num(0.5)), (cell, row)
+                else:
+                    assert torch.equal(actual[row], expected[row]), (cell, row)
+
+
+@devices
+def test_strides(device: str) -> None:
+    k, n = 40, 34
+    for cell in contract.LOADERS:
+        feedback = contract.operands(cell, k, n, torch.float32, device)
+        dense = contract.normal(12, k).float().to(device)
+        expected = ops.feedback_mm(dense, *feedback, n)
+        spread = torch.full((k, 12, 2), math.nan, device=device)
+        spread[..., 1] = dense.t()
+        torch.testing.assert_close(ops.feedback_mm(spread[..., 1].t(), *feedback, n), expected)
+        one = dense[:1].expand(12, k)
+        torch.testing.assert_close(ops.feedback_mm(one, *feedback, n), expected[:1].expand(12, n))
+        moved = tuple(
+            t.t().contiguous().t() if isinstance(t, Tensor) and t.is_floating_point() else t for t in feedback
+        )
+        torch.testing.assert_close(ops.feedback_mm(dense, *moved, n), expected)
+
+
+@devices
+@pytest.mark.parametrize("parameters", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_parameters_of_another_dtype(parameters: torch.dtype, device: str) -> None:
+    for cell, dtype in itertools.product(contract.LOADERS, (torch.bfloat16, torch.float32)):
+        feedback = contract.operands(cell, 70, 45, parameters, device)
+        contract.check(contract.normal(9, 70).to(device, dtype), feedback, 45)
+
+
+@devices
+@dtypes
+def test_empty(dtype: torch.dtype, device: str) -> None:
+    for cell, (m, k, n) in itertools.product(contract.CELLS, ((0, 5, 3), (4, 5, 0), (4, 0, 3), (0, 0, 0))):
+        feedback = contract.operands(cell, k, n, dtype, device)
+        result = ops.feedback_mm(torch.ones(m, k, dtype=dtype, device=device), *feedback, n)
+        assert torch.equal(result, torch.zeros(m, n, dtype=dtype, device=device))
+
+
+@devices
+def test_zero_weight_gives_zero_feedback(device: str) -> None:
+    weight = torch.randn(66, 40, device=device)
+    weight[:, 2] = 0
+    weight[3] = -0.0
+    eye = torch.eye(66, device=device)
+    for signs in ((weight, None), (None, ops.pack_signs(weight))):
+        result = ops.feedback_mm(eye, *signs, None, None, "constant", 0.25, 40)
+        assert torch.equal(result, 0.25 * weight.sign())
+
+
+def test_errors_name_the_argument() -> None:
+    g, w = torch.ones(3, 4), torch.ones(4, 5)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    g, w = g.to(device), w.to(device)
+    with pytest.raises(TypeError, match="grad_output: expected float32, bfloat16 or float16"):
+        ops.feedback_mm(g.double(), w, None, None, None, "constant", 1.0, 5)
+    with pytest.raises(ValueError, match="weight: expected shape"):
+        ops.feedback_mm(g, w.t(), None, None, None, "constant", 1.0, 5)
+    with pytest.raises(ValueError, match="in_features"):
+        ops.feedback_mm(g, w, None, None, None, "constant", 1.0, -1)
+
+
+def test_places_beyond_32_bits() -> None:
+    # By arithmetic: a row stride of 2^31 / 16 elements is a place of 2^35 in row 256, and 64 bits in a tile of 128.
+    from bioplaus_kernels.backends.triton.feedback_mm import _index
+
+    far = torch.empty(0).as_strided((0, 1), (2**27, 1))
+    assert _index(far) == tl.int64
+    assert _index(torch.empty(4, 5), None) == tl.int32
