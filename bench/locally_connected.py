@@ -153,7 +153,7 @@ def errors(n: int, c: int, o: int, kernel: int, stride: int, size: int) -> dict[
         taps = _taps_first(b)
         results = []
         for dtype in (torch.float64, torch.float32):
-            xs, ws = x.to(dtype).requires_grad_(), taps.to(dtype).requires_grad_()
+            xs, ws = (t.to(dtype).detach().requires_grad_() for t in (x, taps))
             y = unfold_bmm(xs, ws, kernel, stride, pairs)
             results.append((y.detach(), *torch.autograd.grad(y, (xs, ws), grad.to(dtype))))
         exact, torchs = results

@@ -39,29 +39,34 @@ def _interleave(variants: dict[str, Run], seconds: float, cold: bool) -> dict[st
     # read on the clock, and follows a call that brings back what the other variants drove out of the caches, where
     # the caches matter.
     flush = torch.empty(_FLUSH_BYTES // 4) if cold else None
-    repeats, slow = {}, {}
-    for name, function in variants.items():
-        function()
-        start = time.perf_counter()
-        function()
-        once = time.perf_counter() - start
-        repeats[name] = 1 if cold else max(1, int(0.002 / max(once, 1e-7)))
-        slow[name] = once > _SLOW
     samples: dict[str, list[float]] = {name: [] for name in variants}
+    repeats = {}
+    for name, function in variants.items():
+        first, once = _seconds(function), 0.0
+        if first > _SLOW:
+            samples[name].append(first)
+        else:
+            once = _seconds(function)
+        repeats[name] = 1 if cold or not once else max(1, int(0.002 / once))
+    slow = {name for name, taken in samples.items() if taken}
+    least = 2 if slow else 3
     end = time.perf_counter() + seconds * len(variants)
-    least = 2 if any(slow.values()) else 3
-    while time.perf_counter() < end or len(next(iter(samples.values()))) < least:
+    while time.perf_counter() < end or min(len(taken) for taken in samples.values()) < least:
         for name, function in variants.items():
             if flush is not None:
                 flush.add_(1.0)
-            elif not slow[name]:
+            elif name not in slow:
                 function()
             n = repeats[name]
-            start = time.perf_counter()
-            for _ in range(n):
-                function()
-            samples[name].append((time.perf_counter() - start) / n)
+            samples[name].append(_seconds(function, n) / n)
     return samples
+
+
+def _seconds(function: Run, times: int = 1) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        function()
+    return time.perf_counter() - start
 
 
 def _summary(samples: list[float], baseline: float, bench: Bench) -> dict[str, Any]:
