@@ -69,6 +69,40 @@ at::Tensor sign_product(const at::Tensor& grad, const std::optional<at::Tensor>&
   return out;
 }
 
+// dX = dY · B.
+at::Tensor tile_product(const at::Tensor& grad, const FeedbackArgs& args) {
+  const at::Device device = grad.device();
+  const at::Tensor planes = args.signs ? args.signs->contiguous() : at::Tensor();
+  const at::Tensor words = args.key ? args.key->contiguous() : at::Tensor();
+  TileProduct p{};
+  p.b.entries = to_entries(args.entries);
+  p.b.scale = args.scale;
+  p.b.signs = planes.defined() ? planes.const_data_ptr<int32_t>() : nullptr;
+  p.b.key = words.defined() ? words.const_data_ptr<int64_t>() : nullptr;
+  p.b.out.dtype = to_dtype("grad_output", grad.scalar_type());
+  Operands operands(p.b, args.size, false);
+  if (args.weight) {
+    operands.add(p.b.weight, *args.weight, const_cast<void*>(args.weight->const_data_ptr()));
+  }
+  if (args.magnitude) {
+    operands.add(p.b.magnitude, *args.magnitude, const_cast<void*>(args.magnitude->const_data_ptr()));
+  }
+  operands.finish();
+  const at::Tensor out = at::empty({grad.size(0), p.b.cols}, grad.options());
+  p.rows = grad.size(0);
+  p.grad = grad.const_data_ptr();
+  p.row_stride = grad.stride(0);
+  p.column_stride = grad.stride(1);
+  p.whole = p.column_stride == 1 && p.row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(p.grad) % 16 == 0;
+  p.out = out.mutable_data_ptr();
+  p.splits = tile_splits(p.rows, p.b.rows, p.b.cols, p.b.out.dtype);
+  const at::Tensor partial =
+      bytes(partial_sums(p.rows, p.b.cols, p.splits) * static_cast<int64_t>(sizeof(float)), device);
+  p.partial = static_cast<float*>(partial.mutable_data_ptr());
+  launch_on(device, [&](cudaStream_t stream) { return launch_tile_product(p, stream); });
+  return out;
+}
+
 at::Tensor feedback_mm_cuda(const at::Tensor& grad_output, const std::optional<at::Tensor>& weight,
                             const std::optional<at::Tensor>& signs, const std::optional<at::Tensor>& magnitude,
                             const std::optional<at::Tensor>& key, c10::string_view entries, double scale,
@@ -90,6 +124,9 @@ at::Tensor feedback_mm_cuda(const at::Tensor& grad_output, const std::optional<a
   }
   if (e == Entries::Constant && dtype != at::kDouble && size[0] <= kMaxDepth) {
     return sign_product(grad_output, weight, signs, key, scale, in_features);
+  }
+  if (dtype != at::kDouble) {
+    return tile_product(grad_output, args);
   }
   const at::Device device = grad_output.device();
   return at::mm(grad_output, form(args, device, dtype, [&](const FeedbackParams& b) {

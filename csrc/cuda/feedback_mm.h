@@ -44,13 +44,29 @@ BK_INLINE int64_t padded(int64_t depth) { return divide_up(depth, kDepth) * kDep
 
 inline int64_t digit_bytes(int64_t rows, int64_t depth) { return divide_up(rows, 8) * 32 * padded(depth); }
 int64_t sign_splits(int64_t rows, int64_t depth, int64_t cols, DType dtype);
-inline int64_t partial_sums(int64_t rows, int64_t cols, int64_t splits) {
-  return splits > 1 ? splits * rows * cols : 0;
-}
-
 // Its launch is checked by launch_sign_product, which calls it first.
 void quantise(const SignProduct& p, cudaStream_t stream);
 
 cudaError_t launch_sign_product(const SignProduct& p, cudaStream_t stream);
+
+// dX = dY · B, B formed a tile at a time: see feedback_mm.cu.
+struct TileProduct {
+  int64_t rows;  // M; b.rows and b.cols are K and N, b.out.dtype is dY's and dX's
+  const void* grad;
+  int64_t row_stride, column_stride;
+  bool whole;  // pieces of 8 neighbours along K are adjacent and aligned to 16 bytes
+  void* out;   // contiguous
+  float* partial;
+  int64_t splits;
+  FeedbackParams b;
+};
+
+int64_t tile_splits(int64_t rows, int64_t depth, int64_t cols, DType dtype);
+cudaError_t launch_tile_product(const TileProduct& p, cudaStream_t stream);
+
+// Numbers of `partial`.
+inline int64_t partial_sums(int64_t rows, int64_t cols, int64_t splits) {
+  return splits > 1 ? splits * rows * cols : 0;
+}
 
 }  // namespace bioplaus

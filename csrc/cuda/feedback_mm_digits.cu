@@ -7,20 +7,20 @@
 //
 // A lane's sums of an mma are all digits of its result, by the digits' layout. Rows of 16 bits have no lower block;
 // where a tile has none but such rows, upper blocks follow one another and it is done in one pass, else in two. σ stays
-// bits until it is a fragment: 4 rows of sign words, byte-transposed, give one register a shift, so 3.5 instructions a
-// lane are the price of 4 entries, and an operand 1/32 of fp32's is all that moves.
+// bits until it is a fragment: 4 rows of sign words, byte-transposed, give one register a shift. 5.5 instructions a
+// lane are the price of 4 entries, and all that moves is 1/32 of fp32's operand.
 //
 // Roofline, D digits (4, or 2 for half types). Operations: 2·D·M·N·K int8; at sm_80's 624 Tops 4 digits are as fast as
 // TF32 and 2 as fast as bf16. Bytes: D·M·K of digits, read N/128 times (from L2), signs N·K/8, or nothing if seeded, dX
-// written. At M ≤ 8 the signs are most of it, and fragments (256 entries in 10 instructions and 2 mma a warp) are
-// formed at 1.5 to 2 TB/s of signs on 108 multiprocessors. A weight is packed first: its bytes are read once and N·K/4
+// written. At M ≤ 8 the signs are most of it, and 256 entries (11 instructions and 2 mma a warp) are formed and
+// multiplied at 1.5 TB/s of signs on 108 multiprocessors. A weight is packed first: its bytes are read once and N·K/4
 // written, 1/16 of fp32's.
 //
 // Against torch's product with B from feedback_weight, which moves N·K·(W's bytes + 2·dX's) and does 2·M·N·K at the
 // dtype's rate: in fp32 without TF32 (19.5 TFlop/s on sm_80, 67 on sm_90) this is ahead at any M. In half types 2
-// digits are twice the operations on instructions of twice the rate, so the two tie on sm_80 at large M; where wgmma or
-// tcgen05 does bf16 faster than mma.sync half of int8 (sm_90 by about 1.6, sm_100 by more), torch's product is ahead as
-// soon as it takes longer than forming B, from M of about 300 on. Below that fewer bytes win.
+// digits are twice the operations on instructions of at most twice the rate, so torch's product is ahead once that has
+// paid for forming B: at 60 % of mma.sync's rate and 80 % of the vendor's, 4096² and W in bf16, from M of about 750 on
+// sm_80, 400 on sm_90, where wgmma leaves mma.sync 0.6 of the rate, and less on sm_100. Below that fewer bytes win.
 #include "element.h"
 #include "feedback_mm.h"
 #include "launch_kernel.h"
@@ -170,22 +170,18 @@ __device__ __forceinline__ void transpose(const uint32_t (&w)[4], uint32_t (&t)[
 __device__ __forceinline__ void sign_bits(const char* words, int row_bytes, int lane, uint32_t (&bits)[8][2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    uint32_t left[4], right[4], t[4];
+    uint32_t w[2][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint2 two = *reinterpret_cast<const uint2*>(words + (16 * half + 4 * i + lane % 4) * row_bytes);
-      left[i] = two.x;
-      right[i] = two.y;
+      w[0][i] = two.x;
+      w[1][i] = two.y;
     }
-    transpose(left, t);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      bits[j][half] = t[j] >> lane / 4 & 0x01010101u;
-    }
-    transpose(right, t);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      bits[4 + j][half] = t[j] >> lane / 4 & 0x01010101u;
+    for (int j = 0; j < 8; ++j) {
+      uint32_t t[4];
+      transpose(w[j / 4], t);
+      bits[j][half] = t[j % 4] >> lane / 4 & 0x01010101u;
     }
   }
 }
@@ -385,9 +381,10 @@ __global__ void __launch_bounds__(Tile<BLOCKS, WARPS_M, WARPS_N>::kThreads, BLOC
 
   // Half types' rows are all done at once where none needs its lower digits, else in two halves.
   bool narrow = p.dtype != DType::Float32;
-  for (int64_t row = first; narrow && row < first + rows && row < p.rows; ++row) {
-    narrow = p.row[row].bytes == 2;
+  for (int64_t row = first + lane; narrow && row < first + rows; row += 32) {
+    narrow = row >= p.rows || p.row[row].bytes == 2;
   }
+  narrow = __all_sync(kAll, narrow);
   const int64_t pass_rows = narrow ? TILE::kNarrow : TILE::kWide;
   for (int64_t row = first; row < first + rows && row < p.rows; row += pass_rows) {
     Fill<TILE> fill(p, row, narrow ? 2 : 1, column_tile * TILE::kPanels, tile, shared);
@@ -424,12 +421,11 @@ __global__ void __launch_bounds__(Tile<BLOCKS, WARPS_M, WARPS_N>::kThreads, BLOC
         finish(p, row + (warp_m * BLOCKS + i) * 4 + lane / 4, col, split, sums[i], sums[i + 1]);
       }
     }
-    if (p.splits == 1) {
-      for (int64_t r = row; r < row + pass_rows && r < p.rows; ++r) {
-        if (is_nan(p.row[r].unit)) {
-          for (int c = threadIdx.x; c < TILE::kColumns; c += TILE::kThreads) {
-            nonfinite_row(p, r, column_tile * TILE::kColumns + c);
-          }
+    for (int64_t r = row; p.splits == 1 && r < row + pass_rows; r += 32) {
+      const bool mine = r + lane < row + pass_rows && r + lane < p.rows && is_nan(p.row[r + lane].unit);
+      for (uint32_t left = __ballot_sync(kAll, mine); left; left &= left - 1) {
+        for (int c = threadIdx.x; c < TILE::kColumns; c += TILE::kThreads) {
+          nonfinite_row(p, r + __ffs(left) - 1, column_tile * TILE::kColumns + c);
         }
       }
     }
