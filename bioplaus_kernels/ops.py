@@ -188,9 +188,11 @@ def _automatic_feedback_mm() -> Callable[..., Tensor]:
         m, k = grad_output.shape
         if m == 0 or k == 0 or in_features == 0:
             return native_op(grad_output, *arguments, in_features)
-        source = sum(x.element_size() for x in (weight, magnitude) if x is not None) + (
-            0.125 if signs is not None else 0
-        )
+        if magnitude is not None and weight is None and signs is None and scale == 1:
+            # B lies there: torch's own product, after the arguments are checked.
+            return triton_op(grad_output, *arguments, in_features)
+        source = 0.0 if signs is None else 0.125
+        source += sum(x.element_size() for x in (weight, magnitude) if x is not None)
         p = rule.Product(m, in_features, k, grad_output.element_size(), source, entries == "constant")
         way = rule.least(rule.times(p, configs.architecture(grad_output.device)), ways)
         if way == "cuda":

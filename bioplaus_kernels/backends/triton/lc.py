@@ -203,6 +203,20 @@ def _last(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous()
 
 
+def _result(size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """A result in the format of `like`, and what a kernel writes, channels-last: the same memory where that fits."""
+    result = torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
+    last = result.movedim(1, -1)
+    return result, last if last.is_contiguous() else torch.empty_like(last, memory_format=torch.contiguous_format)
+
+
+def _finished(result: Tensor, written: Tensor) -> Tensor:
+    last = result.movedim(1, -1)
+    if not last.is_contiguous():
+        last.copy_(written)
+    return result
+
+
 @triton_op("bioplaus_triton::lc_forward", mutates_args={})
 def lc_forward(
     input: Tensor,
@@ -227,7 +241,7 @@ def lc_forward(
         checks.same("bias", bias, input)
         checks.shape("bias", bias, (*out, o) if bias.dim() > 1 else (o,))
     n, c = input.shape[0], input.shape[1] // groups
-    x, y = _last(input), input.new_empty(n, *out, o)
+    x, (result, y) = _last(input), _result((n, o, *out), input)
     positions = math.prod(out)
     if y.numel() > 0:
         arguments = _geometry(input.shape[2:], out, kernel, stride, padding, dilation) | {
@@ -242,7 +256,7 @@ def lc_forward(
         product = configs.tunable(forward_kernel, _kind(input), input, _TUNED_BY)
         tile = configs.tile_for(_kind(input), input, n)
         wrap_triton(product)[grid](**_taken(forward_kernel, arguments), **tile)
-    return y.movedim(-1, 1).contiguous(memory_format=memory_format(input))
+    return _finished(result, y)
 
 
 @triton_op("bioplaus_triton::lc_backward_input", mutates_args={})
@@ -271,7 +285,7 @@ def lc_backward_input(
     checks.shape("grad_output", grad_output, (grad_output.shape[0], weight_size[d], *out))
     checks.feedback(weight, signs, magnitude, key, entries, scale, weight_size, packed_shape(weight_size))
     n, o, c = grad_output.shape[0], weight_size[d] // groups, weight_size[-1]
-    dx = grad_output.new_empty(n, *input_size, c * groups)
+    result, dx = _result((n, c * groups, *input_size), grad_output)
     if grad_output.numel() == 0 or dx.numel() == 0:
         dx.zero_()
     else:
@@ -291,7 +305,7 @@ def lc_backward_input(
         product = configs.tunable(backward_input_kernel, _kind(grad_output), grad_output, _TUNED_BY)
         tile = configs.tile_for(_kind(grad_output), grad_output, n)
         wrap_triton(product)[grid](**_taken(backward_input_kernel, arguments), **tile)
-    return dx.movedim(-1, 1).contiguous(memory_format=memory_format(grad_output))
+    return _finished(result, dx)
 
 
 @triton_op("bioplaus_triton::lc_backward_weight", mutates_args={})

@@ -39,11 +39,43 @@ def uniform(word, scale):
 
 
 @triton.jit
+def natural_log(u):
+    """ln u of a normal u = m 2^e, m in [sqrt(1/2), sqrt(2)): 2 artanh((m - 1) / (m + 1)) + e ln 2."""
+    shifted = u.to(tl.int32, bitcast=True) - 0x3F3504F3
+    e = (shifted >> 23).to(tl.float32)
+    m = ((shifted & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)
+    s = (m - 1.0) / (m + 1.0)
+    q = s * s
+    series = 2.0 + q * (2.0 / 3 + q * (2.0 / 5 + q * (2.0 / 7 + q * (2.0 / 9))))
+    # ln 2 in two parts, the first short enough that its product with e is exact.
+    return e * 0.693115234375 + (e * 3.1946183e-05 + s * series)
+
+
+@triton.jit
+def cos_sin(u):
+    """Of 2 pi u, u in [0, 1): the nearest quarter turn and Taylor's series of the rest, as the CPU has it.
+
+    The device library's own carry a branch for huge arguments, with a table on the stack.
+    """
+    quarter = (4.0 * u + 0.5).to(tl.int32)
+    x = 1.5707963267948966 * (4.0 * u - quarter.to(tl.float32))
+    q = x * x
+    s = x * (1.0 - q * (1 / 6) * (1.0 - q * (1 / 20) * (1.0 - q * (1 / 42) * (1.0 - q * (1 / 72)))))
+    c = 1.0 - q * (1 / 30) * (1.0 - q * (1 / 56) * (1.0 - q * (1 / 90)))
+    c = 1.0 - q * 0.5 * (1.0 - q * (1 / 12) * c)
+    odd = (quarter & 1) != 0
+    cosine = tl.where(odd, s, c)
+    sine = tl.where(odd, c, s)
+    return tl.where(((quarter + 1) & 2) != 0, -cosine, cosine), tl.where((quarter & 2) != 0, -sine, sine)
+
+
+@triton.jit
 def normal_pair(a, b, scale):
     # Box and Muller; the argument of the logarithm is in (0, 1].
-    radius = tl.sqrt(-2.0 * tl.log(((a >> 8) + 1).to(tl.float32) * (1.0 / 16777216.0)))
-    angle = (b >> 8).to(tl.float32) * (6.283185307179586 / 16777216.0)
-    return radius * tl.cos(angle) * scale, radius * tl.sin(angle) * scale
+    u = ((a >> 8) + 1).to(tl.int32).to(tl.float32) * (1.0 / 16777216.0)
+    radius = tl.sqrt(-2.0 * natural_log(u))
+    cosine, sine = cos_sin((b >> 8).to(tl.int32).to(tl.float32) * (1.0 / 16777216.0))
+    return radius * cosine * scale, radius * sine * scale
 
 
 @triton.jit
