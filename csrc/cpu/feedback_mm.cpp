@@ -34,8 +34,10 @@ constexpr int64_t kRowsOfWeight = 1024;
 constexpr size_t kLossyRows = 256;
 // A block that is never too large to hold.
 constexpr int64_t kSlabBytes = int64_t{1} << 18;
-// Rows of a half type from which on torch's own product makes up for slabs that have to be written and read.
-constexpr int64_t kSlabRows = 512;
+// Rows from which on torch's own product makes up for slabs that have to be written and read; of a half type, whose
+// products are faster, fewer.
+constexpr int64_t kSlabRows = 2048;
+constexpr int64_t kHalfSlabRows = 512;
 // Fewer entries of B than this are not worth a second thread.
 constexpr int64_t kFormGrain = 8192;
 
@@ -385,7 +387,7 @@ at::Tensor feedback_mm_cpu(const at::Tensor& grad_output, const std::optional<at
   if (e == Entries::Constant && dtype != at::kDouble && size[0] <= kMaxDepth) {
     return sign_product(grad_output, b);
   }
-  const bool slabs = dtype == at::kDouble || (dtype != at::kFloat && grad_output.size(0) >= kSlabRows);
+  const bool slabs = dtype == at::kDouble || grad_output.size(0) >= (dtype == at::kFloat ? kSlabRows : kHalfSlabRows);
   return slabs ? slab_product(grad_output, b) : tile_product(grad_output, b);
 }
 
