@@ -1,8 +1,9 @@
 """Kernels and layers for learning without weight transport, and for locally-connected networks."""
 
-from . import backends, feedback, functional, nn, ops
+from . import backends, direct, feedback, functional, metrics, nn, ops, optim
 from ._version import __version__
 from .convert import Report, check, convert_
+from .direct import DirectFeedback
 from .feedback import (
     Backprop,
     BatchMagnitude,
@@ -17,6 +18,7 @@ from .nn import frozen_signs
 __all__ = [
     "Backprop",
     "BatchMagnitude",
+    "DirectFeedback",
     "FeedbackAlignment",
     "FixedMagnitude",
     "Report",
@@ -27,9 +29,12 @@ __all__ = [
     "backends",
     "check",
     "convert_",
+    "direct",
     "feedback",
     "frozen_signs",
     "functional",
+    "metrics",
     "nn",
     "ops",
+    "optim",
 ]

@@ -303,15 +303,6 @@ def test_every_torchvision_classifier_is_a_model():
             assert isinstance(models.build(name, (3, 224, 224), 7), torch.nn.Module)
 
 
-def test_angle():
-    a = torch.tensor([3.0, 0.0])
-    assert measure.angle(a, a) == measure.angle(a, 7 * a) == 0
-    assert measure.angle(a, torch.tensor([0.0, 2.0])) == pytest.approx(90)
-    assert measure.angle(a, -a) == pytest.approx(180)
-    assert measure.angle(a, torch.tensor([1.0, 1e-12])) == pytest.approx(math.degrees(1e-12))
-    assert math.isnan(measure.angle(a, torch.zeros(2)))
-
-
 def test_measuring_changes_nothing():
     model = models.build("mobilenet_v3_small", (3, 32, 32), 10)
     bk.convert_(model, "brsf")

@@ -1,0 +1,213 @@
+"""How far a layer's feedback is from its weights, and what is learned from what back-propagation would."""
+
+import csv
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends.reference import checks
+from .direct import DirectFeedback
+from .feedback import Backprop
+from .nn.base import FeedbackLayer
+
+Row = dict[str, float]
+# Numbers a chunk: their float64 copies stay in a cache.
+_CHUNK = 1 << 17
+
+
+class Comparison(NamedTuple):
+    """Of two tensors a, b taken as vectors: angle ∠(a, b) in degrees, ‖b‖/‖a‖, and the share of equal signs.
+
+    The angle is NaN where one of them is zero; the norm ratio where a is.
+    """
+
+    angle: float
+    norm_ratio: float
+    sign_agreement: float
+
+
+@torch.no_grad()
+def compare(a: Tensor, b: Tensor) -> Comparison:
+    """Compare two tensors of one shape: arccos(a·b / ‖a‖‖b‖), ‖b‖/‖a‖, mean(sign(a) = sign(b)).
+
+    One pass over both in float64, some rows at a time, so no copy of their size is made. An angle is exact to 1e-6
+    degrees, and 0 where a = b. Raises ValueError where the shapes differ.
+    """
+    checks.shape("b", b, a.shape)
+    a, b = a.reshape(a.shape or (1,)), b.reshape(b.shape or (1,))
+    rows = max(1, _CHUNK * len(a) // max(a.numel(), 1))
+    total = torch.zeros(4, dtype=torch.float64, device=a.device)
+    for x, y in zip(a.split(rows), b.split(rows), strict=True):
+        x, y = x.double().flatten(), y.double().flatten()
+        total += torch.stack((x @ y, x @ x, y @ y, (x.sign() == y.sign()).sum()))
+    ab, aa, bb, equal = total.tolist()
+    cosine = ab / math.sqrt(aa * bb) if aa * bb else math.nan
+    angle = cosine if math.isnan(cosine) else math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
+    return Comparison(angle, math.sqrt(bb / aa) if aa else math.nan, equal / max(a.numel(), 1))
+
+
+def weights(model: torch.nn.Module) -> dict[str, Comparison]:
+    """W against the B its next backward would use, for every weight of every layer with a rule, by the weight's name.
+
+    In float32 the angle of a normal W to sign(W) is arccos √(2/π) = 37.07°, that of a uniform W 30°, and of any W to an
+    independent B about 90°. B of a seeded rule is formed for the comparison, one layer at a time.
+    """
+    return {
+        f"{prefix}.{name}".removeprefix("."): compare(getattr(layer, name), layer.feedback_matrix(name))
+        for prefix, layer in model.named_modules()
+        if isinstance(layer, FeedbackLayer) and layer.uses_feedback
+        for name in layer.weights()
+    }
+
+
+@contextmanager
+def backprop(model: torch.nn.Module) -> Iterator[None]:
+    """In the block every feedback layer has B = W, and every `DirectFeedback` is the model it holds."""
+    rules = [(m, m._feedback) for m in model.modules() if isinstance(m, FeedbackLayer)]
+    direct = [m for m in model.modules() if isinstance(m, DirectFeedback)]
+    try:
+        for layer, _ in rules:
+            layer._feedback = Backprop()
+        for wrapper in direct:
+            wrapper._bypassed = True
+        yield
+    finally:
+        for layer, rule in rules:
+            layer._feedback = rule
+        for wrapper in direct:
+            wrapper._bypassed = False
+
+
+def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The matrices and kernels of weights that are trained, feedback apart, by name in the model's order."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.endswith("weight")
+        and not name.endswith("feedback_weight")
+        and parameter.ndim > 1
+        and parameter.requires_grad
+    }
+
+
+def updates(model: torch.nn.Module, loss: Callable[[], Tensor]) -> dict[str, Comparison]:
+    """The gradient of every trained weight against that of back-propagation: its angle, ‖g_BP‖/‖g‖, equal signs.
+
+    `loss` computes the model's loss; it is called twice, with the same random state. The model is not copied; its
+    buffers, `.grad` and torch's random state are as before afterwards. A weight that gets no gradient counts as zero.
+    """
+    parameters = trained(model)
+    if not parameters:
+        checks.fail("model", "a model with weights that require a gradient", "none")
+    devices = {p.device for p in parameters.values() if p.device.type == "cuda"}
+
+    def gradients() -> tuple[Tensor, ...]:
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            return torch.autograd.grad(loss(), list(parameters.values()), allow_unused=True, materialize_grads=True)
+
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        ours = gradients()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        with backprop(model):
+            exact = gradients()
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    return {name: compare(g, e) for name, g, e in zip(parameters, ours, exact, strict=True)}
+
+
+@torch.no_grad()
+def inverse_loss(layer: torch.nn.Module, inverse: torch.nn.Module, h: Tensor) -> float:
+    """‖h − g(f(h))‖², summed over units and averaged over the batch, for f = `layer` and its learned inverse g.
+
+    The inverse loss of Bartunov et al. 2018, section 1.1, without noise: how well g undoes f at the activations h.
+    """
+    back = inverse(layer(h))
+    checks.shape("inverse", back, h.shape)
+    return (back - h).square_().sum().item() / max(len(h), 1)
+
+
+def row(model: torch.nn.Module, loss: Callable[[], Tensor] | None = None) -> Row:
+    """All measures as columns: `angle_weight/<layer>`, `norm_ratio/<layer>`, `sign_agreement/<layer>` of `weights`.
+
+    With `loss` also `angle_grad/<layer>` of `updates`. <layer> is the weight's name without ".weight".
+    """
+    found: Row = {}
+    for name, c in weights(model).items():
+        layer = name.removesuffix(".weight")
+        found |= {f"angle_weight/{layer}": c.angle, f"norm_ratio/{layer}": c.norm_ratio}
+        found[f"sign_agreement/{layer}"] = c.sign_agreement
+    if loss is not None:
+        found |= {f"angle_grad/{n.removesuffix('.weight')}": c.angle for n, c in updates(model, loss).items()}
+    return found
+
+
+class Monitor:
+    """Calls back, or writes a CSV line, every `every` steps.
+
+        monitor = Monitor(model, every=100, to="angles.csv", loss=lambda: F.cross_entropy(model(x), y))
+        for …:
+            optimizer.step()
+            monitor.step()
+
+    to: a function of the row, or a path, whose file is begun with a header or, where it has that very header, gone on
+        with. measure: what makes a row; by default `row(model, loss)`. steps: how many steps there were before.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        every: int,
+        to: Callable[[Row], object] | str | os.PathLike[str],
+        *,
+        loss: Callable[[], Tensor] | None = None,
+        measure: Callable[[], Row] | None = None,
+        steps: int = 0,
+    ) -> None:
+        for name, value, least in (("every", every, 1), ("steps", steps, 0)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                checks.fail(name, "an integer", repr(value), TypeError)
+            if value < least:
+                checks.fail(name, f"at least {least}", value)
+        if not callable(to) and not isinstance(to, str | os.PathLike):
+            checks.fail("to", "a function or a path", type(to).__name__, TypeError)
+        if loss is not None and measure is not None:
+            checks.fail("loss", "None where measure is given", "both")
+        self.every, self.steps = every, steps
+        self._measure = measure or (lambda: row(model, loss))
+        self._write = to if callable(to) else _Csv(Path(to))
+
+    def step(self) -> Row | None:
+        """Count one step; the row, with its `step`, where it is one to measure."""
+        self.steps += 1
+        if self.steps % self.every:
+            return None
+        found = {"step": self.steps, **self._measure()}
+        self._write(found)
+        return found
+
+
+class _Csv:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, row: Row) -> None:
+        with self.path.open("a+", newline="") as file:
+            file.seek(0)
+            header = next(csv.reader(file), None)
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
+            if header is None:
+                writer.writeheader()
+            elif header != list(row):
+                checks.fail("to", f"a file with the columns {', '.join(row)}", f"{self.path} with {', '.join(header)}")
+            writer.writerow(row)

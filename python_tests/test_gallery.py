@@ -1,0 +1,25 @@
+"""Every block of docs/algorithms.md runs as it is printed."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+PAGE = Path(__file__).parents[1] / "docs" / "algorithms.md"
+SECTIONS = PAGE.read_text().split("\n## ")
+SETUP = re.findall(r"```python\n(.*?)```", SECTIONS[0], re.DOTALL)
+BLOCKS = {part.partition("\n")[0]: re.findall(r"```python\n(.*?)```", part, re.DOTALL) for part in SECTIONS[1:]}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("section", BLOCKS)
+def test_a_section_runs(section: str) -> None:
+    assert SETUP and BLOCKS[section], "no code"
+    names: dict[str, object] = {}
+    for block in SETUP + BLOCKS[section]:
+        exec(compile(block, f"{PAGE.name}: {section}", "exec"), names)
+    # A section that trains learns.
+    if "optimizer.step()" in "".join(BLOCKS[section]) and "range(20)" in "".join(BLOCKS[section]):
+        model, x, y = (names[n] for n in ("model", "x", "y"))
+        assert torch.nn.functional.cross_entropy(model(x), y) < 1.2
