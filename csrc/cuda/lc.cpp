@@ -1,0 +1,162 @@
+#include "lc.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "../common/form.h"
+#include "../common/lc_checks.h"
+#include "launch.h"
+
+namespace bioplaus {
+
+namespace {
+
+LcActivation view(const at::Tensor& x) {
+  LcActivation a{};
+  a.data = const_cast<void*>(x.const_data_ptr());
+  a.stride_n = x.stride(0);
+  a.stride_c = x.stride(1);
+  for (int64_t d = 2; d < x.dim(); ++d) {
+    a.stride[d - (x.dim() - kLcDims)] = x.stride(d);
+  }
+  return a;
+}
+
+at::Tensor empty_activation(const at::Tensor& like, int64_t channels, at::IntArrayRef spatial) {
+  LcSize size{like.size(0), channels};
+  size.append(spatial.begin(), spatial.end());
+  return at::empty(size, like.options(), lc_memory_format(like));
+}
+
+at::Tensor lc_forward_cuda(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                           at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  const LcArgs args{stride, padding, dilation, groups};
+  const int64_t d = args.dims();
+  LcParams p{};
+  p.dtype = to_dtype("input", input.scalar_type());
+  args.check_rank("input", input, d + 2);
+  args.check_rank("weight", weight, 2 * d + 2);
+  args.check(weight.sizes().slice(d + 1, d));
+  p.g = args.geometry(input.size(0), weight.sizes(), input.sizes().slice(2));
+  TORCH_CHECK_VALUE(input.size(1) == p.g.c * groups, "input: expected ", p.g.c * groups, " channels (weight's ", p.g.c,
+                    " x ", groups, " groups), got ", input.size(1));
+  check_same("weight", weight, input);
+  at::Tensor b;
+  if (bias) {
+    p.bias_per_position = bias->dim() > 1;
+    check_same("bias", *bias, input);
+    check_shape("bias", *bias, p.bias_per_position ? weight.sizes().slice(0, d + 1) : weight.sizes().slice(d, 1));
+    b = bias->contiguous();
+    p.bias = b.const_data_ptr();
+  }
+  const at::Tensor output = empty_activation(input, groups * p.g.o, weight.sizes().slice(0, d));
+  if (output.numel() == 0) {
+    return output;
+  }
+  const at::Tensor w = weight.contiguous();
+  p.weight = const_cast<void*>(w.const_data_ptr());
+  p.in = view(input);
+  p.out = view(output);
+  launch_on(input.device(), [&](cudaStream_t stream) { return launch_lc_forward(p, stream); });
+  return output;
+}
+
+at::Tensor lc_backward_input_cuda(const at::Tensor& grad_output, const std::optional<at::Tensor>& weight,
+                                  const std::optional<at::Tensor>& signs, const std::optional<at::Tensor>& magnitude,
+                                  const std::optional<at::Tensor>& key, c10::string_view entries, double scale,
+                                  at::IntArrayRef weight_size, at::IntArrayRef input_size, at::IntArrayRef stride,
+                                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  const LcArgs args{stride, padding, dilation, groups};
+  const int64_t d = args.dims();
+  LcParams p{};
+  p.dtype = to_dtype("grad_output", grad_output.scalar_type());
+  args.check_rank("grad_output", grad_output, d + 2);
+  TORCH_CHECK_VALUE(static_cast<int64_t>(weight_size.size()) == 2 * d + 2, "weight: expected ", 2 * d + 2,
+                    " dimensions (*out, O, *kernel, C/groups), got shape ", tuple(weight_size));
+  TORCH_CHECK_VALUE(static_cast<int64_t>(input_size.size()) == d, "input_size: expected ", d, " integers, got ",
+                    tuple(input_size));
+  args.check(weight_size.slice(d + 1, d));
+  p.g = args.geometry(grad_output.size(0), weight_size, input_size);
+  LcSize shape{grad_output.size(0), weight_size[d]};
+  shape.append(weight_size.begin(), weight_size.begin() + d);
+  check_shape("grad_output", grad_output, shape);
+  const FeedbackArgs feedback{weight, signs, magnitude, key, entries, scale, weight_size};
+  feedback.check(grad_output.device());
+
+  const at::Tensor grad_input = empty_activation(grad_output, groups * p.g.c, input_size);
+  if (grad_input.numel() == 0) {
+    return grad_input;
+  }
+  const at::Tensor planes = signs ? signs->contiguous() : at::Tensor();
+  const at::Tensor words = key ? key->contiguous() : at::Tensor();
+  at::Tensor dense_weight, dense_magnitude;
+  if (magnitude && !weight && !signs && scale == 1 && magnitude->is_contiguous() &&
+      magnitude->scalar_type() == grad_output.scalar_type()) {
+    p.weight = const_cast<void*>(magnitude->const_data_ptr());
+  } else {
+    FeedbackParams& f = p.feedback;
+    f.entries = to_entries(entries);
+    f.scale = scale;
+    f.signs = signs ? planes.const_data_ptr<int32_t>() : nullptr;
+    f.key = key ? words.const_data_ptr<int64_t>() : nullptr;
+    Operands operands(f, weight_size, false);
+    for (const auto& [from, dense, to] :
+         {std::tuple(&weight, &dense_weight, &f.weight), std::tuple(&magnitude, &dense_magnitude, &f.magnitude)}) {
+      if (*from) {
+        *dense = (*from)->contiguous();
+        operands.add(*to, *dense, const_cast<void*>(dense->const_data_ptr()));
+      }
+    }
+    operands.finish();
+  }
+  p.in = view(grad_input);
+  p.out = view(grad_output);
+  launch_on(grad_output.device(), [&](cudaStream_t stream) { return launch_lc_backward_input(p, stream); });
+  return grad_input;
+}
+
+at::Tensor lc_backward_weight_cuda(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef kernel_size,
+                                   at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                   int64_t groups) {
+  const LcArgs args{stride, padding, dilation, groups};
+  const int64_t d = args.dims();
+  LcParams p{};
+  p.dtype = to_dtype("input", input.scalar_type());
+  check_same("grad_output", grad_output, input);
+  args.check_rank("input", input, d + 2);
+  args.check_rank("grad_output", grad_output, d + 2);
+  args.check(kernel_size);
+  TORCH_CHECK_VALUE(input.size(1) % groups == 0, "groups: expected a divisor of the ", input.size(1),
+                    " input channels, got ", groups);
+  const auto spatial = input.sizes().slice(2);
+  LcSize size = args.output(spatial, kernel_size);
+  LcSize shape{input.size(0), grad_output.size(1)};
+  shape.append(size.begin(), size.end());
+  size.push_back(grad_output.size(1));
+  size.append(kernel_size.begin(), kernel_size.end());
+  size.push_back(input.size(1) / groups);
+  p.g = args.geometry(input.size(0), size, spatial);
+  check_shape("grad_output", grad_output, shape);
+
+  const at::Tensor grad_weight = at::empty(size, grad_output.options());
+  if (grad_weight.numel() == 0) {
+    return grad_weight;
+  }
+  p.weight = grad_weight.mutable_data_ptr();
+  p.in = view(input);
+  p.out = view(grad_output);
+  launch_on(input.device(), [&](cudaStream_t stream) { return launch_lc_backward_weight(p, stream); });
+  return grad_weight;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bioplaus, CUDA, m) {
+  m.impl("lc_forward", lc_forward_cuda);
+  m.impl("lc_backward_input", lc_backward_input_cuda);
+  m.impl("lc_backward_weight", lc_backward_weight_cuda);
+}
+
+}  // namespace bioplaus
