@@ -105,17 +105,12 @@ __device__ int64_t patch_offset(const LcParams& p, const Tile& tile, int64_t k) 
   return activation_offset(p.in, at, tile.group * g.c + k % g.c);
 }
 
-__device__ int64_t output_offset(const LcParams& p, const Tile& tile, int64_t o) {
-  int64_t at[kLcDims];
-  split(tile.place, p.g.out, at);
-  return activation_offset(p.out, at, tile.group * p.g.o + o);
-}
-
 // Where entry (row, k) of the two operands lies: row + k, or nowhere, which is a zero, if either is negative.
 template <int kColumns, int kDepth>
 struct Tables {
   int64_t a_row[kRows], b_row[kColumns], a[kDepth], b[kDepth];
   int64_t feedback_row[kDepth];
+  int64_t result[kRows];  // where the rows of the result begin
 };
 
 // The sizes of one product: rows and columns of its result, and length of the sum.
@@ -134,17 +129,21 @@ __device__ Extent extent(const LcParams& p, const Readers& r) {
 
 template <Product product, int kColumns, int kDepth>
 __device__ void fill_rows(const LcParams& p, const Tile& tile, const Extent& e, Tables<kColumns, kDepth>& t) {
-  const int64_t k = lc_columns(p.g);
+  const LcGeometry& g = p.g;
   for (int i = threadIdx.x; i < kRows + kColumns; i += kThreads) {
     if (i < kRows) {
       const int64_t row = tile.row + i;
-      int64_t offset = -1;
-      if (row < e.rows) {
-        offset = product == Product::Forward         ? ((tile.place * p.g.groups + tile.group) * p.g.o + row) * k
-                 : product == Product::BackwardInput ? row
-                                                     : output_offset(p, tile, row);
-      }
-      t.a_row[i] = offset;
+      const int64_t in_weight = ((tile.place * g.groups + tile.group) * g.o + row) * lc_columns(g);
+      int64_t at[kLcDims];
+      split(tile.place, product == Product::BackwardInput ? g.in : g.out, at);
+      const int64_t in_activation = product == Product::BackwardInput
+                                        ? activation_offset(p.in, at, tile.group * g.c + row)
+                                        : activation_offset(p.out, at, tile.group * g.o + row);
+      const int64_t operand = product == Product::Forward         ? in_weight
+                              : product == Product::BackwardInput ? row
+                                                                  : in_activation;
+      t.a_row[i] = row < e.rows ? operand : -1;
+      t.result[i] = product == Product::BackwardWeight ? in_weight : in_activation;
     } else {
       const int64_t column = tile.column + i - kRows;
       int64_t offset = -1;
@@ -378,23 +377,18 @@ struct SumsOf<double, kColumns, kDepth, kStride> {
 };
 
 template <typename T, Product product>
-__device__ void store(const LcParams& p, const Tile& tile, int64_t row, int64_t column, typename Sum<T>::type sum) {
-  const LcGeometry& g = p.g;
-  T* to;
-  if (product == Product::Forward) {
-    if (p.bias) {
-      const int64_t o = tile.group * g.o + row;
-      sum += to_float(static_cast<const T*>(p.bias)[p.bias_per_position ? tile.place * g.groups * g.o + o : o]);
-    }
-    to = static_cast<T*>(p.out.data) + column * p.out.stride_n + output_offset(p, tile, row);
-  } else if (product == Product::BackwardInput) {
-    int64_t at[kLcDims];
-    split(tile.place, g.in, at);
-    to = static_cast<T*>(p.in.data) + column * p.in.stride_n + activation_offset(p.in, at, tile.group * g.c + row);
-  } else {
-    to = static_cast<T*>(p.weight) + ((tile.place * g.groups + tile.group) * g.o + row) * lc_columns(g) + column;
+__device__ void store(const LcParams& p, const Tile& tile, const int64_t* result, int row, int64_t column,
+                      typename Sum<T>::type sum) {
+  if (product == Product::Forward && p.bias) {
+    const int64_t channel = tile.group * p.g.o + tile.row + row;
+    const int64_t first = p.bias_per_position ? tile.place * p.g.groups * p.g.o : 0;
+    sum += to_float(static_cast<const T*>(p.bias)[first + channel]);
   }
-  round_to(sum, *to);
+  void* const to = product == Product::Forward ? p.out.data : product == Product::BackwardInput ? p.in.data : p.weight;
+  const int64_t step = product == Product::Forward         ? p.out.stride_n
+                       : product == Product::BackwardInput ? p.in.stride_n
+                                                           : 1;
+  round_to(sum, static_cast<T*>(to)[result[row] + column * step]);
 }
 
 template <typename T, Product product, int kColumns>
@@ -463,14 +457,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kColumns>)
       __syncthreads();
       sums.add(a, b, e.depth - first);
     }
-    sums.each([&](int row, int column, auto sum) {
-      if (tile.row + row < e.rows && tile.column + column < e.columns) {
-        store<T, product>(p, tile, tile.row + row, tile.column + column, sum);
-      }
-    });
-    if (backward_input) {
+    // Without terms nothing has waited for the table of results.
+    if (e.depth == 0) {
       __syncthreads();
     }
+    sums.each([&](int row, int column, auto sum) {
+      if (tile.row + row < e.rows && tile.column + column < e.columns) {
+        store<T, product>(p, tile, t.result, row, tile.column + column, sum);
+      }
+    });
+    __syncthreads();
   }
 }
 

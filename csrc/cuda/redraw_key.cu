@@ -8,7 +8,8 @@
 namespace bioplaus {
 namespace {
 
-__global__ void redraw_key_kernel(const __grid_constant__ FeedbackParams p, int64_t* out) {
+__global__ void __launch_bounds__(kRedrawSamples)
+    redraw_key_kernel(const __grid_constant__ FeedbackParams p, int64_t* out) {
   __shared__ uint64_t hash[kRedrawSamples];
   hash[threadIdx.x] = redraw_hash(p, static_cast<int>(threadIdx.x));
   __syncthreads();
