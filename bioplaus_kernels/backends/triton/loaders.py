@@ -212,44 +212,43 @@ def feedback_entries(
     magnitude,
     key,
     scale,
-    at,
+    first,
+    offset,
     inside,
     rows,
     columns,
     ENTRIES: tl.constexpr,
 ):
-    """Entries of a dense B at flat indices `at`, any tile of them, float32; 0 where not `inside`.
+    """Entries of a dense B at `first` (one 64-bit index) + `offset` (any tile, 32 bits), in one row of B; float32.
 
     Locally-connected blocks start anywhere in a row of B, so each entry finds its own word; the words that neighbours
     share come from the cache, and their draws are made for each.
     """
-    i = at // columns
-    j = at - i * columns
+    i = first // columns
+    j = first - i * columns
     if ENTRIES == "stored":
-        b = tl.load(magnitude + at, mask=inside, other=0.0).to(tl.float32) * scale
+        b = tl.load(magnitude + first + offset, mask=inside, other=0.0).to(tl.float32) * scale
     elif ENTRIES == "constant":
-        b = tl.full(at.shape, 1.0, tl.float32) * scale
+        b = tl.full(offset.shape, 1.0, tl.float32) * scale
     else:
-        words = draw(key, j // 4, i)
-        if ENTRIES == "uniform":
-            b = uniform(choose(words, j % 4), scale)
-        else:
-            na, nb, nc, nd = numbers(words, scale, ENTRIES)
-            b = choose((na, nb, nc, nd), j % 4)
+        place = (j % 4).to(tl.int32) + offset
+        words = draw(key, (j // 4).to(tl.int32) + place // 4, i)
+        b = choose(numbers(words, scale, ENTRIES), place % 4)
+    place = (j % SIGNS_PER_CALL).to(tl.int32) + offset
     if weight is not None:
-        sign = sign_of(tl.load(weight + at, mask=inside, other=0.0)).to(tl.float32)
+        sign = sign_of(tl.load(weight + first + offset, mask=inside, other=0.0)).to(tl.float32)
         b = sign * tl.abs(b) if ENTRIES != "constant" else sign * b
     elif planes is not None:
         words = tl.cdiv(columns, SIGNS_PER_CALL) * 4
-        word = i * words + j // 32
-        flag = tl.load(planes + (2 * rows + i // TILE_ROWS) * words + j // 32, mask=inside, other=0)
-        bit = (j % 32).to(tl.int32)
-        negative = (tl.load(planes + word, mask=inside, other=0) >> bit) & 1
-        nonzero = (tl.load(planes + rows * words + word, mask=inside & (flag != 0), other=-1) >> bit) & 1
-        sign = ((1 - 2 * negative) * nonzero).to(tl.float32)
+        planes += (j // SIGNS_PER_CALL) * 4
+        word = place // 32
+        flag = tl.load(planes + (2 * rows + i // TILE_ROWS) * words + word, mask=inside, other=0)
+        negative = tl.load(planes + i * words + word, mask=inside, other=0) >> (place % 32)
+        nonzero = tl.load(planes + (rows + i) * words + word, mask=inside & (flag != 0), other=-1) >> (place % 32)
+        sign = ((1 - 2 * (negative & 1)) * (nonzero & 1)).to(tl.float32)
         b = sign * tl.abs(b) if ENTRIES != "constant" else sign * b
     elif ENTRIES == "constant":
-        word = choose(draw(key, j // SIGNS_PER_CALL, i), (j // 32) % 4)
-        negative = (word >> (j % 32).to(tl.uint32)) & 1
-        b = tl.where(negative != 0, -b, b)
+        words = draw(key, (j // SIGNS_PER_CALL).to(tl.int32) + place // SIGNS_PER_CALL, i)
+        negative = choose(words, place // 32 % 4) >> (place % 32).to(tl.uint32)
+        b = tl.where((negative & 1) != 0, -b, b)
     return tl.where(inside, b, 0.0)
