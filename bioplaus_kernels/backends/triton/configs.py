@@ -42,8 +42,8 @@ _SM80: Table = {
     "digits2": (Tile(16, 128, 64, 4, 4), Tile(64, 128, 64, 8, 3)),
     "half": (Tile(16, 128, 32, 4, 4), Tile(64, 128, 32, 4, 4), Tile(128, 128, 32, 8, 4)),
     "float32": (Tile(16, 128, 16, 4, 3), Tile(64, 128, 16, 8, 3)),
-    "lc_half": (Tile(16, 64, 64, 4, 3), Tile(64, 64, 32, 4, 3)),
-    "lc_float32": (Tile(16, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3)),
+    "lc_half": (Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
+    "lc_float32": (Tile(16, 64, 16, 4, 3), Tile(32, 64, 16, 8, 3)),
 }
 # wgmma takes 64 rows of its A side, the columns of B, for each 4 warps.
 _SM90: Table = _SM80 | {
