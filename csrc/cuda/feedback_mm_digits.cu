@@ -291,7 +291,8 @@ __device__ __forceinline__ void multiply_stage(const char* shared, int stage, in
   const char* words = digits + TILE::kDigitBytes + warp_n * (kWarpColumns / 8);
   const int32_t* zeros = reinterpret_cast<const int32_t*>(shared + kStages * TILE::kStageBytes);
   const bool some_zero = zeros[stage * TILE::kPanels + warp_n * kWarpColumns / kSignsPerCall];
-#pragma unroll
+  // One step's fragments at a time: sm_100 spills half as many registers.
+#pragma unroll 1
   for (int k = 0; k < kDepth; k += 32) {
     uint32_t b[8][2];
     sign_bits(words + k * kRowBytes, kRowBytes, lane, b);

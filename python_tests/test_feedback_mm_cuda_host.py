@@ -1,0 +1,105 @@
+"""Bugs planted in feedback_mm's CUDA kernels, which cuda_host/cases_feedback_mm.py must find.
+
+test_cuda_host.py runs that file on the kernels as they are.
+"""
+
+import re
+
+import pytest
+from cuda_host import build, run
+
+pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+CASES = "cases_feedback_mm.py"
+
+DIGITS, QUANTISE, TILES = "feedback_mm_digits.cu", "feedback_mm_quantise.cu", "feedback_mm.cu"
+WAIT = "      cp_async_wait<kStages - 2>();\n      __syncthreads();\n"
+TILE_WAIT = "    cp_async_wait<Tile::kStages - 2>();\n    __syncthreads();\n"
+
+# what: (file, text, what takes its place, tests that find it, words of what they say)
+BUGS = {
+    "digits: wait for cp.async missing": (
+        *(DIGITS, WAIT, "      __syncthreads();\n"),
+        *("test_bits and primes and float32", "use-after-poison"),
+    ),
+    "digits: wait one group short": (
+        *(DIGITS, "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>"),
+        *("test_bits and wraps and float32", "use-after-poison"),
+    ),
+    "digits: barrier after the wait missing": (
+        *(DIGITS, WAIT, "      cp_async_wait<kStages - 2>();\n"),
+        *("test_bits and primes and float32", "use-after-poison|AssertionError"),
+    ),
+    "digits: barrier between passes missing": (
+        *(DIGITS, "    // The next pass fills what slower warps may still read.\n    __syncthreads();\n", ""),
+        *("test_width", "use-after-poison|AssertionError"),
+    ),
+    "digits: wrong lane of the signs": (
+        *(DIGITS, "bits[j][half] = t[j % 4] >> lane / 4", "bits[j][half] = t[j % 4] >> lane / 8"),
+        *("test_bits and primes and float32", "AssertionError"),
+    ),
+    "digits: wrong lane of ldmatrix": (
+        *(DIGITS, "* 16 + lane % 16, k / 16 + lane / 16", "* 16 + lane % 8, k / 16 + lane / 16"),
+        *("test_bits and primes and float32", "AssertionError"),
+    ),
+    "digits: flag of zeros a tile late": (
+        *(DIGITS, "    ++tile_;\n    zeros_ = flag();\n", "    zeros_ = flag();\n    ++tile_;\n"),
+        *("test_bits and wraps and float32", "AssertionError|use-after-poison"),
+    ),
+    "digits: a row too many": (
+        *(DIGITS, "of < p.rows && (block", "of <= p.rows && (block"),
+        *("test_bits and primes and float16", "heap-buffer-overflow"),
+    ),
+    "digits: column stored beyond the last": (
+        *(DIGITS, "    if (col + 1 < p.cols) {\n      store(", "    if (true) {\n      store("),
+        *("test_bits and primes and float32", "heap-buffer-overflow"),
+    ),
+    "quantise: largest entry above the digits' range": (
+        *(QUANTISE, "    --shift;\n", ""),
+        *("test_bits and primes and float32", "AssertionError"),
+    ),
+    "quantise: barrier missing": (
+        *(QUANTISE, "  __syncthreads();\n  for (int w", "  for (int w"),
+        *("test_bits and primes and float32", "AssertionError|runtime error"),
+    ),
+    "tiles: wait for cp.async missing": (
+        *(TILES, TILE_WAIT, "    __syncthreads();\n"),
+        *("test_tiles and whole and float16", "use-after-poison"),
+    ),
+    "tiles: barrier after the wait missing": (
+        *(TILES, TILE_WAIT, "    cp_async_wait<Tile::kStages - 2>();\n"),
+        *("test_tiles and wraps and float16", "use-after-poison|AssertionError"),
+    ),
+    "tiles: wrong lane of ldmatrix.trans": (
+        *(
+            TILES,
+            "entry_place(k + lane % 16, warp_col / 8 + j + lane / 16)",
+            "entry_place(k + lane % 16, warp_col / 8 + j)",
+        ),
+        *("test_tiles and wraps and bfloat16", "AssertionError"),
+    ),
+    "tiles: float barrier missing": (
+        *(TILES, "    __syncthreads();\n    float* after", "    float* after"),
+        *("test_tiles and wraps and float32", "AssertionError"),
+    ),
+    "tiles: last entries of a row of dY dropped": (
+        *(TILES, "row < p.rows && k + t < p.b.rows", "row < p.rows && k + N <= p.b.rows"),
+        *("test_tiles and wraps and float32", "AssertionError"),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_found(bug: str) -> None:
+    *patch, which, words = BUGS[bug]
+    done = run(CASES, build.library([tuple(patch)]), "-k", which)
+    assert done.returncode not in (0, 2, 4, 5), done.stdout[-4000:]
+    assert re.search(words, done.stdout), done.stdout[-4000:]
+
+
+def test_constant_entries_in_tiles() -> None:
+    """Beyond 2²⁰ along K constant entries take the way of the others; here they do from the start."""
+    done = run(
+        CASES, build.library([("feedback_mm.cpp", "size[0] <= kMaxDepth", "size[0] <= 0")]), "-k", "test_every_cell"
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
