@@ -2,9 +2,9 @@
 
 With e = ∂L/∂logits, h_l the output of block l (n_l numbers a sample) and B_l of shape (classes, n_l),
 
-    DFA      ∂L/∂h_l := e B_l                       Nøkland 2016, eq. 7; shared slices of one B: Launay et al. 2020
-    sDFA     ∂L/∂h_l := sign(e) B_l · mean|e|       Frenkel et al. 2021, eq. 5
-    DRTP     ∂L/∂h_l := one_hot(target) B_l         Frenkel et al. 2021, eq. 6
+    DFA      ∂L/∂h_l := e B_l                       Nøkland 2016; shared slices of one B: Launay et al. 2020
+    sDFA     ∂L/∂h_l := sign(e) B_l · mean|e|       Frenkel et al. 2021
+    DRTP     ∂L/∂h_l := one_hot(target) B_l         Frenkel et al. 2021
     shallow  no gradient: only what follows the last block learns
 
 Inside a block, and between the last one and the logits, autograd does the rest.
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import ops
 from .backends.reference import checks
+from .backends.reference.philox import LAYOUT_VERSION
 from .feedback import Entries, feedback_key
 from .functional import _once
 
@@ -30,7 +31,7 @@ _SCALES = ("nokland", "kaiming", "xavier")
 
 @dataclass(frozen=True)
 class DFA:
-    """∂L/∂h_l := e B_l, B_l fixed and random (Nøkland 2016, eq. 7).
+    """∂L/∂h_l := e B_l, B_l fixed and random (Nøkland 2016).
 
     scale: root mean square of B_l's entries: "nokland" 1/√(3 n_l), which is U(±1/√n_l); "kaiming" √(2/n_l) (Frenkel's
     code); "xavier" √(2/(n_l + classes)) (Bartunov et al. 2018); or a number.
@@ -67,7 +68,7 @@ class DFA:
 
 
 class SDFA(DFA):
-    """∂L/∂h_l := sign(e) B_l · mean|e| (Frenkel et al. 2021, eq. 5); arguments of `DFA`.
+    """∂L/∂h_l := sign(e) B_l · mean|e| (Frenkel et al. 2021); arguments of `DFA`.
 
     The mean over the batch keeps the loss's scale, so that a gradient scaler does not divide the error away.
     """
@@ -77,7 +78,7 @@ class SDFA(DFA):
 
 @dataclass(frozen=True)
 class DRTP(DFA):
-    """∂L/∂h_l := B_l's row of the target class (Frenkel et al. 2021, eq. 6); arguments of `DFA`.
+    """∂L/∂h_l := B_l's row of the target class (Frenkel et al. 2021); arguments of `DFA`.
 
     A gather where B is stored or has no more rows than the batch; a seeded B of more rows is never formed, its product
     with the one-hot targets is.
@@ -247,7 +248,8 @@ class DirectFeedback(torch.nn.Module):
 
     The model returns logits (*samples, classes), block l (*samples, …) with n_l numbers a sample; B_l has the C-order
     columns of these. State: the buffer `feedback_key` (version, key, 0), or for a stored B the Parameter
-    `feedback_weight` (classes, Σ n_l), or (classes, max n_l) if shared, without gradient.
+    `feedback_weight` without gradient: (classes, Σ n_l), the blocks side by side in their order, or (classes, max n_l)
+    if shared. A key draws those same columns.
 
     Raises TypeError or ValueError for arguments that do not fit, RuntimeError for a block that is called twice, not at
     all, or under no_grad (reentrant checkpointing), and for double backward.
@@ -301,18 +303,19 @@ class DirectFeedback(torch.nn.Module):
         except BaseException:
             self.restore()
             raise
+        self._seed = seed
         self._plan = _plan(feedback, self._sizes, self._classes)
+        if feedback.stored:
+            # The stored columns have their scales.
+            self._plan = self._plan._replace(slices=tuple(part._replace(ratio=1.0) for part in self._plan.slices))
         self.register_buffer("feedback_key", None)
         self.register_parameter("feedback_weight", None)
-        key = feedback_key(seed, "direct").to(logits.device)
         if feedback.stored:
             matrix = torch.empty(self._classes, self._plan.width, dtype=logits.dtype, device=logits.device)
             self.feedback_weight = torch.nn.Parameter(matrix, requires_grad=False)
-            self._draw(key)
-            # The stored columns have their scales.
-            self._plan = self._plan._replace(slices=tuple(part._replace(ratio=1.0) for part in self._plan.slices))
         elif feedback.name != "shallow":
-            self.feedback_key = key
+            self.feedback_key = torch.empty(3, dtype=torch.int64, device=logits.device)
+        self.reset_feedback()
 
     def forward(
         self, *args: Any, targets: Tensor | None = None, loss_scale: Tensor | float = 1.0, **kwargs: Any
@@ -375,15 +378,37 @@ class DirectFeedback(torch.nn.Module):
                 checks.fail("blocks", wanted, f"shape {tuple(h.shape)}")
 
     @torch.no_grad()
-    def _draw(self, key: Tensor) -> None:
-        b, plan = self.feedback_weight, self._plan
-        assert b is not None
-        if b.is_meta:
+    def reset_feedback(self) -> None:
+        """Draw B, or its key, from the seed again."""
+        key = feedback_key(self._seed, "direct")
+        if self.feedback_key is not None:
+            self.feedback_key.copy_(key)
+        if (b := self.feedback_weight) is None or b.is_meta:
             return
+        plan = _plan(self.feedback, self._sizes, self._classes)
+        key = key.to(b.device)
         b.copy_(ops.feedback_weight(None, None, None, key, plan.entries, plan.scale, b.shape, dtype=b.dtype))
         for part in plan.slices:
             if part.ratio != 1.0:
                 b[:, part.start : part.start + part.size] *= part.ratio
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        state = self.feedback_weight if self.feedback_key is None else self.feedback_key
+        was_meta = state is not None and state.is_meta
+        super()._apply(fn, recurse)
+        if was_meta:
+            # to_empty() has left anything in it.
+            self.reset_feedback()
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        key = state_dict.get(f"{prefix}feedback_key")
+        if key is not None and not key.is_meta and (key.shape != (3,) or int(key[0]) != LAYOUT_VERSION):
+            wanted = f"(layout version {LAYOUT_VERSION}, key, stream)"
+            lists[2].append(f"{prefix}feedback_key: expected {wanted}, got {key.tolist()}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
     @torch.no_grad()
     def feedback_matrix(self, block: str) -> Tensor:

@@ -55,7 +55,7 @@ def compare(a: Tensor, b: Tensor) -> Comparison:
 def weights(model: torch.nn.Module) -> dict[str, Comparison]:
     """W against the B its next backward would use, for every weight of every layer with a rule, by the weight's name.
 
-    In float32 the angle of a normal W to sign(W) is arccos √(2/π) = 37.07°, that of a uniform W 30°, and of any W to an
+    The angle of a normal W to sign(W) is arccos √(2/π) = 37.07°, that of a uniform W 30°, and of any W to an
     independent B about 90°. B of a seeded rule is formed for the comparison, one layer at a time.
     """
     return {
@@ -130,7 +130,7 @@ def updates(model: torch.nn.Module, loss: Callable[[], Tensor]) -> dict[str, Com
 def inverse_loss(layer: torch.nn.Module, inverse: torch.nn.Module, h: Tensor) -> float:
     """‖h − g(f(h))‖², summed over units and averaged over the batch, for f = `layer` and its learned inverse g.
 
-    The inverse loss of Bartunov et al. 2018, section 1.1, without noise: how well g undoes f at the activations h.
+    The inverse loss of Bartunov et al. 2018 without noise: how well g undoes f at the activations h.
     """
     back = inverse(layer(h))
     checks.shape("inverse", back, h.shape)

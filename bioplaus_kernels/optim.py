@@ -20,7 +20,7 @@ class BatchManhattan(torch.optim.Optimizer):
         w ← w − lr · v
         w ← s · max(s · w, 1e-10)        where `no_sign_change`, s the sign of w before the step, 0 counting as positive
 
-    Liao et al. 2016, section 2.4, in the order of Xiao et al. 2018's code. `no_sign_change` keeps every weight on its
+    Liao et al. 2016, in the order of Xiao et al. 2018's code. `no_sign_change` keeps every weight on its
     side of zero; it leaves out Parameters of fewer than two dimensions (biases, norms), and a half type that has no
     1e-10 takes its smallest normal number. `manhattan=False` is SGD, alone or with the clamp.
 
