@@ -1,4 +1,4 @@
-# make train | test | check | lint | format | build | clean
+# make train | test | test-all | check | lint | format | build | clean
 #
 # Every target makes what it needs first: the environment in VENV, then the package with its native library.
 
@@ -33,16 +33,20 @@ ifneq ($(shell cat $(VENV)/.checkout 2>/dev/null),$(CURDIR))
 STALE = FORCE
 endif
 
-.PHONY: train test check lint format build clean FORCE
+.PHONY: train test test-all check lint format build clean FORCE
 
 train: build
 	$(PY) -m recipes.train --model lenet --data digits --rule backprop,usf,fa --epochs 20
 
 test: lint
+	$(PY) -m pytest -m "not exhaustive" $(PYTEST_ARGS)
+
+# Every configuration of every GPU kernel as well.
+test-all: lint
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 check: lint
-	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PY) -m pytest -m "not slow and not exhaustive" $(PYTEST_ARGS)
 
 lint: build
 	$(BIN)/ruff check .

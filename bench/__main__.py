@@ -37,7 +37,21 @@ def main() -> None:
     show = commands.add_parser("report", help="write the Markdown tables and pictures from result files")
     show.add_argument("--results", type=Path, nargs="+", default=_results(), help="the first one's pictures are drawn")
     show.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
+    commands.add_parser("gpu-static", help="compile the GPU kernels and rewrite bench/gpu_static.csv")
+    commands.add_parser("gpu-report", help="write bench/GPU.md from that table")
     args = parser.parse_args()
+    if args.command == "gpu-report":
+        from . import gpu_report
+
+        gpu_report.write()
+        print(gpu_report.REPORT)
+        return
+    if args.command == "gpu-static":
+        from . import gpu_static
+
+        gpu_static.write(gpu_static.measure_all())
+        print(gpu_static.TABLE)
+        return
     if args.command == "report":
         report.write(args.results, args.out)
         print(args.out)

@@ -1,0 +1,213 @@
+"""Rows of bench/gpu_static.csv for the Triton kernels, compiled ahead of time for targets that need not be here."""
+
+import hashlib
+import itertools
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bioplaus_kernels.backends import triton as backend
+from bioplaus_kernels.backends.triton import configs, feedback_mm, lc
+
+from .gpu_static import Row, cached, occupancy
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TENSOR_CORE = {"cuda": r"\b[IH]G?MMA\b|\bUTC[IHQO]?\w*MMA\b", "hip": r"\bv_mfma"}
+VECTOR_LOAD = {
+    "cuda": r"\bLDG(?:STS)?\.\S*128\b|\bUTMALDG",
+    "hip": r"\b(?:global|buffer)_load_(?:dwordx4|b128)",
+}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with the operands of one cell: `source` of signs (weight, packed, seeded or none) and `entries`."""
+
+    kernel: Any
+    kind: str
+    dtype: str
+    source: str = ""
+    entries: str = ""
+
+    def name(self, tile: configs.Tile) -> str:
+        """In the table."""
+        digits = f"{self.kind[-1]} digits" if self.kind.startswith("digits") else ""
+        words = (self.kernel.__name__, self.source, self.entries, self.dtype, digits)
+        return " ".join((*filter(None, words), f"{tile.rows}x{tile.columns}x{tile.depth}"))
+
+    @property
+    def product(self) -> bool:
+        """Whether tensor cores must be seen: of all products but those in float32."""
+        return self.kind != "" and (self.kind.startswith("digits") or self.dtype != "fp32")
+
+
+SIGNS = ("weight", "packed", "seeded")
+# Sign source and entries; a plain stored B is torch's own product.
+CELLS = [("weight", "stored"), ("packed", "stored"), ("weight", "uniform"), ("none", "uniform"), ("none", "normal")]
+
+
+def variants(dtype: str) -> Iterator[Variant]:
+    """Every kernel and loader for dY in `dtype`."""
+    half = dtype != "fp32"
+    yield Variant(feedback_mm.quantise_kernel, "", dtype)
+    for source in SIGNS:
+        for count in (2, 4) if half else (4,):
+            yield Variant(feedback_mm.digit_product_kernel, f"digits{count}", dtype, source, "constant")
+    for source, entries in CELLS:
+        yield Variant(feedback_mm.product_kernel, "half" if half else "float32", dtype, source, entries)
+    of = "lc_half" if half else "lc_float32"
+    yield Variant(lc.forward_kernel, of, dtype)
+    yield Variant(lc.backward_weight_kernel, of, dtype)
+    for source, entries in [(s, "constant") for s in SIGNS] + CELLS + [("none", "stored")]:
+        yield Variant(lc.backward_input_kernel, of, dtype, source, entries)
+
+
+def _arguments(variant: Variant, tile: configs.Tile) -> tuple[dict[str, str], dict[str, Any]]:
+    """Types of the arguments, and the constants, of a call whose operands are dense and aligned."""
+    cell = {
+        "weight": variant.source == "weight" or variant.kernel is lc.forward_kernel,
+        "planes": variant.source == "packed",
+        "magnitude": variant.entries == "stored",
+        "key": variant.source == "seeded" or variant.entries in ("uniform", "normal"),
+        "bias": False,
+    }
+    typed = {"planes": "i32", "kind": "i32", "key": "i64", "digits": "i8"}
+    pointers = {"grad", "out", "x", "y", "dx", "dw", "weight", "magnitude", "planes", "kind", "key", "digits"}
+    constants: dict[str, Any] = {
+        "ENTRIES": variant.entries, "BIAS": "", "INDEX": tl.int32, "DIGITS": int(variant.kind[-1:] or 0)
+        if variant.kind.startswith("digits") else 0, "BM": tile.rows, "BN": tile.columns, "BK": tile.depth,
+        "grad_column": 1, "weight_column": 1, "magnitude_column": 1,
+        # A 2-D product of stride and dilation 1.
+        "I0": 1, "O0": 1, "K0": 1, "S0": 1, "S1": 1, "S2": 1, "D0": 1, "D1": 1, "D2": 1, "B0": 0,
+    }  # fmt: skip
+    types = {}
+    for name in variant.kernel.arg_names:
+        if name in constants:
+            continue
+        if not cell.get(name, True):
+            constants[name] = None
+        elif name in pointers:
+            types[name] = f"*{typed.get(name, variant.dtype)}"
+        else:
+            types[name] = "fp32" if name == "scale" else "i32"
+    return types, {k: v for k, v in constants.items() if k in variant.kernel.arg_names}
+
+
+# Arguments that are multiples of 16 in a call of the usual sizes.
+_ODD = {"scale", "G", "P", "I1", "I2", "O1", "O2", "K1", "K2", "B1", "B2", "N"}
+
+
+def compile_kernel(variant: Variant, target: str, tile: configs.Tile) -> Any:
+    """Triton's compiled kernel."""
+    types, constants = _arguments(variant, tile)
+    odd = _ODD if variant.kind.startswith("lc") else {"scale"}
+    names = variant.kernel.arg_names
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in types if n not in odd}
+    signature = {n: types.get(n, "constexpr") for n in names}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return triton.compile(ASTSource(variant.kernel, signature, constants, attributes), TARGETS[target], options)
+
+
+def _run(*command: str | Path) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _count(pattern: str, code: str) -> int:
+    return len(re.findall(pattern, code))
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found[1]) if found else 0
+
+
+def _row(variant: Variant, target: str, tile: configs.Tile) -> Row:
+    kernel = compile_kernel(variant, target, tile)
+    source = f"bioplaus_kernels/backends/triton/{variant.kernel.__module__.rsplit('.', 1)[1]}.py"
+    named = (source, variant.name(tile), target, f"triton {triton.__version__}")
+    maker, shared = TARGETS[target].backend, kernel.metadata.shared
+    threads = tile.warps * TARGETS[target].warp_size
+    if maker == "hip":
+        code = kernel.asm["amdgcn"]
+        # Registers for sums count as well: they lie in the same file.
+        figures = _number(r"\.vgpr_count:\s+(\d+)", code), 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", code), 0
+        blocks = 0
+    else:
+        tools = "-blackwell" if target == "sm_100" and (_TOOLS / "ptxas-blackwell").exists() else ""
+        with tempfile.TemporaryDirectory() as folder:
+            ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
+            ptx.write_text(kernel.asm["ptx"])
+            cubin.write_bytes(kernel.asm["cubin"])
+            arch = re.search(r"\.target (\w+)", kernel.asm["ptx"])
+            assert arch is not None
+            said = _run(_TOOLS / f"ptxas{tools}", "-v", f"--gpu-name={arch[1]}", ptx, "-o", "/dev/null")
+            used = _run(_TOOLS / "cuobjdump", "--dump-resource-usage", cubin)
+            code = _run(_TOOLS / "nvdisasm", "-c", cubin)
+        registers, static = _number(r"REG:(\d+)", used), _number(r"SHARED:(\d+)", used)
+        figures = registers, _number(r"(\d+) bytes spill stores", said), static
+        blocks = occupancy(target, registers, threads, shared + static)
+    return Row(
+        *named, *figures, shared, threads, blocks, _count(TENSOR_CORE[maker], code), _count(VECTOR_LOAD[maker], code)
+    )  # fmt: skip
+
+
+@cache
+def _sources() -> str:
+    folder = Path(backend.__file__).parent
+    files = [*sorted(folder.glob("*.py")), Path(__file__), Path(__file__).with_name("gpu_static.py")]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest() + triton.__version__
+
+
+def measure(variant: Variant, target: str, tile: configs.Tile) -> Row:
+    """The row, compiled only if sources or Triton changed."""
+    key = " ".join((_sources(), target, variant.kind, variant.name(tile), str(tile)))
+    return cached(key, lambda: _row(variant, target, tile))
+
+
+def tiles(variant: Variant, target: str) -> tuple[configs.Tile, ...]:
+    """The configurations that `variant` runs with."""
+    if variant.kind == "":
+        return tuple(configs.Tile(rows, 0, columns, 4, 3) for rows, columns in feedback_mm.QUANTISE_TILES)
+    return configs.TABLES[target][variant.kind]
+
+
+def grid(every: bool = False) -> list[tuple[Variant, str, configs.Tile]]:
+    """What is compiled of feedback_mm: all for sm_80, the widest tile for sm_90; `every`: all kernels everywhere."""
+    few = (("sm_80", "fp32"), ("sm_80", "bf16"), ("sm_90", "bf16"))
+    return [
+        (variant, target, tile)
+        for target, dtype in (itertools.product(TARGETS, ("fp32", "bf16", "fp16")) if every else few)
+        for variant in variants(dtype)
+        if every or not variant.kind.startswith("lc")
+        for tile in tiles(variant, target)[None if every or target == "sm_80" else -1 :]
+    ]
+
+
+def _measure(every: bool, i: int) -> Row:
+    return measure(*grid(every)[i])
+
+
+def rows(every: bool = False) -> list[tuple[Variant, Row]]:
+    """All of them, compiled in several processes."""
+    variants_ = [variant for variant, _, _ in grid(every)]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        return list(zip(variants_, pool.map(partial(_measure, every), range(len(variants_))), strict=True))

@@ -1,0 +1,94 @@
+"""The Triton kernels compiled ahead of time for sm_80, sm_90, sm_100 and gfx942, and what the machine code must show.
+
+Compiled in a process of its own, as this one has the interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from bench import gpu_static
+from bench.gpu_static import Row
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = """
+import json, sys
+from dataclasses import asdict
+from bench import gpu_static_triton as t
+print(json.dumps([(asdict(row), variant.product) for variant, row in t.rows(sys.argv[1] == "every")]))
+"""
+
+
+def compile_all(what: str) -> list[tuple[Row, bool]]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, what], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [(Row(**row), product) for row, product in json.loads(done.stdout.splitlines()[-1])]
+
+
+def check(rows: list[tuple[Row, bool]]) -> None:
+    assert rows
+    wrong = gpu_static.worse((row for row, *_ in rows), gpu_static.read())
+    for row, product in rows:
+        if row.spill_bytes > 0:
+            wrong.append(f"{' '.join(row.name)}: {row.spill_bytes} bytes spilled")
+        if product and row.tensor_core_instructions == 0:
+            wrong.append(f"{' '.join(row.name)}: no tensor-core instruction")
+        # Weights and dY move 16 bytes at a time; bits, draws and digits of few rows need not.
+        if row.vector_global_loads == 0 and any(name in row.kernel for name in ("quantise", "product_kernel weight")):
+            wrong.append(f"{' '.join(row.name)}: no 128-bit load")
+        if row.target != "gfx942" and row.occupancy_blocks < 1:
+            wrong.append(f"{' '.join(row.name)}: does not fit on a processor")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.slow
+def test_compiled_kernels() -> None:
+    check(compile_all("few"))
+
+
+@pytest.mark.exhaustive
+def test_every_compiled_kernel() -> None:
+    check(compile_all("every"))
+
+
+def test_worse_is_seen() -> None:
+    row = Row("s.py", "kernel", "sm_80", "triton 1.2", 100, 0, 0, 1024, 128, 4, 8, 2)
+    assert gpu_static.worse([row, replace(row, registers=90)], [row]) == []
+    for change, text in (
+        ({"registers": 101}, "registers 100 -> 101"),
+        ({"spill_bytes": 8}, "spill_bytes 0 -> 8"),
+        ({"dynamic_shared": 2048}, "dynamic_shared 1024 -> 2048"),
+        ({"tensor_core_instructions": 0}, "tensor_core_instructions 8 -> 0"),
+        ({"vector_global_loads": 0}, "vector_global_loads 2 -> 0"),
+        ({"kernel": "other"}, "not in the table"),
+    ):
+        assert len(found := gpu_static.worse([replace(row, **change)], [row])) == 1 and text in found[0]
+    # Another toolchain is another table.
+    assert gpu_static.worse([replace(row, toolchain="triton 1.3", registers=200)], [row]) == []
+
+
+def test_the_table_keeps_rows_of_other_toolchains(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    ours = Row("s.py", "kernel", "sm_80", "triton 1.2", 100, 0, 0, 1024, 128, 4, 8, 2)
+    theirs = replace(ours, toolchain="nvcc 13.0")
+    gpu_static.write([theirs], path)
+    gpu_static.write([ours], path)
+    gpu_static.write([replace(ours, registers=90)], path)
+    assert gpu_static.read(path) == [theirs, replace(ours, registers=90)]
+
+
+def test_occupancy() -> None:
+    # 65536 registers: 128 threads of 255 registers (256 with rounding) take 32768, and two blocks fit.
+    assert gpu_static.occupancy("sm_80", 255, 128, 0) == 2
+    assert gpu_static.occupancy("sm_80", 32, 128, 80 * 1024) == 2
+    assert gpu_static.occupancy("sm_80", 32, 1024, 0) == 2
+    assert gpu_static.occupancy("sm_90", 128, 128, 200 * 1024) == 1
