@@ -1,6 +1,6 @@
 """Kernels and layers for learning without weight transport, and for locally-connected networks."""
 
-from . import backends, direct, feedback, functional, metrics, nn, ops, optim
+from . import backends, direct, feedback, functional, metrics, nn, ops, optim, targetprop
 from ._version import __version__
 from .convert import Report, check, convert_
 from .direct import DirectFeedback
@@ -9,11 +9,15 @@ from .feedback import (
     BatchMagnitude,
     FeedbackAlignment,
     FixedMagnitude,
+    KolenPollack,
     Rule,
+    SignConcordance,
     SignedInit,
     SignSymmetry,
+    WeightMirror,
 )
-from .nn import frozen_signs
+from .nn import frozen_signs, mirror_
+from .targetprop import TargetProp
 
 __all__ = [
     "Backprop",
@@ -21,10 +25,14 @@ __all__ = [
     "DirectFeedback",
     "FeedbackAlignment",
     "FixedMagnitude",
+    "KolenPollack",
     "Report",
     "Rule",
+    "SignConcordance",
     "SignSymmetry",
     "SignedInit",
+    "TargetProp",
+    "WeightMirror",
     "__version__",
     "backends",
     "check",
@@ -34,7 +42,9 @@ __all__ = [
     "frozen_signs",
     "functional",
     "metrics",
+    "mirror_",
     "nn",
     "ops",
     "optim",
+    "targetprop",
 ]

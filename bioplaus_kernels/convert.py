@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._pytree import tree_leaves
 
 from . import nn
-from .feedback import Backprop, Rule, as_rule, feedback_key
+from .feedback import Backprop, KolenPollack, Rule, as_rule, feedback_key
 from .nn.base import FeedbackLayer, supported
 
 _PAIRS: dict[type[torch.nn.Module], type[FeedbackLayer]] = {
@@ -188,7 +188,10 @@ def _apply(
         owner = owners.setdefault(id(getattr(module, weight)), module)
         if owner is not module and owner.feedback == rule:
             module.share_feedback(owner)
-    return Row(name, _type(module), "converted", rule.name if rule == type(rule)() else repr(rule), "")
+    reason = ""
+    if isinstance(rule, KolenPollack):
+        reason = "its feedback_weight learns: add it to the optimizer, in the weight's parameter group"
+    return Row(name, _type(module), "converted", rule.name if rule == type(rule)() else repr(rule), reason)
 
 
 def _type(module: torch.nn.Module) -> str:

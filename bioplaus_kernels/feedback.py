@@ -8,7 +8,8 @@ A linear map y = x Wᵀ + b keeps its forward product and its weight gradient; o
   (Xiao et al. 2018, official code);
 * "xavier": √(2/(fan_in + fan_out)) (Glorot and Bengio 2010);
 * "torch": 1/√(3 · fan_in), that of torch.nn's default initialisation;
-* "match": ‖W‖_F/√numel at each call (Moskovitz et al. 2018, strict normalisation).
+* "match": ‖W‖_F/√numel at each call (Moskovitz et al. 2018, strict normalisation);
+* "initial": ‖W₀‖_F/√numel, W₀ the weight when the rule is given to the layer (the same, initial normalisation).
 
 Fans are torch.nn.init's; those of a locally-connected layer are the fans of one position's block.
 """
@@ -24,9 +25,9 @@ from torch import Tensor
 from . import ops
 from .backends.reference.philox import LAYOUT_VERSION
 
-Scale = float | Literal["xiao", "xavier", "torch", "match"]
+Scale = float | Literal["xiao", "xavier", "torch", "match", "initial"]
 Entries = Literal["uniform", "normal", "constant"]
-_SCALES = ("xiao", "xavier", "torch", "match")
+_SCALES = ("xiao", "xavier", "torch", "match", "initial")
 # The seeded draws have these root mean squares at scale 1.
 _UNIT_RMS = {"uniform": 1.0 / math.sqrt(3.0), "normal": 1.0, "constant": 1.0}
 
@@ -111,8 +112,67 @@ class SignedInit(Rule):
     scale: Scale = "xiao"
 
 
+@dataclass(frozen=True)
+class SignConcordance(Rule):
+    """B = s · sign(W) ∘ c: of c's fixed random entries a fraction `p` is 1, the others −1, one bit a weight.
+
+    The control of Liao et al. 2016: p = 1 is uSF, p = ½ has no sign in common with W but by chance.
+    """
+
+    name: ClassVar[str] = "concordance"
+    sign_of_weight: ClassVar[bool] = True
+    p: float = 0.9
+    scale: Scale = "xiao"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.p, bool) or not isinstance(self.p, int | float) or not 0 <= self.p <= 1:
+            raise ValueError(f"p: expected a number from 0 to 1, got {self.p!r}")
+
+
+@dataclass(frozen=True)
+class _Learned(FeedbackAlignment):
+    stored: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.stored:
+            raise ValueError(f"stored: expected True with {self.name!r}, which learns B, got False")
+
+
+@dataclass(frozen=True)
+class KolenPollack(_Learned):
+    """B a Parameter that takes W's own gradient (Kolen and Pollack 1994; Akrout et al. 2019).
+
+    ΔW = −η δ hᵀ − η λ W and ΔB = −η δ hᵀ − η λ B, so W − B shrinks as (1 − η λ)ᵗ under AdamW, and under SGD without
+    momentum, with learning rate η and weight decay λ. `feedback_weight` belongs in W's parameter group. The first B is
+    drawn as for `fa`.
+    """
+
+    name: ClassVar[str] = "kp"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale in ("match", "initial"):
+            raise ValueError(f"scale: expected one that does not follow W, as B learns its own, got {self.scale!r}")
+
+
+@dataclass(frozen=True)
+class WeightMirror(_Learned):
+    """B follows W through noise (Akrout et al. 2019): `bk.mirror_` is the mirror phase, training leaves B alone.
+
+    `scale` is the root mean square that `mirror_` normalises B to. The first B is drawn as for `fa`.
+    """
+
+    name: ClassVar[str] = "wm"
+
+
 RULES: dict[str, type[Rule]] = {
-    rule.name: rule for rule in (Backprop, SignSymmetry, FixedMagnitude, BatchMagnitude, FeedbackAlignment, SignedInit)
+    rule.name: rule
+    for rule in (
+        *(Backprop, SignSymmetry, FixedMagnitude, BatchMagnitude, FeedbackAlignment, SignedInit),
+        *(SignConcordance, KolenPollack, WeightMirror),
+    )
 }
 
 
@@ -156,14 +216,14 @@ def lc_fans(weight: Tensor, out_channels: int) -> Fans:
 
 
 def root_mean_square(scale: Scale, fans: Fans) -> float:
-    """The root mean square of B's entries that `scale` asks for; 1 for "match", which multiplies onto dX instead."""
+    """The root mean square of B's entries that `scale` asks for; 1 for "match" and "initial", which act on dX."""
     if scale == "xiao":
         return fans.xiao
     if scale == "xavier":
         return math.sqrt(2.0 / max(fans.fan_in + fans.fan_out, 1))
     if scale == "torch":
         return 1.0 / math.sqrt(3.0 * max(fans.fan_in, 1))
-    return 1.0 if scale == "match" else float(scale)
+    return 1.0 if scale in ("match", "initial") else float(scale)
 
 
 class Operands(NamedTuple):
@@ -188,6 +248,7 @@ class Plan(NamedTuple):
     entries: str
     scale: float
     match: bool
+    initial: bool
     redraw: bool
 
 
@@ -201,6 +262,7 @@ def plan(rule: Rule, rms: float) -> Plan:
         entries,
         scale / _UNIT_RMS.get(entries, 1.0),
         getattr(rule, "scale", None) == "match",
+        getattr(rule, "scale", None) == "initial",
         isinstance(rule, BatchMagnitude),
     )
 
@@ -213,14 +275,17 @@ def operands(
     key: Tensor | None = None,
 ) -> Operands:
     """The operands of one call; `signs` are packed signs of W (frozen) or W₀, `magnitude` a stored B or |M|."""
-    rescale = None
-    if plan.match:
-        norm_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        rescale = torch.linalg.vector_norm(weight.detach(), dtype=norm_dtype) / math.sqrt(max(weight.numel(), 1))
+    rescale = weight_rms(weight) if plan.match else None
     if plan.redraw:
         assert key is not None
         key = ops.redraw_key(key, weight.detach())
     return Operands(plan.role if signs is None else "", signs, magnitude, key, plan.entries, plan.scale, rescale)
+
+
+def weight_rms(weight: Tensor) -> Tensor:
+    """‖W‖_F/√numel, 0-dim and at least float32."""
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(weight.detach(), dtype=dtype) / math.sqrt(max(weight.numel(), 1))
 
 
 def is_seeded(rule: Rule) -> bool:
@@ -252,3 +317,14 @@ def draw(rule: Rule, key: Tensor, weight: Tensor, rms: float) -> Tensor:
     if rule.sign_of_weight:
         b = b.abs()
     return torch.empty_like(weight.detach()).copy_(b)
+
+
+def draw_concordance(p: float, key: Tensor, weight: Tensor) -> Tensor:
+    """Packed signs of c, shaped as `weight`: 1 with probability `p`, else −1, as `key` draws."""
+    u = ops.feedback_weight(None, None, None, key.to(weight.device), "uniform", 1.0, weight.shape, dtype=torch.float32)
+    return ops.pack_signs(torch.where(u < 2 * p - 1, 1.0, -1.0))
+
+
+def flip_signs(signs: Tensor, concordance: Tensor, rows: int) -> Tensor:
+    """The packed signs of sign(W) ∘ c; the planes and flags of exact zeros stay W's."""
+    return torch.cat((signs[:rows] ^ concordance[:rows], signs[rows:]))

@@ -21,6 +21,7 @@ from .feedback import (
     Fans,
     Operands,
     Rule,
+    SignConcordance,
     SignedInit,
     as_rule,
     conv_fans,
@@ -255,7 +256,8 @@ def resolve(feedback: Feedback, weight: Tensor, fans: Fans, key: Tensor | None =
     if isinstance(rule, Backprop):
         no_key(key)
         return BACKPROP
-    if isinstance(rule, SignedInit) or getattr(rule, "stored", False):
+    stateful = getattr(rule, "stored", False) or getattr(rule, "scale", None) == "initial"
+    if stateful or isinstance(rule, SignedInit | SignConcordance):
         raise ValueError(f"feedback: {rule} keeps state: use its layer in bioplaus_kernels.nn, or pass B as a tensor")
     if is_seeded(rule) != (key is not None):
         wanted = "a tensor from feedback.feedback_key(seed, name)" if is_seeded(rule) else "None"

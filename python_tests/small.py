@@ -23,6 +23,8 @@ RULES: dict[str, bk.Rule] = {
     "fa-constant": bk.FeedbackAlignment(entries="constant"),
     "fa-stored": bk.FeedbackAlignment(stored=True),
     "fa_signed_init": bk.SignedInit(),
+    "concordance": bk.SignConcordance(0.7),
+    "wm": bk.WeightMirror(),
 }
 # The suffix of the state a rule keeps, and its dtype in a float32 layer; rules that keep nothing are absent.
 STATE = {
@@ -33,6 +35,8 @@ STATE = {
     "fa-constant": ("key", torch.int64),
     "fa-stored": ("weight", torch.float32),
     "fa_signed_init": ("signs", torch.int32),
+    "concordance": ("signs", torch.int32),
+    "wm": ("weight", torch.float32),
 }
 
 

@@ -49,9 +49,9 @@ RULES: list[Wrong] = [
     ("stored", lambda: bk.FixedMagnitude(stored=1), TypeError, "stored: expected True or False, got 1"),
     (
         "unknown rule",
-        lambda: nn.Linear(2, 2, feedback="kp"),
+        lambda: nn.Linear(2, 2, feedback="kpp"),
         ValueError,
-        "feedback: expected one of backprop, usf.*'kp'",
+        "feedback: expected one of backprop, usf.*'kpp'",
     ),
     ("rule's class", lambda: nn.Linear(2, 2, feedback=bk.Backprop), TypeError, "feedback: expected a rule, its name"),
     ("number", lambda: nn.Conv2d(2, 2, 1, feedback=1), TypeError, "feedback: expected a rule, its name.*got int"),

@@ -243,7 +243,7 @@ def test_stops_when_the_loss_is_not_finite(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--model", "lanet"], "argument --model: got 'lanet', want mlp, lenet, lc-mnist or a torchvision classifier"),
+        (["--model", "lanet"], "argument --model: got 'lanet', want mlp, cifar-fc, lenet, "),
         (["--model", "fasterrcnn_resnet50_fpn"], "argument --model: got 'fasterrcnn_resnet50_fpn'"),
         (["--data", "mnist"], "argument --data: got 'mnist', want digits, fashion-mnist, cifar10 or imagefolder:PATH"),
         (["--data", "imagefolder"], "argument --data: got 'imagefolder'"),

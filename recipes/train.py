@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         type=_checked(models.check_name),
         default="lenet",
         metavar="NAME",
-        help="lenet, mlp, lc-mnist, or any torchvision classifier by name, such as resnet18 (default: %(default)s)",
+        help=f"{', '.join(models.MODELS)}, or any torchvision classifier, such as resnet18 (default: %(default)s)",
     )
     what.add_argument(
         "--data",
@@ -226,6 +226,7 @@ def _epoch(
     device = torch.device(args.device)
     total = torch.zeros(2, device=device)
     seen = 0
+    mirrored = any(isinstance(getattr(m, "feedback", None), bk.WeightMirror) for m in model.modules())
     for images, targets in batches:
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with torch.autocast(device.type, AMP[args.amp], enabled=AMP[args.amp] is not None):
@@ -236,6 +237,8 @@ def _epoch(
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
+            if mirrored:
+                bk.mirror_(model, lr=0.1, decay=0.1)
         wrong = (outputs.argmax(1) != targets).sum()
         total += torch.stack([loss.detach() * len(targets), wrong])
         seen += len(targets)

@@ -1,7 +1,7 @@
 """torch.nn layers with a `feedback=` rule, and locally-connected layers."""
 
 from .attention import MultiheadAttention
-from .base import FeedbackLayer, frozen_signs
+from .base import FeedbackLayer, frozen_signs, mirror_
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .linear import Linear
 from .locally_connected import (
@@ -30,4 +30,5 @@ __all__ = [
     "LocallyConnectedTranspose3d",
     "MultiheadAttention",
     "frozen_signs",
+    "mirror_",
 ]

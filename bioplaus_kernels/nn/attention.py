@@ -120,14 +120,14 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         if not self._qkv_same_embed_dim:
             biases = (None,) * 3 if bias is None else bias.chunk(3)
             inputs = zip((query, key, value), self.weights(), biases, strict=True)
-            return [linear_with(x, getattr(self, name), b, self.operands(name)) for x, name, b in inputs]
-        op = self.operands("in_proj_weight")
+            return [linear_with(x, self.used_weight(name), b, self.operands(name)) for x, name, b in inputs]
+        op, weight = self.operands("in_proj_weight"), self.used_weight("in_proj_weight")
         if query is key and key is value:
-            return list(linear_with(query, self.in_proj_weight, bias, op).chunk(3, dim=-1))
+            return list(linear_with(query, weight, bias, op).chunk(3, dim=-1))
 
         def rows(x: Tensor, start: int, stop: int) -> Tensor:
             b = None if bias is None else bias[start:stop]
-            return linear_with(x, self.in_proj_weight[start:stop], b, self._rows(op, start, stop))
+            return linear_with(x, weight[start:stop], b, self._rows(op, start, stop))
 
         if key is value:
             return [rows(query, 0, e), *rows(key, e, 3 * e).chunk(2, dim=-1)]

@@ -18,17 +18,23 @@ from ..feedback import (
     Fans,
     FeedbackAlignment,
     FixedMagnitude,
+    KolenPollack,
     Operands,
     Rule,
+    SignConcordance,
     SignedInit,
     SignSymmetry,
+    WeightMirror,
     as_rule,
     draw,
+    draw_concordance,
+    flip_signs,
     is_seeded,
     operands,
     plan,
     random_key,
     root_mean_square,
+    weight_rms,
 )
 from ..functional import needs_feedback
 
@@ -40,14 +46,30 @@ def supported(weight: Tensor) -> bool:
     return weight.dtype in checks.DTYPES
 
 
+_SUFFIXES = ("key", "weight", "signs", "scale")
+
+
+class _Both(torch.autograd.Function):
+    # W, whose gradient B takes as well.
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, b: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor, Tensor]:
+        return grad_weight, grad_weight
+
+
 class FeedbackLayer(torch.nn.Module):
     """Mixin before a torch.nn class: `feedback=` and the state that its rule needs, one entry for each weight.
 
     For the weight called `weight` the state is called
 
     * `feedback_key`, an int64 buffer (layout version, key, 0), for seeded `fa`, `frsf` and `brsf`;
-    * `feedback_weight`, a Parameter without gradient, for stored `fa` (B) and `frsf` (|M|);
-    * `feedback_signs`, the packed signs of W₀, for `fa_signed_init`;
+    * `feedback_weight`, a Parameter without gradient, for stored `fa` (B) and `frsf` (|M|), and for `wm` (B);
+      with W's gradient for `kp` (B);
+    * `feedback_signs`, the packed signs of W₀ for `fa_signed_init`, of c for `concordance`;
+    * `feedback_scale`, a buffer, for scale="initial";
 
     and `in_proj_feedback_key` for `in_proj_weight`. `backprop` and `usf` keep nothing.
     """
@@ -87,7 +109,7 @@ class FeedbackLayer(torch.nn.Module):
             weight = getattr(self, name)
             if not isinstance(rule, Backprop) and not supported(weight):
                 raise TypeError(f"feedback: {rule.name!r} takes a floating weight, got {name} of {weight.dtype}")
-            for suffix in ("key", "weight", "signs"):
+            for suffix in _SUFFIXES:
                 attribute = _state(name, suffix)
                 if attribute in self._buffers or attribute in self._parameters:
                     delattr(self, attribute)
@@ -97,16 +119,19 @@ class FeedbackLayer(torch.nn.Module):
                 )
             elif isinstance(rule, FixedMagnitude | FeedbackAlignment):
                 stored = torch.empty_like(weight, requires_grad=False)
-                self.register_parameter(_state(name, "weight"), torch.nn.Parameter(stored, requires_grad=False))
-            elif isinstance(rule, SignedInit):
+                trained = isinstance(rule, KolenPollack)
+                self.register_parameter(_state(name, "weight"), torch.nn.Parameter(stored, requires_grad=trained))
+            elif isinstance(rule, SignedInit | SignConcordance):
                 signs = ops.pack_signs(weight.detach())
                 self.register_parameter(_state(name, "signs"), torch.nn.Parameter(signs, requires_grad=False))
+            if getattr(rule, "scale", None) == "initial":
+                self.register_buffer(_state(name, "scale"), weight_rms(weight))
         self._feedback = rule
         self._plans = {} if isinstance(rule, Backprop) else {n: plan(rule, self.rms(n)) for n in self.weights()}
         self.reset_feedback(key)
 
     def rms(self, name: str = "weight") -> float:
-        """The root mean square of B's entries; 1 for scale="match"."""
+        """The root mean square of B's entries; 1 for scale="match" and "initial"."""
         return root_mean_square(getattr(self._feedback, "scale", 1.0), self.fans(name))
 
     @torch.no_grad()
@@ -117,18 +142,22 @@ class FeedbackLayer(torch.nn.Module):
             weight = getattr(self, name)
             if isinstance(rule, SignedInit):
                 getattr(self, _state(name, "signs")).copy_(ops.pack_signs(weight))
-            elif isinstance(rule, BatchMagnitude | FixedMagnitude | FeedbackAlignment):
+            elif isinstance(rule, BatchMagnitude | FixedMagnitude | FeedbackAlignment | SignConcordance):
                 own = random_key() if key is None else key(name)
-                if is_seeded(rule):
+                if isinstance(rule, SignConcordance):
+                    getattr(self, _state(name, "signs")).copy_(draw_concordance(rule.p, own, weight))
+                elif is_seeded(rule):
                     getattr(self, _state(name, "key")).copy_(own)
                 elif not weight.is_meta:
                     getattr(self, _state(name, "weight")).copy_(draw(rule, own, weight, self.rms(name)))
+            if getattr(rule, "scale", None) == "initial":
+                getattr(self, _state(name, "scale")).copy_(weight_rms(weight))
         self._state_lost = False
 
     def share_feedback(self, other: "FeedbackLayer") -> None:
         """Take the very state tensors of `other`, a layer that shares this one's weights and has its rule."""
         for name in self.weights():
-            for suffix in ("key", "weight", "signs"):
+            for suffix in _SUFFIXES:
                 if (state := getattr(other, _state(name, suffix), None)) is not None:
                     setattr(self, _state(name, suffix), state)
 
@@ -152,9 +181,28 @@ class FeedbackLayer(torch.nn.Module):
             key = getattr(self, _state(name, "key"))
         elif isinstance(rule, SignedInit):
             signs = getattr(self, _state(name, "signs"))
+        elif isinstance(rule, SignConcordance):
+            weight = getattr(self, name)
+            own = ops.pack_signs(weight.detach()) if signs is None else signs
+            signs = flip_signs(own, getattr(self, _state(name, "signs")), weight.shape[0])
         elif not isinstance(rule, SignSymmetry):
             magnitude = getattr(self, _state(name, "weight"))
-        return operands(self._plans[name], getattr(self, name), signs, magnitude, key)
+        plan = self._plans[name]
+        op = operands(plan, getattr(self, name), signs, magnitude, key)
+        return op._replace(rescale=getattr(self, _state(name, "scale"))) if plan.initial else op
+
+    def used_weight(self, name: str = "weight") -> Tensor:
+        """W for the forward product; for `kp` its gradient goes to B too, also where the input needs none."""
+        weight = getattr(self, name)
+        if isinstance(self._feedback, KolenPollack) and torch.is_grad_enabled():
+            return _Both.apply(weight, getattr(self, _state(name, "weight")))
+        return weight
+
+    def is_plain(self, input: Tensor) -> bool:
+        """Whether this call is torch.nn's own: no gradient goes back through `input` and none to B."""
+        if self.uses_feedback and needs_feedback(input):
+            return False
+        return not (isinstance(self._feedback, KolenPollack) and torch.is_grad_enabled())
 
     def operands_for(self, input: Tensor) -> Operands:
         """`operands()`, or W itself where no gradient goes back through `input` and so nothing of B is wanted."""
@@ -182,9 +230,7 @@ class FeedbackLayer(torch.nn.Module):
         super()._apply(fn, recurse)
         if was_meta and not any(getattr(self, name).is_meta for name in self.weights()):
             self._state_lost = any(
-                getattr(self, _state(name, suffix), None) is not None
-                for name in self.weights()
-                for suffix in ("key", "weight", "signs")
+                getattr(self, _state(name, suffix), None) is not None for name in self.weights() for suffix in _SUFFIXES
             )
         return self
 
@@ -266,3 +312,49 @@ def frozen_signs(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._frozen = None
+
+
+@torch.no_grad()
+def mirror_(
+    model: torch.nn.Module,
+    *,
+    lr: float = 0.1,
+    decay: float = 0.0,
+    batch_size: int = 64,
+    normalise: bool = True,
+    generator: torch.Generator | None = None,
+) -> None:
+    """One mirror phase of every `wm` layer of `model`: B ← (1 − decay) B + lr · mean over the batch of y ξᵀ.
+
+    ξ ~ N(0, 1) enters the layer alone, one receptive field wide, and y = W ξ is its response without bias and
+    nonlinearity, so E[y ξᵀ] = W (Akrout et al. 2019). With `normalise` B is then scaled to the root mean square
+    that the rule's `scale` states; without it decay = lr has the fixed point B = W.
+
+    Draws from `generator`, else from torch's: data-parallel ranks need the same state of it. Raises ValueError where no
+    layer has the rule `wm`.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for argument, value in (("lr", lr), ("decay", decay)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{argument}: expected a number from 0 to 1, got {value!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size!r}")
+    layers = [m for m in model.modules() if isinstance(m, FeedbackLayer) and isinstance(m.feedback, WeightMirror)]
+    if not layers:
+        raise ValueError("model: expected a layer with the rule 'wm', got none")
+    for layer in layers:
+        for name in layer.weights():
+            weight, b = getattr(layer, name), getattr(layer, _state(name, "weight"))
+            # (positions, rows, columns): only locally-connected weights, of d dimensions, have more than one position.
+            d = getattr(layer, "d", 0)
+            w = (weight.flatten(0, d - 1) if d else weight.unsqueeze(0)).flatten(2)
+            # A transposed layer's input is on the rows.
+            w = w.transpose(1, 2) if getattr(layer, "transposed", False) else w
+            noise = torch.empty(batch_size, w.shape[2], dtype=w.dtype, device=w.device).normal_(generator=generator)
+            response = noise @ w.transpose(1, 2)
+            seen = response.transpose(1, 2) @ noise / batch_size
+            seen = seen.transpose(1, 2) if getattr(layer, "transposed", False) else seen
+            b.mul_(1 - decay).add_(seen.reshape(b.shape), alpha=lr)
+            if normalise:
+                b.mul_(layer.rms(name) / weight_rms(b))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..feedback import Fans, conv_fans
-from ..functional import conv_transpose_with, conv_with, needs_feedback
+from ..functional import conv_transpose_with, conv_with
 from .base import FeedbackLayer
 
 
@@ -23,7 +23,7 @@ class _Conv(FeedbackLayer):
 
 class _ConvForward(_Conv, torch.nn.modules.conv._ConvNd):
     def forward(self, input: Tensor) -> Tensor:
-        if not (self.uses_feedback and needs_feedback(input)):
+        if self.is_plain(input):
             return super().forward(input)
         padding = self.padding
         if self.padding_mode != "zeros":
@@ -31,13 +31,13 @@ class _ConvForward(_Conv, torch.nn.modules.conv._ConvNd):
             padding = (0,) * len(self.kernel_size)
         d = len(self.kernel_size)
         return conv_with(
-            d, input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, self.operands()
+            d, input, self.used_weight(), self.bias, self.stride, padding, self.dilation, self.groups, self.operands()
         )
 
 
 class _ConvTransposeForward(_Conv, torch.nn.modules.conv._ConvTransposeNd):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if not (self.uses_feedback and needs_feedback(input)):
+        if self.is_plain(input):
             return super().forward(input, output_size)
         d = len(self.kernel_size)
         geometry: Any = (self.stride, self.padding, self.kernel_size, d, self.dilation)
@@ -45,7 +45,7 @@ class _ConvTransposeForward(_Conv, torch.nn.modules.conv._ConvTransposeNd):
         return conv_transpose_with(
             d,
             input,
-            self.weight,
+            self.used_weight(),
             self.bias,
             self.stride,
             cast(tuple[int, ...], self.padding),

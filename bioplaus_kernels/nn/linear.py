@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..feedback import Fans, linear_fans
-from ..functional import linear_with, needs_feedback
+from ..functional import linear_with
 from .base import FeedbackLayer
 
 
@@ -15,6 +15,6 @@ class Linear(FeedbackLayer, torch.nn.Linear):
         return linear_fans(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not (self.uses_feedback and needs_feedback(input)):
+        if self.is_plain(input):
             return super().forward(input)
-        return linear_with(input, self.weight, self.bias, self.operands())
+        return linear_with(input, self.used_weight(), self.bias, self.operands())

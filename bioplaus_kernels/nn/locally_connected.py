@@ -148,7 +148,7 @@ class _LocallyConnected(_LocallyConnectedNd):
         self._spatial(input, self.in_channels, self.input_size)
         return locally_connected_with(
             input,
-            self.weight,
+            self.used_weight(),
             self.bias,
             self.stride,
             self._pairs,
@@ -197,6 +197,8 @@ class _LocallyConnected(_LocallyConnectedNd):
 
 
 class _LocallyConnectedTranspose(_LocallyConnectedNd):
+    transposed: ClassVar[bool] = True
+
     def __init__(
         self,
         in_channels: int,
@@ -239,7 +241,7 @@ class _LocallyConnectedTranspose(_LocallyConnectedNd):
         self._spatial(input, self.in_channels, self.input_size)
         return locally_connected_transpose_with(
             input,
-            self.weight,
+            self.used_weight(),
             self.bias,
             self.output_size,
             self.stride,

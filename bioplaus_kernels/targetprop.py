@@ -1,0 +1,339 @@
+"""Target propagation: every layer is given a target for its output, made from those above by learned inverses.
+
+Notation of Bartunov et al. 2018 (S1): h_0 = x, h_l = f_l(h_{l-1}), l = 1…L, ĥ_l the target of h_l, and g_l the inverse
+of f_l, which maps h_l back to h_{l-1}. Losses are means over the batch and sums over units. An optimizer for the layers
+and one for the inverses train them; which one steps when (by epochs in turn, or both on every batch) is the caller's.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backends.reference import checks
+from .nn import locally_connected as lc
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+InverseLoss = Literal["preserving", "denoising", "l_drl", "drl"]
+
+
+class Variant(NamedTuple):
+    """One line of the table of variants."""
+
+    # "labels": ĥ_L is the label distribution; "output": ĥ_L = h_L − α ∂L/∂h_L; "hidden": the same one layer below.
+    first: Literal["labels", "output", "hidden"]
+    difference: bool
+    direct: bool
+    inverse_loss: InverseLoss | None
+
+
+VARIANTS = {
+    "tp": Variant("labels", False, False, "preserving"),
+    "dtp": Variant("hidden", True, False, "preserving"),
+    "sdtp": Variant("labels", True, False, "denoising"),
+    "ao_sdtp": Variant("labels", True, False, "denoising"),
+    "l_drl": Variant("output", True, False, "l_drl"),
+    "ddtp": Variant("output", True, True, "drl"),
+    "fw_dtp": Variant("hidden", True, False, None),
+}
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """The class distribution o that h_L stands for by default."""
+    return logits.softmax(-1)
+
+
+class TargetProp(torch.nn.Module):
+    """A network f_L ∘ … ∘ f_1 and its inverses, trained by target propagation.
+
+        tp = TargetProp(layers, inverses, "dtp")
+        h = tp.activations(x)                          # [x, h_1, …, h_L], each cut off from the one before
+        tp.inverse_loss(h).backward()                  # gradients of the inverses alone
+        tp.forward_loss(h, tp.targets(h, y), y).backward()    # gradients of the layers alone
+
+    | variant | ĥ_L | ĥ_{L-1} | ĥ_l below | inverse loss |
+    |---|---|---|---|---|
+    | "tp" | labels | g_L(ĥ_L) | g_{l+1}(ĥ_{l+1}) | preserving |
+    | "dtp" | | h_{L-1} − α ∂L/∂h_{L-1} | h_l + g_{l+1}(ĥ_{l+1}) − g_{l+1}(h_{l+1}), S1 eq. 2 | preserving |
+    | "sdtp" | labels | as below | the same | denoising |
+    | "ao_sdtp" | labels, z | as below, g_L(ô, z) − g_L(o, z), S1 eq. 3 | the same | denoising |
+    | "l_drl" | h_L − α ∂L/∂h_L | as below | the same (Ernoult et al. 2022) | l_drl |
+    | "ddtp" | h_L − α ∂L/∂h_L | as below | h_l + Q_l(ĥ_L) − Q_l(h_L) (Meulemans et al. 2020) | drl |
+    | "fw_dtp" | | as "dtp" | the same, g fixed and random (Shibuya et al. 2023) | none |
+
+    Where ĥ_L is the label distribution h_L stands for `output` of the logits, else for the logits themselves.
+
+    Inverse losses, ε ~ N(0, σ²) drawn at each call, f a constant, h̃ = h_{l-1} + ε:
+
+    * "preserving": ‖h̃ − g_l(f_l(h̃))‖²
+    * "denoising": ‖h_{l-1} − g_l(f_l(h̃))‖²
+    * "l_drl": −2 ⟨ε, g_l(f_l(h̃)) − r⟩ + ‖g_l(h_l + η) − r‖², r = g_l(h_l), η ~ N(0, σ²); for linear f = F it
+      is least at g = Fᵀ
+    * "drl": ‖Q_l(f_L ∘ … ∘ f_{l+1}(h_l + ε)) − Q_l(h_L) − ε‖² / σ²
+
+    layers: f_1 … f_L, modules with their nonlinearity; the last one gives logits (N, classes).
+    inverses: L entries, entry k maps h_{k+1} (for "ddtp" h_L) to what `layers[k]` takes; entry 0 is None, and where the
+        first target is of L − 1 the last one too. None everywhere with mix=1.
+    alpha: step α of the first target. sigma: standard deviation σ of the noise.
+    loss: the task loss (logits, y) → mean over the batch.
+    reduction: the loss of the first target's gradient, "mean" over the batch as in Lee et al.'s code, or "sum". With
+        "sum", g = Jᵀ and α = ½ the hidden layers' gradients are those of back-propagation, with α = 1 twice those: the
+        forward loss ‖f_l(h_{l-1}) − ĥ_l‖² has no ½. "mean" makes them N times smaller.
+    mix: weight λ of S1's appendix 5.6, g ↦ (1 − λ) g + λ g_bp with g_bp(ĥ_l) − g_bp(h_l) = J_lᵀ (ĥ_l − h_l); 1 is
+        back-propagation. For variants with difference targets, layer by layer.
+    auxiliary: "ao_sdtp" only, a module h_{L-1} → z (N, any); its parameters are frozen.
+    inverse_objective: another inverse loss than the variant's.
+
+    torch.compile takes a step in one graph; only an α step and mix > 0, which take a gradient inside, break it.
+    Raises ValueError or TypeError for an argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[torch.nn.Module],
+        inverses: Sequence[torch.nn.Module | None],
+        variant: str,
+        *,
+        alpha: float = 0.1,
+        sigma: float = 0.1,
+        loss: Loss = F.cross_entropy,
+        output: Callable[[Tensor], Tensor] = softmax,
+        reduction: Literal["mean", "sum"] = "mean",
+        mix: float = 0.0,
+        auxiliary: torch.nn.Module | None = None,
+        inverse_objective: InverseLoss | None = None,
+    ) -> None:
+        super().__init__()
+        if variant not in VARIANTS:
+            checks.fail("variant", f"one of {', '.join(VARIANTS)}", repr(variant))
+        plan = VARIANTS[variant]
+        for name, number, most in (("alpha", alpha, math.inf), ("sigma", sigma, math.inf), ("mix", mix, 1.0)):
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                checks.fail(name, "a number", repr(number), TypeError)
+            if not 0 <= number <= most or not math.isfinite(number):
+                checks.fail(name, "a number from 0 to 1" if most == 1 else "a finite number of at least 0", number)
+        if reduction not in ("mean", "sum"):
+            checks.fail("reduction", "'mean' or 'sum'", repr(reduction))
+        if mix and (plan.direct or not plan.difference):
+            checks.fail("mix", f"0 with variant={variant!r}", mix)
+        if (auxiliary is not None) != (variant == "ao_sdtp"):
+            wanted = "a module" if variant == "ao_sdtp" else f"None with variant={variant!r}"
+            checks.fail("auxiliary", wanted, "None" if auxiliary is None else type(auxiliary).__name__)
+        objective = None if mix == 1 else inverse_objective or plan.inverse_loss
+        allowed = ("drl",) if plan.direct else ("preserving", "denoising", "l_drl") if objective else ()
+        if inverse_objective is not None and (plan.inverse_loss is None or inverse_objective not in allowed):
+            why = f"with variant={variant!r} and mix={mix}"
+            checks.fail("inverse_objective", f"{' or '.join(allowed) or None} {why}", repr(inverse_objective))
+        if objective == "drl" and sigma == 0:
+            checks.fail("sigma", "a positive number with the loss 'drl'", sigma)
+
+        self.layers = torch.nn.ModuleList(layers)
+        inverses = list(inverses)
+        last = len(self.layers)
+        if last < 2:
+            checks.fail("layers", "at least 2 modules", last)
+        if len(inverses) != last:
+            checks.fail("inverses", f"{last} entries, one for each of layers", len(inverses))
+        inner = range(1, last - 1 if plan.first == "hidden" else last)
+        for k, inverse in enumerate(inverses):
+            if inverse is not None and not isinstance(inverse, torch.nn.Module):
+                checks.fail(f"inverses[{k}]", "a module or None", type(inverse).__name__, TypeError)
+            if (inverse is not None) != (k in inner and mix < 1):
+                wanted = "a module" if inverse is None else "None"
+                why = f"with variant={variant!r} and mix={mix}"
+                checks.fail(f"inverses[{k}]", f"{wanted} {why}", "None" if inverse is None else type(inverse).__name__)
+        # torch's annotation forbids the None that ModuleList takes and leaves out of the state_dict.
+        self.inverses = torch.nn.ModuleList(inverses)  # type: ignore[arg-type]
+        if objective is None:
+            self.inverses.requires_grad_(False)
+        self.auxiliary = None if auxiliary is None else auxiliary.requires_grad_(False)
+        self.variant, self.alpha, self.sigma, self.mix = variant, alpha, sigma, mix
+        self.reduction, self.inverse_objective = reduction, objective
+        self.loss, self.output = loss, output
+        self._plan, self._inner = plan, inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def activations(self, x: Tensor) -> list[Tensor]:
+        """[x, h_1, …, h_{L-1}, logits]; the gradient of each reaches its own layer's parameters and no further."""
+        h = [x.detach()]
+        for layer in self.layers:
+            h.append(layer(h[-1].detach()))
+        return h
+
+    def targets(self, h: Sequence[Tensor], y: Tensor) -> list[Tensor]:
+        """[ĥ_1, …, ĥ_{L-1}] for the `activations` h and labels y: classes (N,) or what `loss` takes, shaped as h_L.
+
+        No gradient flows through them. The true loss's own gradient goes through at most the last layer.
+        """
+        h = self._detached(h)
+        with torch.no_grad():
+            # Here h_L stands for what its inverse sees.
+            logits, h[-1] = h[-1], self._top(h[-1], h[-2])
+            if self._plan.first == "labels":
+                target = self._labels(h[-1], logits, y)
+            elif self._plan.first == "output":
+                target = h[-1] - self._step(torch.nn.Identity(), h[-1], y)
+            else:
+                target = h[-2] - self._step(self.layers[-1], h[-2], y)
+            if self._plan.direct:
+                return [h[k] + self._difference(k, target, h[-1]) for k in self._inner]
+            targets = [target] if self._plan.first == "hidden" else []
+            for k in reversed(self._inner):
+                target = self._target(k, h, target)
+                targets.append(target)
+        return targets[::-1]
+
+    def forward_loss(self, h: Sequence[Tensor], targets: Sequence[Tensor], y: Tensor) -> Tensor:
+        """Σ_{l<L} ‖h_l − ĥ_l‖² + loss(h_L, y): a gradient for every layer's own parameters (S1 1.1)."""
+        if len(h) != len(self.layers) + 1:
+            checks.fail("h", f"{len(self.layers) + 1} activations", len(h))
+        if len(targets) != len(self.layers) - 1:
+            checks.fail("targets", f"{len(self.layers) - 1} tensors, one for each hidden layer", len(targets))
+        total = self.loss(h[-1], y)
+        for activation, target in zip(h[1:-1], targets, strict=True):
+            total = total + _squares(activation - target.detach())
+        return total
+
+    def inverse_losses(self, h: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse loss of each learned inverse, from the lowest up, with fresh noise."""
+        if self.inverse_objective is None:
+            checks.fail("variant", "one that trains its inverses", repr(self.variant))
+        h = self._detached(h)
+        top = self._top(h[-1], h[-2])
+        losses = []
+        for k in self._inner:
+            noise = torch.randn_like(h[k]) * self.sigma
+            noisy = h[k] + noise
+            end = len(self.layers) if self.inverse_objective == "drl" else k + 1
+            with torch.no_grad():
+                f = noisy
+                for i in range(k, end):
+                    below, f = f, self.layers[i](f)
+                if end == len(self.layers):
+                    f = self._top(f, below)
+            if self.inverse_objective == "preserving":
+                losses.append(_squares(noisy - self.inverses[k](f)))
+            elif self.inverse_objective == "denoising":
+                losses.append(_squares(h[k] - self.inverses[k](f)))
+            elif self.inverse_objective == "drl":
+                at_noisy, at_h = self.inverses[k](torch.cat((f, top))).chunk(2)
+                losses.append(_squares(at_noisy - at_h - noise) / self.sigma**2)
+            else:
+                clean = top if end == len(self.layers) else h[end]
+                shifted = clean + torch.randn_like(clean) * self.sigma
+                at_noisy, at_shifted, r = self.inverses[k](torch.cat((f, shifted, clean))).chunk(3)
+                inner = (noise * (at_noisy - r)).flatten(1).sum(1).mean()
+                losses.append(_squares(at_shifted - r) - 2 * inner)
+        return losses
+
+    def inverse_loss(self, h: Sequence[Tensor]) -> Tensor:
+        """The sum of `inverse_losses`: a gradient for every inverse's own parameters."""
+        return torch.stack(self.inverse_losses(h)).sum()
+
+    def extra_repr(self) -> str:
+        return f"variant={self.variant!r}, alpha={self.alpha}, sigma={self.sigma}, mix={self.mix}"
+
+    def _detached(self, h: Sequence[Tensor]) -> list[Tensor]:
+        if len(h) != len(self.layers) + 1:
+            checks.fail("h", f"{len(self.layers) + 1} activations", len(h))
+        return [t.detach() for t in h]
+
+    def _top(self, logits: Tensor, below: Tensor) -> Tensor:
+        # h_L as its inverse sees it: o for labels, [o, z] with auxiliary units, the logits for an output target.
+        o = self.output(logits) if self._plan.first == "labels" else logits
+        return o if self.auxiliary is None else torch.cat((o, self.auxiliary(below)), 1)
+
+    def _labels(self, top: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+        # ô, or [ô, z] where z is the tail of h_L.
+        n, classes = logits.shape
+        label = (y if y.is_floating_point() else F.one_hot(y, classes)).to(top.dtype)
+        if label.shape != (n, classes):
+            checks.fail("y", f"classes ({n},) or values {(n, classes)}", f"shape {tuple(y.shape)}")
+        return torch.cat((label, top[:, classes:]), 1)
+
+    def _step(self, logits_of: torch.nn.Module, h: Tensor, y: Tensor) -> Tensor:
+        # α ∂L/∂h
+        with torch.enable_grad():
+            leaf = h.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.loss(logits_of(leaf), y), leaf)
+        return gradient.detach() * (self.alpha * (len(h) if self.reduction == "sum" else 1))
+
+    def _difference(self, k: int, target: Tensor, above: Tensor) -> Tensor:
+        # g(target) − g(above), one product over stacked rows.
+        at_target, at_h = self.inverses[k](torch.cat((target, above))).chunk(2)
+        return at_target - at_h
+
+    def _target(self, k: int, h: list[Tensor], target: Tensor) -> Tensor:
+        # ĥ_k from ĥ_{k+1}
+        if not self._plan.difference:
+            return self.inverses[k](target)
+        change = self._difference(k, target, h[k + 1]) if self.mix < 1 else torch.zeros_like(h[k])
+        if self.mix > 0:
+            with torch.enable_grad():
+                leaf = h[k].detach().requires_grad_()
+                out = self.layers[k](leaf)
+                if k == len(self.layers) - 1:
+                    out = self._top(out, leaf)
+                (pulled,) = torch.autograd.grad(out, leaf, target - h[k + 1])
+            change = torch.lerp(change, pulled.detach(), self.mix)
+        return h[k] + change
+
+
+def learned_inverse(
+    layer: torch.nn.Module,
+    input_size: Sequence[int] | None = None,
+    *,
+    activation: torch.nn.Module | None = None,
+    extra: int = 0,
+) -> torch.nn.Module:
+    """g_l(h_l) = σ_l(V_l h_l + c_l) for a layer f_l(h) = σ_l(W_l h + b_l), V_l with the shape and sparsity of W_lᵀ.
+
+    A `Linear` gives a torch.nn.Linear, a `LocallyConnected1d/2d/3d` its transposed layer (S1 5.4), newly initialised on
+    the layer's device and in its dtype. `layer` is one of these or a Sequential of torch.nn.Flatten, one of them, and
+    an activation without parameters, in this order, the first and last as wanted; with Flatten the inverse unflattens.
+
+    input_size: what the layer takes, without the batch (C, H, W); needed with Flatten.
+    activation: σ of the inverse in place of the layer's own, for a last layer, which has none.
+    extra: auxiliary units of AO-SDTP that a Linear's inverse takes behind its outputs.
+    """
+    parts = list(layer) if isinstance(layer, torch.nn.Sequential) else [layer]
+    flat = bool(parts) and isinstance(parts[0], torch.nn.Flatten)
+    parts = parts[1:] if flat else parts
+    kinds = (torch.nn.Linear, lc._LocallyConnected)
+    if not parts or not isinstance(parts[0], kinds) or len(parts) > 2 or [p for m in parts[1:] for p in m.parameters()]:
+        checks.fail("layer", "[Flatten,] Linear or LocallyConnected[, an activation without parameters]", layer)
+    if flat and input_size is None:
+        checks.fail("input_size", "the size that Flatten takes, without the batch", None)
+    main = parts[0]
+    if activation is None and len(parts) == 2:
+        activation = copy.deepcopy(parts[1])
+    like: Any = {"device": main.weight.device, "dtype": main.weight.dtype}
+    inverse: torch.nn.Module
+    if isinstance(main, torch.nn.Linear):
+        inverse = torch.nn.Linear(main.out_features + extra, main.in_features, **like)
+    else:
+        if extra or flat:
+            checks.fail("extra" if extra else "layer", "a Linear behind Flatten, or with auxiliary units", main)
+        transpose = getattr(lc, f"LocallyConnectedTranspose{main.d}d")
+        ends = main.out_channels, main.in_channels
+        geometry = main.kernel_size, main.stride, main.padding, main.dilation, main.groups
+        inverse = transpose(*ends, *geometry, output_size=main.input_size, **like)
+    tail = [] if activation is None else [activation]
+    if flat:
+        assert input_size is not None
+        tail.append(torch.nn.Unflatten(1, tuple(input_size)))
+    return torch.nn.Sequential(inverse, *tail) if tail else inverse
+
+
+def _squares(difference: Tensor) -> Tensor:
+    # Sum over units, mean over the batch.
+    return difference.square().flatten(1).sum(1).mean()

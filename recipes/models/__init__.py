@@ -1,0 +1,69 @@
+"""The networks a recipe trains, as plain models that ``bioplaus_kernels.convert_`` then converts.
+
+`bartunov`, `xiao`, `lenet` and `retinanet` hold them by source; classifiers are built here by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torchvision
+from torch import nn
+
+from recipes.models import bartunov, lenet, xiao
+from recipes.models.retinanet import retinanet
+
+__all__ = ["MODELS", "bartunov", "build", "check_name", "input_for", "lenet", "retinanet", "xiao"]
+
+
+class Model(NamedTuple):
+    """A classifier of this package: its builder, and the smallest images that it takes."""
+
+    build: Callable[[int, int, int], nn.Module]  # (channels, size, classes)
+    smallest: int
+
+
+MODELS = {
+    "mlp": Model(lambda channels, size, classes: bartunov.fc(channels * size**2, [256] * 5, classes), 1),
+    "cifar-fc": Model(lambda channels, size, classes: bartunov.fc(channels * size**2, [1024] * 3, classes), 1),
+    "lenet": Model(lenet.lenet5, 28),
+    "lenet-mnist": Model(lenet.biotorch_mnist, 32),
+    "lenet-cifar": Model(lenet.biotorch_cifar, 32),
+    "alexnet-bn": Model(xiao.alexnet_bn, 63),
+}
+for _net, _spec in bartunov.SPECS.items():
+    MODELS[f"lc-{_net}"] = Model(lambda c, s, n, spec=_spec: bartunov.lc(spec, c, s, n), 28)
+    MODELS[f"conv-{_net}"] = Model(lambda c, s, n, spec=_spec: bartunov.lc(spec, c, s, n, tied=True), 28)
+
+
+def check_name(name: str) -> str:
+    """``name`` if there is such a model, else ValueError."""
+    if name not in MODELS:
+        try:
+            module = torchvision.models.get_model_builder(name).__module__
+        except ValueError:
+            module = ""
+        # Builders of detection, segmentation, video and optical flow models live in packages below torchvision.models.
+        if module.rpartition(".")[0] != "torchvision.models":
+            raise ValueError(f"got {name!r}, want {', '.join(MODELS)} or a torchvision classifier such as resnet18")
+    return name
+
+
+def input_for(name: str, channels: int, size: int) -> tuple[int, int]:
+    """Channels and size of the images to give to model ``name`` when the data's own are ``channels`` and ``size``."""
+    if name in MODELS:
+        return channels, max(size, MODELS[name].smallest)
+    return 3, max(size, 32)
+
+
+def build(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """Model ``name``, newly initialised, for images of ``shape`` (channels, height, width)."""
+    channels, size, width = shape
+    if name in MODELS:
+        if size != width:
+            raise ValueError(f"shape: expected square images, got {shape}")
+        return MODELS[name].build(channels, size, classes)
+    # Two of torchvision's have further classifiers inside, for training alone, which change what they return.
+    extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    return torchvision.models.get_model(name, weights=None, num_classes=classes, **extra)
