@@ -73,8 +73,5 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "active_product_level", [] { return bioplaus::level_name(bioplaus::product_level()); },
       "The instruction-set level that the CPU's integer products run at.");
-  m.def(
-      "active_product_level", [] { return bioplaus::level_name(bioplaus::product_level()); },
-      "The level that the integer products of feedback_mm run at.");
   m.def("num_threads_used", num_threads_used, "How many threads a parallel loop of this module really runs on.");
 }

@@ -8,13 +8,12 @@ import re
 import pytest
 from cuda_host import HERE, build, run
 
-pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))]
 
 
 @pytest.mark.parametrize("cases", sorted(path.name for path in HERE.glob("cases_*.py")))
-def test_cases(cases: str, request: pytest.FixtureRequest) -> None:
-    options = ["-m", "not slow"] if "not slow" in request.config.getoption("markexpr") else []
-    done = run(cases, build.library(), *options)
+def test_cases(cases: str) -> None:
+    done = run(cases, build.library())
     assert done.returncode == 0, done.stdout[-8000:]
 
 

@@ -8,7 +8,7 @@ import re
 import pytest
 from cuda_host import build, run
 
-pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))]
 CASES = "cases_feedback_mm.py"
 
 DIGITS, QUANTISE, TILES = "feedback_mm_digits.cu", "feedback_mm_quantise.cu", "feedback_mm.cu"
@@ -88,7 +88,6 @@ BUGS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_found(bug: str) -> None:
     *patch, which, words = BUGS[bug]

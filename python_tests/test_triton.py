@@ -21,6 +21,7 @@ tl = pytest.importorskip("triton.language")
 import test_feedback_mm as contract  # noqa: E402
 from interpreter import OutOfBounds, checked  # noqa: E402
 
+pytestmark = pytest.mark.slow
 interpreted = bk.backends.interpreted()
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not interpreted, reason="TRITON_INTERPRET is not set")),

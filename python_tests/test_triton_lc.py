@@ -11,6 +11,8 @@ from bioplaus_kernels import ops
 from bioplaus_kernels.backends import reference
 from bioplaus_kernels.backends.reference.lc import memory_format
 
+pytestmark = pytest.mark.slow
+
 # Tiles hold 16 samples at least and 64 outputs: beyond one of each, and a sum of several steps and a rest.
 TILES = [
     Geometry("more samples than a tile", (3, 4), (4,), (2,), (3,), n=131),
