@@ -43,12 +43,7 @@ def resnet() -> torch.nn.Module:
 
 def cifar_lc() -> torch.nn.Module:
     """Bartunov et al. 2018, table 3."""
-    lc, tanh = bk.nn.LocallyConnected2d, torch.nn.Tanh
-    return torch.nn.Sequential(
-        *(lc(3, 64, 5, 2, "same", input_size=32), tanh(), lc(64, 128, 5, 2, "same", input_size=16), tanh()),
-        *(lc(128, 256, 3, 1, "same", input_size=8), tanh(), torch.nn.Flatten()),
-        *(torch.nn.Linear(16384, 1024), tanh(), torch.nn.Linear(1024, 10)),
-    )
+    return models.build("lc-cifar10", (3, 32, 32), 10)
 
 
 def _step(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> Run:

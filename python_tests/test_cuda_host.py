@@ -104,6 +104,21 @@ BUGS = {
         ("cases_twins.py", "test_pipeline"),
         "use-after-poison|AssertionError",
     ),
+    "barrier removed before a tile is multiplied": (
+        ("lc.cu", "      __syncthreads();\n      sums.add", "      sums.add"),
+        ("cases_lc.py", "test_geometries and 1d_plain and bfloat16 and cut"),
+        "AssertionError",
+    ),
+    "wrong lane of a fragment": (
+        ("lc.cu", "lane % 16) * kStride + lane / 16 * 8", "lane % 16) * kStride + lane / 8 % 2 * 8"),
+        ("cases_lc.py", "test_geometries and wide_channels and bfloat16 and cut"),
+        "AssertionError",
+    ),
+    "padding read as input": (
+        ("lc.cu", "at[d] < 0 || at[d] >= g.in[d]", "at[d] < 0 || at[d] > g.in[d]"),
+        ("cases_lc.py", "test_geometries and asymmetric"),
+        "heap-buffer-overflow|AssertionError",
+    ),
 }
 
 

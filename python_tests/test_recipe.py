@@ -128,6 +128,21 @@ def test_cifar10(tmp_path, monkeypatch):
     assert label == 3
 
 
+def test_mnist(tmp_path):
+    """torchvision's own loader on files of its format: big-endian sizes, then bytes."""
+    folder, pixels = tmp_path / "MNIST" / "raw", np.random.default_rng(0).integers(0, 256, (7, 28, 28), dtype=np.uint8)
+    folder.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        sizes = struct.pack(">4B3I", 0, 0, 8, 3, *pixels.shape)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(sizes + pixels.tobytes())
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">4BI7B", 0, 0, 8, 1, 7, *range(7)))
+    loaded = data.load("mnist", tmp_path, 28, 1)
+    assert (len(loaded.train), len(loaded.test), loaded.shape, loaded.classes) == (7, 7, (1, 28, 28), 10)
+    image, label = loaded.test[5]
+    torch.testing.assert_close(image[0], (torch.from_numpy(pixels[5]) / 255 - 0.1307) / 0.3081)
+    assert label == 5
+
+
 def test_fashion_mnist_in_debians_place(tmp_path, monkeypatch):
     noise = np.random.default_rng(0)
     archives = tmp_path / "debian"
@@ -245,7 +260,10 @@ def test_stops_when_the_loss_is_not_finite(tmp_path, capsys):
     [
         (["--model", "lanet"], "argument --model: got 'lanet', want mlp, cifar-fc, lenet, "),
         (["--model", "fasterrcnn_resnet50_fpn"], "argument --model: got 'fasterrcnn_resnet50_fpn'"),
-        (["--data", "mnist"], "argument --data: got 'mnist', want digits, fashion-mnist, cifar10 or imagefolder:PATH"),
+        (
+            ["--data", "emnist"],
+            "argument --data: got 'emnist', want digits, mnist, fashion-mnist, cifar10 or imagefolder:PATH",
+        ),
         (["--data", "imagefolder"], "argument --data: got 'imagefolder'"),
         (["--data", "digits:here"], "argument --data: got 'digits:here'"),
         (["--data", "imagefolder:/nowhere"], "argument --data: /nowhere must hold the folders train and val"),

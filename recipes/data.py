@@ -14,7 +14,10 @@ from torchvision.datasets.utils import extract_archive
 from torchvision.transforms import v2
 
 # Channels and height = width of the images as they are.
-NATIVE = {"digits": (1, 8), "fashion-mnist": (1, 28), "cifar10": (3, 32), "imagefolder": (3, 224)}
+NATIVE = {"digits": (1, 8), "mnist": (1, 28), "fashion-mnist": (1, 28), "cifar10": (3, 32), "imagefolder": (3, 224)}
+
+# Loader, mean and standard deviation of the grey sets in MNIST's format.
+_GREY = {"mnist": (datasets.MNIST, 0.1307, 0.3081), "fashion-mnist": (datasets.FashionMNIST, 0.2860, 0.3530)}
 
 # Where Debian's package dataset-fashion-mnist puts its files.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -32,7 +35,7 @@ def kind(spec: str) -> str:
     """``spec`` without its path: a key of :data:`NATIVE`. Raises ValueError for anything else."""
     name, _, path = spec.partition(":")
     if name not in NATIVE or (name == "imagefolder") != bool(path):
-        raise ValueError(f"got {spec!r}, want digits, fashion-mnist, cifar10 or imagefolder:PATH")
+        raise ValueError(f"got {spec!r}, want digits, mnist, fashion-mnist, cifar10 or imagefolder:PATH")
     return name
 
 
@@ -51,13 +54,17 @@ def load(spec: str, root: str | Path, size: int, channels: int) -> Data:
         train, test = train_test_split(range(len(images)), test_size=0.2, stratify=targets, random_state=0)
         prepared = [_in_memory(images[part], targets[part], shape, (0.305,), (0.376,)) for part in (train, test)]
         return Data(prepared[0], prepared[1], shape, 10)
-    if name == "fashion-mnist":
-        _unpack_debian_fashion_mnist(Path(root))
+    if name in _GREY:
+        loader, mean, std = _GREY[name]
+        if name == "fashion-mnist":
+            _unpack_debian_fashion_mnist(Path(root))
         try:
-            raw = [datasets.FashionMNIST(root, train=train, download=True) for train in (True, False)]
+            raw = [loader(root, train=train, download=True) for train in (True, False)]
         except RuntimeError as error:
-            raise RuntimeError(f"{error}\nDebian has these files in its package dataset-fashion-mnist.") from error
-        prepared = [_in_memory(part.data.unsqueeze(1), part.targets, shape, (0.2860,), (0.3530,)) for part in raw]
+            if name == "fashion-mnist":
+                raise RuntimeError(f"{error}\nDebian has these files in its package dataset-fashion-mnist.") from error
+            raise
+        prepared = [_in_memory(part.data.unsqueeze(1), part.targets, shape, (mean,), (std,)) for part in raw]
         return Data(prepared[0], prepared[1], shape, 10)
     if name == "cifar10":
         augment = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]

@@ -55,7 +55,8 @@ def parser() -> argparse.ArgumentParser:
         type=_checked(_data),
         default="digits",
         metavar="NAME",
-        help="digits, fashion-mnist, cifar10, or imagefolder:PATH with PATH/train and PATH/val (default: %(default)s)",
+        help="digits, mnist, fashion-mnist, cifar10, or imagefolder:PATH with PATH/train and PATH/val "
+        "(default: %(default)s)",
     )
     what.add_argument(
         "--data-root", default="data", metavar="DIR", help="where downloaded data is kept (default: %(default)s)"

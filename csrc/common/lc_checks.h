@@ -4,12 +4,24 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/SmallVector.h>
 
+#include <optional>
+
 #include "checks.h"
 #include "lc_geometry.h"
 
 namespace bioplaus {
 
 using LcSize = c10::SmallVector<int64_t, 8>;
+
+inline void check_same(const char* name, const at::Tensor& x, const at::Tensor& other) {
+  TORCH_CHECK_TYPE(x.scalar_type() == other.scalar_type(), name, ": expected ", dtype_name(other.scalar_type()),
+                   ", got ", dtype_name(x.scalar_type()));
+  check_device(name, x, other.device());
+}
+
+inline void check_shape(const char* name, const at::Tensor& x, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(x.sizes().equals(shape), name, ": expected shape ", tuple(shape), ", got ", tuple(x.sizes()));
+}
 
 // Stride, padding and dilation as the ops take them; padding is (before, after) per dim.
 struct LcArgs {
@@ -42,6 +54,65 @@ struct LcArgs {
       out.push_back(room / stride[i] + 1);
     }
     return out;
+  }
+
+  // Of lc_forward, its arguments checked.
+  LcGeometry forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) const {
+    const int64_t d = dims();
+    to_dtype("input", input.scalar_type());
+    check_rank("input", input, d + 2);
+    check_rank("weight", weight, 2 * d + 2);
+    check(weight.sizes().slice(d + 1, d));
+    const LcGeometry g = geometry(input.size(0), weight.sizes(), input.sizes().slice(2));
+    TORCH_CHECK_VALUE(input.size(1) == g.c * groups, "input: expected ", g.c * groups, " channels (weight's ", g.c,
+                      " x ", groups, " groups), got ", input.size(1));
+    check_same("weight", weight, input);
+    if (bias) {
+      check_same("bias", *bias, input);
+      check_shape("bias", *bias, bias->dim() > 1 ? weight.sizes().slice(0, d + 1) : weight.sizes().slice(d, 1));
+    }
+    return g;
+  }
+
+  // Of lc_backward_input.
+  LcGeometry backward_input(const at::Tensor& grad_output, at::IntArrayRef weight_size,
+                            at::IntArrayRef input_size) const {
+    const int64_t d = dims();
+    to_dtype("grad_output", grad_output.scalar_type());
+    check_rank("grad_output", grad_output, d + 2);
+    TORCH_CHECK_VALUE(static_cast<int64_t>(weight_size.size()) == 2 * d + 2, "weight: expected ", 2 * d + 2,
+                      " dimensions (*out, O, *kernel, C/groups), got shape ", tuple(weight_size));
+    TORCH_CHECK_VALUE(static_cast<int64_t>(input_size.size()) == d, "input_size: expected ", d, " integers, got ",
+                      tuple(input_size));
+    check(weight_size.slice(d + 1, d));
+    const LcGeometry g = geometry(grad_output.size(0), weight_size, input_size);
+    LcSize shape{grad_output.size(0), weight_size[d]};
+    shape.append(weight_size.begin(), weight_size.begin() + d);
+    check_shape("grad_output", grad_output, shape);
+    return g;
+  }
+
+  // Of lc_backward_weight; `weight_size` becomes the gradient's.
+  LcGeometry backward_weight(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef kernel_size,
+                             LcSize& weight_size) const {
+    const int64_t d = dims();
+    to_dtype("input", input.scalar_type());
+    check_same("grad_output", grad_output, input);
+    check_rank("input", input, d + 2);
+    check_rank("grad_output", grad_output, d + 2);
+    check(kernel_size);
+    TORCH_CHECK_VALUE(input.size(1) % groups == 0, "groups: expected a divisor of the ", input.size(1),
+                      " input channels, got ", groups);
+    const auto spatial = input.sizes().slice(2);
+    weight_size = output(spatial, kernel_size);
+    LcSize shape{input.size(0), grad_output.size(1)};
+    shape.append(weight_size.begin(), weight_size.end());
+    weight_size.push_back(grad_output.size(1));
+    weight_size.append(kernel_size.begin(), kernel_size.end());
+    weight_size.push_back(input.size(1) / groups);
+    const LcGeometry g = geometry(input.size(0), weight_size, spatial);
+    check_shape("grad_output", grad_output, shape);
+    return g;
   }
 
   // `weight` is (*out, O, *kernel, C/groups); `input` the spatial size.
@@ -82,16 +153,6 @@ struct LcArgs {
     TORCH_CHECK_VALUE(good, name, ": expected ", count, " integers of at least ", least, ", got ", tuple(values));
   }
 };
-
-inline void check_same(const char* name, const at::Tensor& x, const at::Tensor& other) {
-  TORCH_CHECK_TYPE(x.scalar_type() == other.scalar_type(), name, ": expected ", dtype_name(other.scalar_type()),
-                   ", got ", dtype_name(x.scalar_type()));
-  check_device(name, x, other.device());
-}
-
-inline void check_shape(const char* name, const at::Tensor& x, at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(x.sizes().equals(shape), name, ": expected shape ", tuple(shape), ", got ", tuple(x.sizes()));
-}
 
 // Results are channels-last where the op's first tensor is, else contiguous.
 inline at::MemoryFormat lc_memory_format(const at::Tensor& x) {

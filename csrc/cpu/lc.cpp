@@ -822,23 +822,10 @@ at::Tensor empty_activation(const at::Tensor& like, int64_t channels, at::IntArr
 at::Tensor lc_forward_cpu(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                           at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   const LcArgs args{stride, padding, dilation, groups};
-  const int64_t d = args.dims();
-  to_dtype("input", input.scalar_type());
-  args.check_rank("input", input, d + 2);
-  args.check_rank("weight", weight, 2 * d + 2);
-  args.check(weight.sizes().slice(d + 1, d));
-  LcGeometry g = args.geometry(input.size(0), weight.sizes(), input.sizes().slice(2));
-  TORCH_CHECK_VALUE(input.size(1) == g.c * groups, "input: expected ", g.c * groups, " channels (weight's ", g.c, " x ",
-                    groups, " groups), got ", input.size(1));
-  check_same("weight", weight, input);
-  at::Tensor b;
+  LcGeometry g = args.forward(input, weight, bias);
   const bool per_position = bias && bias->dim() > 1;
-  if (bias) {
-    check_same("bias", *bias, input);
-    check_shape("bias", *bias, per_position ? weight.sizes().slice(0, d + 1) : weight.sizes().slice(d, 1));
-    b = bias->contiguous();
-  }
-  const at::Tensor output = empty_activation(input, groups * g.o, weight.sizes().slice(0, d));
+  const at::Tensor b = bias ? bias->contiguous() : at::Tensor();
+  const at::Tensor output = empty_activation(input, groups * g.o, weight.sizes().slice(0, args.dims()));
   if (output.numel() == 0) {
     return output;
   }
@@ -862,18 +849,8 @@ at::Tensor lc_backward_input_cpu(const at::Tensor& grad_output, const std::optio
                                  at::IntArrayRef weight_size, at::IntArrayRef input_size, at::IntArrayRef stride,
                                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   const LcArgs args{stride, padding, dilation, groups};
-  const int64_t d = args.dims();
   const DType dtype = to_dtype("grad_output", grad_output.scalar_type());
-  args.check_rank("grad_output", grad_output, d + 2);
-  TORCH_CHECK_VALUE(static_cast<int64_t>(weight_size.size()) == 2 * d + 2, "weight: expected ", 2 * d + 2,
-                    " dimensions (*out, O, *kernel, C/groups), got shape ", tuple(weight_size));
-  TORCH_CHECK_VALUE(static_cast<int64_t>(input_size.size()) == d, "input_size: expected ", d, " integers, got ",
-                    tuple(input_size));
-  args.check(weight_size.slice(d + 1, d));
-  LcGeometry g = args.geometry(grad_output.size(0), weight_size, input_size);
-  LcSize shape{grad_output.size(0), weight_size[d]};
-  shape.append(weight_size.begin(), weight_size.begin() + d);
-  check_shape("grad_output", grad_output, shape);
+  LcGeometry g = args.backward_input(grad_output, weight_size, input_size);
   const FeedbackArgs feedback{weight, signs, magnitude, key, entries, scale, weight_size};
   feedback.check(grad_output.device());
 
@@ -921,24 +898,8 @@ at::Tensor lc_backward_weight_cpu(const at::Tensor& grad_output, const at::Tenso
                                   at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                                   int64_t groups) {
   const LcArgs args{stride, padding, dilation, groups};
-  const int64_t d = args.dims();
-  to_dtype("input", input.scalar_type());
-  check_same("grad_output", grad_output, input);
-  args.check_rank("input", input, d + 2);
-  args.check_rank("grad_output", grad_output, d + 2);
-  args.check(kernel_size);
-  TORCH_CHECK_VALUE(input.size(1) % groups == 0, "groups: expected a divisor of the ", input.size(1),
-                    " input channels, got ", groups);
-  const auto spatial = input.sizes().slice(2);
-  LcSize size = args.output(spatial, kernel_size);
-  LcSize shape{input.size(0), grad_output.size(1)};
-  shape.append(size.begin(), size.end());
-  size.push_back(grad_output.size(1));
-  size.append(kernel_size.begin(), kernel_size.end());
-  size.push_back(input.size(1) / groups);
-  LcGeometry g = args.geometry(input.size(0), size, spatial);
-  check_shape("grad_output", grad_output, shape);
-
+  LcSize size;
+  LcGeometry g = args.backward_weight(grad_output, input, kernel_size, size);
   const at::Tensor grad_weight = with_huge_pages(at::empty(size, grad_output.options()));
   if (grad_weight.numel() == 0 || g.n == 0) {
     return grad_weight.zero_();
