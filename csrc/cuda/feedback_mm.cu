@@ -4,11 +4,11 @@
 // Half types: mma with float sums, which tensor cores truncate, so that they go to a second sum every 64 entries along
 // K. float: products by FMA, in the same two steps. Both keep dX within the error of torch's own product.
 //
-// Roofline. Operations: 2·M·N·K, on half types' tensor cores or on FMA units (312 and 19.5 TFlop/s on sm_80). Bytes:
-// what B is made of (W, M, packed signs, or nothing), once for 128 rows of dY, from L2 beyond the first; dY N/64 (half)
-// or N/32 (float) times, from L2. At M ≤ 128 reading W or M is most of it. Forming an entry takes some 5 instructions
-// from memory, 25 drawn uniform, 60 normal. For a row of a tile along K that is 2.5, 12 or 30 cycles of a
-// multiprocessor in half types, beside 8 of mma; in float 1, 6 or 15 beside 64 of FMA.
+// Roofline, on paper and not yet on hardware. Operations: 2·M·N·K, on half types' tensor cores or on FMA units (312
+// and 19.5 TFlop/s on sm_80). Bytes: what B is made of (W, M, packed signs, or nothing), once for 128 rows of dY, from
+// L2 beyond the first; dY N/64 (half) or N/32 (float) times, from L2. At M ≤ 128 reading W or M is most of it. Forming
+// an entry takes some 5 instructions from memory, 25 drawn uniform, 60 normal. For a row of a tile along K that is 2.5,
+// 12 or 30 cycles of a multiprocessor in half types, beside 8 of mma; in float 1, 6 or 15 beside 64 of FMA.
 //
 // So in half types feedback_weight and torch's product are ahead from M of some 128 on where entries are drawn, and of
 // some 500 where they are read, at the price of a second matrix of W's size. In float they are ahead by what the

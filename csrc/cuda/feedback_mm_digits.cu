@@ -10,11 +10,11 @@
 // bits until it is a fragment: 4 rows of sign words, byte-transposed, give one register a shift. 5.5 instructions a
 // lane are the price of 4 entries, and all that moves is 1/32 of fp32's operand.
 //
-// Roofline, D digits (4, or 2 for half types). Operations: 2·D·M·N·K int8; at sm_80's 624 Tops 4 digits are as fast as
-// TF32 and 2 as fast as bf16. Bytes: D·M·K of digits, read N/128 times (from L2), signs N·K/8, or nothing if seeded, dX
-// written. At M ≤ 8 the signs are most of it, and 256 entries (11 instructions and 2 mma a warp) are formed and
-// multiplied at 1.5 TB/s of signs on 108 multiprocessors. A weight is packed first: its bytes are read once and N·K/4
-// written, 1/16 of fp32's.
+// Roofline, on paper and not yet on hardware, D digits (4, or 2 for half types). Operations: 2·D·M·N·K int8; at sm_80's
+// 624 Tops 4 digits are as fast as TF32 and 2 as fast as bf16. Bytes: D·M·K of digits, read N/128 times (from L2),
+// signs N·K/8, or nothing if seeded, dX written. At M ≤ 8 the signs are most of it, and 256 entries (11 instructions
+// and 2 mma a warp) are formed and multiplied at 1.5 TB/s of signs on 108 multiprocessors. A weight is packed first:
+// its bytes are read once and N·K/4 written, 1/16 of fp32's.
 //
 // Against torch's product with B from feedback_weight, which moves N·K·(W's bytes + 2·dX's) and does 2·M·N·K at the
 // dtype's rate: in fp32 without TF32 (19.5 TFlop/s on sm_80, 67 on sm_90) this is ahead at any M. In half types 2
