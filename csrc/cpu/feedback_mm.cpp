@@ -303,7 +303,7 @@ class TileProduct {
         BK_PICK(feedback_run)(b_, k + l, first, cols, w.tile.get() + l * cols * element);
       }
       if (native_) {
-        half_gemm_pack(depth, cols, reinterpret_cast<const uint16_t*>(w.tile.get()), cols, w.packed.get());
+        BK_PICK(pack_pairs)(depth, cols, reinterpret_cast<const uint16_t*>(w.tile.get()), cols, w.packed.get());
       } else if (half_) {
         widen(w.tile.get(), cols, depth, cols, w.wide_tile.get());
       }
@@ -313,7 +313,7 @@ class TileProduct {
         float* c = sums + i * ld;
         if (native_) {
           half_gemm(dtype_, m, cols, divide_up(depth, 2) * 2, reinterpret_cast<const uint16_t*>(a), grad_.stride(0),
-                    w.packed.get(), c, ld, k > 0);
+                    w.packed.get(), cols, c, ld, k > 0);
         } else if (half_) {
           widen(a, grad_.stride(0), m, depth, w.wide_grad.get());
           gemm(m, cols, depth, w.wide_grad.get(), depth, w.wide_tile.get(), cols, c, ld, k > 0);

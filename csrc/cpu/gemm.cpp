@@ -57,33 +57,14 @@ bool half_gemm_available(at::ScalarType dtype) {
 #endif
 }
 
-void half_gemm_pack(int64_t k, int64_t n, const uint16_t* b, int64_t ldb, uint16_t* packed) {
-  for (int64_t row = 0; row < k; row += 2) {
-    const uint16_t* even = b + row * ldb;
-    const uint16_t* odd = even + ldb;
-    uint16_t* to = packed + row * n;
-    if (row + 1 < k) {
-      for (int64_t j = 0; j < n; ++j) {
-        to[2 * j] = even[j];
-        to[2 * j + 1] = odd[j];
-      }
-    } else {
-      for (int64_t j = 0; j < n; ++j) {
-        to[2 * j] = even[j];
-        to[2 * j + 1] = 0;
-      }
-    }
-  }
-}
-
 void half_gemm(at::ScalarType dtype, int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda,
-               const uint16_t* packed, float* c, int64_t ldc, bool accumulate) {
+               const uint16_t* packed, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
 #if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(CPUBLAS_BRGEMM_F16F16F32)
   if (dtype == at::kBFloat16) {
-    cpublas::brgemm(m, n, k, lda, n, ldc, accumulate, reinterpret_cast<const at::BFloat16*>(a),
+    cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, reinterpret_cast<const at::BFloat16*>(a),
                     reinterpret_cast<const at::BFloat16*>(packed), c, /*is_vnni=*/true);
   } else {
-    cpublas::brgemm(m, n, k, lda, n, ldc, accumulate, reinterpret_cast<const at::Half*>(a),
+    cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, reinterpret_cast<const at::Half*>(a),
                     reinterpret_cast<const at::Half*>(packed), c, /*is_vnni=*/true);
   }
 #else

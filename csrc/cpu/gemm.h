@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "level.h"
+
 namespace bioplaus {
 
 void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
@@ -23,11 +25,12 @@ bool half_gemm_available(at::ScalarType dtype);
 
 // B (k×n, 16-bit elements) as half_gemm wants it: rows in pairs, b[k, j] and b[k + 1, j] side by side, an odd last row
 // paired with zeros; 2·ceil(k/2)·n elements.
-void half_gemm_pack(int64_t k, int64_t n, const uint16_t* b, int64_t ldb, uint16_t* packed);
+BK_DECLARE(void pack_pairs(int64_t k, int64_t n, const uint16_t* b, int64_t ldb, uint16_t* packed))
 
-// `k` is even: pad A and B with zeros. `dtype` is one that half_gemm_available answered yes to.
+// `k` is even: pad A and B with zeros. `ldb` is the number of pairs from one pair of rows to the next. `dtype` is one
+// that half_gemm_available answered yes to.
 void half_gemm(at::ScalarType dtype, int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda,
-               const uint16_t* packed, float* c, int64_t ldc, bool accumulate);
+               const uint16_t* packed, int64_t ldb, float* c, int64_t ldc, bool accumulate);
 
 // Each thread calls it after its last half_gemm of an op: gives the tile registers back.
 void half_gemm_release();

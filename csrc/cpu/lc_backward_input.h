@@ -1,0 +1,191 @@
+// dX_p (N × K) = dY_p B_p of the positions p, added to the rows of the input that they read. For lc.cpp.
+#pragma once
+
+#include "lc_operands.h"
+
+namespace bioplaus::lc {
+
+template <typename P>
+struct BackwardInput {
+  using acc_t = typename P::acc;
+  using Source = typename Blocks<typename P::left>::Source;
+
+  LcGeometry g;
+  Activation dy, dx;
+  Source b;
+  int64_t lanes, chunks, band, block;
+  bool in_place;  // sums are formed in dx itself
+
+  BackwardInput(const LcGeometry& geometry, const Activation& grad_output, const Activation& grad_input,
+                const Source& source)
+      : g(geometry), dy(grad_output), dx(grad_input), b(source) {
+    lanes = balanced(g.n, kMaxLanes);
+    chunks = divide_up(g.n, lanes);
+    const int64_t row_bytes = lanes * g.in[2] * g.groups * g.c * static_cast<int64_t>(sizeof(acc_t));
+    band = std::clamp<int64_t>(kTileBytes / std::max<int64_t>(row_bytes, 1), 1, g.in[0] * g.in[1]);
+    // A small batch is bound by reading B: rows of it are used up while they are in the cache.
+    const bool whole = (b.in_place() && lanes > 32) || (b.plain && lanes == 1);
+    block = whole ? g.o : choose_block(g.o, lc_columns(g) * sizeof(acc_t) * (b.in_place() ? 2 : 1));
+    block = round_up(block, P::kPair);
+    in_place = dx.dtype == acc_dtype<acc_t> && dx.channels_last();
+  }
+
+  int64_t units() const { return chunks * g.in[0] * g.in[1]; }
+};
+
+template <typename P>
+class BackwardInputTask {
+  using acc_t = typename P::acc;
+  using left_t = typename P::left;
+  using right_t = typename P::right;
+
+ public:
+  BackwardInputTask(const BackwardInput<P>& op, Arena& arena)
+      : op_(op),
+        g_(op.g),
+        width_(g_.in[2] * g_.groups * g_.c),
+        rows_(op.dy, Innermost::Channel, op.lanes, 1, arena),
+        blocks_(op.b, op.block, arena) {
+    sums_ = op.in_place ? nullptr : arena.take<acc_t>(op.band * op.lanes * width_);
+    packed_ = P::kPair == 1 ? nullptr : arena.take<right_t>(op.block / P::kPair * lc_columns(g_));
+    tap_ = arena.take<acc_t>(op.lanes == 1 ? lc_columns(g_) : op.lanes * g_.kernel[2] * g_.c);
+  }
+
+  void run(int64_t begin, int64_t end) {
+    const int64_t rows = g_.in[0] * g_.in[1];
+    for (int64_t unit = begin; unit < end;) {
+      first_ = unit / rows * op_.lanes;
+      count_ = std::min(op_.lanes, g_.n - first_);
+      low_ = unit % rows;
+      high_ = std::min({low_ + op_.band, low_ + end - unit, rows});
+      run_band();
+      unit += high_ - low_;
+    }
+    P::release();
+  }
+
+ private:
+  acc_t* row(int64_t r) const {
+    return op_.in_place ? reinterpret_cast<acc_t*>(op_.dx.at(first_, r / g_.in[1], r % g_.in[1]))
+                        : sums_ + (r - low_) * op_.lanes * width_;
+  }
+  int64_t stride_n() const { return op_.in_place ? op_.dx.stride_n : width_; }
+
+  // Rows low_ … high_ − 1 of the input, from the positions that reach them in their order.
+  void run_band() {
+    for (int64_t r = low_; r < high_; ++r) {
+      for (int64_t n = 0; n < count_; ++n) {
+        std::memset(row(r) + n * stride_n(), 0, width_ * sizeof(acc_t));
+      }
+    }
+    for (int64_t od = 0; od < g_.out[0]; ++od) {
+      const int64_t d = lc_start(g_, 0, od);
+      const LcTaps planes = lc_taps(g_, 0, d, low_ / g_.in[1], (high_ - 1) / g_.in[1] + 1);
+      for (int64_t oh = 0; oh < g_.out[1] && planes.begin < planes.end; ++oh) {
+        const int64_t h = lc_start(g_, 1, oh);
+        const LcTaps lines = lc_taps(g_, 1, h, 0, g_.in[1]);
+        taps_.clear();
+        for (int64_t i = planes.begin; i < planes.end; ++i) {
+          for (int64_t j = lines.begin; j < lines.end; ++j) {
+            const int64_t r = (d + i * g_.dilation[0]) * g_.in[1] + h + j * g_.dilation[1];
+            if (r >= low_ && r < high_) {
+              taps_.push_back({(i * g_.kernel[1] + j) * g_.kernel[2] * g_.c, r});
+            }
+          }
+        }
+        if (!taps_.empty() && g_.o > 0) {
+          const left_t* dy = rows_.get(first_, count_, od, oh);
+          for (int64_t ow = 0; ow < g_.out[2]; ++ow) {
+            position((od * g_.out[1] + oh) * g_.out[2] + ow, ow, dy + ow * g_.groups * g_.o);
+          }
+        }
+      }
+    }
+    if (!op_.in_place) {
+      for (int64_t r = low_; r < high_; ++r) {
+        copy_box(op_.dx.at(first_, r / g_.in[1], r % g_.in[1]), op_.dx.dtype,
+                 {op_.dx.stride_n, op_.dx.stride[2], op_.dx.stride_c}, row(r), acc_dtype<acc_t>,
+                 {width_, g_.groups * g_.c, 1}, count_, g_.in[2], g_.groups * g_.c);
+      }
+    }
+  }
+
+  void position(int64_t p, int64_t ow, const left_t* dy) {
+    const int64_t w0 = lc_start(g_, 2, ow);
+    const LcTaps inside = lc_taps(g_, 2, w0, 0, g_.in[2]);
+    if (inside.begin == inside.end) {
+      return;
+    }
+    // The columns of B that this band needs, and a little between them.
+    const int64_t k0 = taps_.front().column, k1 = taps_.back().column + g_.kernel[2] * g_.c;
+    for (int64_t group = 0; group < g_.groups; ++group) {
+      if (op_.lanes == 1) {
+        std::memset(tap_, 0, (k1 - k0) * sizeof(acc_t));
+      }
+      for (int64_t i = 0; i < g_.o; i += op_.block) {
+        const int64_t rows = std::min(op_.block, g_.o - i);
+        const left_t* g = dy + group * g_.o + i;
+        if (op_.lanes == 1 && op_.b.plain) {
+          BK_PICK(lc_axpy)(op_.b.dtype, op_.b.at(p, group * g_.o, k0), op_.b.cols, rows, k1 - k0, g, tap_);
+          continue;
+        }
+        int64_t ld;
+        const left_t* b = blocks_.get(p, group * g_.o + i, rows, k0, k1, ld);
+        if (op_.lanes == 1) {
+          BK_PICK(lc_axpy)(acc_dtype<acc_t>, b, ld, rows, k1 - k0, g, tap_);
+        } else {
+          const right_t* packed = P::pack(rows, k1 - k0, b, ld, packed_);
+          multiply(g, rows / P::kPair, packed, ld, group, w0, inside, k0);
+        }
+      }
+      if (op_.lanes == 1) {
+        for (const Tap& tap : taps_) {
+          add(tap_ + tap.column - k0, 0, tap.row, group, w0, inside);
+        }
+      }
+    }
+  }
+
+  void multiply(const left_t* g, int64_t depth, const right_t* b, int64_t ld, int64_t group, int64_t w0, LcTaps inside,
+                int64_t k0) {
+    const int64_t n = g_.kernel[2] * g_.c;
+    const bool whole = g_.groups == 1 && g_.dilation[2] == 1 && inside.begin == 0 && inside.end == g_.kernel[2];
+    for (const Tap& tap : taps_) {
+      const right_t* from = b + tap.column - k0;
+      if (whole) {
+        P::multiply(op_.b.dtype, count_, n, depth, g, rows_.stride_n(), from, ld, row(tap.row) + w0 * g_.c, stride_n(),
+                    true);
+      } else {
+        P::multiply(op_.b.dtype, count_, n, depth, g, rows_.stride_n(), from, ld, tap_, n, false);
+        add(tap_, n, tap.row, group, w0, inside);
+      }
+    }
+  }
+
+  // Adds a row of taps, (samples × kernel width · c), to row r.
+  void add(const acc_t* from, int64_t ld, int64_t r, int64_t group, int64_t w0, LcTaps inside) {
+    const int64_t pixel = g_.groups * g_.c;
+    const bool adjacent = g_.groups == 1 && g_.dilation[2] == 1;
+    const int64_t step = adjacent ? inside.end - inside.begin : 1;
+    for (int64_t t = inside.begin; t < inside.end; t += step) {
+      BK_PICK(lc_add)(sizeof(acc_t) == 8, row(r) + (w0 + t * g_.dilation[2]) * pixel + group * g_.c, stride_n(),
+                      from + t * g_.c, ld, count_, step * g_.c);
+    }
+  }
+
+  struct Tap {
+    int64_t column, row;  // first column of a block, row of the input
+  };
+
+  const BackwardInput<P>& op_;
+  const LcGeometry& g_;
+  int64_t width_;
+  Rows<left_t> rows_;
+  Blocks<left_t> blocks_;
+  right_t* packed_;
+  acc_t *sums_, *tap_;
+  std::vector<Tap> taps_;
+  int64_t first_, count_, low_, high_;
+};
+
+}  // namespace bioplaus::lc
