@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import datasets
 from torchvision.datasets.utils import extract_archive
 from torchvision.transforms import v2
@@ -29,6 +30,57 @@ class Data:
     test: TensorDataset | datasets.VisionDataset
     shape: tuple[int, int, int]
     classes: int
+
+
+class Batches:
+    """Batches (images, targets) of a data set on `device`, any number of times over.
+
+    shuffle: a generator, for a new order each time and no last batch of fewer images, which would stop batch norm.
+    only: indices of the images to take. Images in memory are indexed there, others come from a DataLoader.
+    """
+
+    def __init__(
+        self,
+        dataset: TensorDataset | datasets.VisionDataset,
+        size: int,
+        shuffle: torch.Generator | None = None,
+        *,
+        only: torch.Tensor | None = None,
+        device: torch.device | str = "cpu",
+        workers: int = 0,
+    ) -> None:
+        self.size, self.shuffle, self.device = size, shuffle, torch.device(device)
+        self.loader: DataLoader | None = None
+        if isinstance(dataset, TensorDataset):
+            self.tensors = dataset.tensors if only is None else [t[only] for t in dataset.tensors]
+            self.count = len(self.tensors[0])
+        else:
+            part = dataset if only is None else Subset(dataset, only.tolist())
+            self.count = len(part)
+            self.loader = DataLoader(
+                part,
+                size,
+                shuffle=shuffle is not None,
+                drop_last=shuffle is not None,
+                generator=shuffle,
+                num_workers=workers,
+                pin_memory=self.device.type == "cuda",
+            )
+
+    def __len__(self) -> int:
+        return self.count // self.size if self.shuffle is not None else -(-self.count // self.size)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for images, targets in self.loader or self._in_memory():
+            yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+
+    def _in_memory(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        images, targets = self.tensors
+        order = None if self.shuffle is None else torch.randperm(self.count, generator=self.shuffle)
+        for start in range(0, len(self) * self.size, self.size):
+            part = slice(start, start + self.size)
+            chosen = part if order is None else order[part]
+            yield images[chosen], targets[chosen]
 
 
 def kind(spec: str) -> str:

@@ -1,0 +1,250 @@
+"""One experiment, a row of a paper's table: a TOML file, read and checked.
+
+row = "DTP, parallel"                    what the table calls it
+published = {test_error = 2.86}          its figures, in percent
+seeds = [0]
+
+[data]
+name = "mnist"                           digits, mnist, fashion-mnist, cifar10, imagefolder
+[model]
+name = "mlp"                             as in recipes.models
+[algorithm]
+name = "dtp"                             a feedback rule, a direct rule or a variant of target propagation,
+alpha = 0.15                             and the arguments of its class
+[optimizer]
+name = "adam"                            sgd, adam, rmsprop, manhattan, and the arguments of its class
+lr = 1e-3
+[inverse_optimizer]                      of target propagation's inverses
+name = "adam"
+[train]
+epochs = 500
+[search]                                 what `recipes search` draws from
+"optimizer.lr" = {low = 1e-5, high = 3e-4, log = true}
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+
+import bioplaus_kernels as bk
+from recipes import data, models, schedules
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "rmsprop": torch.optim.RMSprop,
+    "manhattan": bk.optim.BatchManhattan,
+}
+RULES = bk.feedback.RULES
+DIRECT = bk.direct.RULES
+VARIANTS = bk.targetprop.VARIANTS
+AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Data:
+    name: str = "mnist"
+    path: str = ""  # of an image folder, below the data root
+    size: int = 0  # height and width of the images; 0: as they are, or the smallest the model takes
+    augment: str = "standard"
+
+    def spec(self, root: str | Path) -> str:
+        """What `recipes.data.load` takes; `root` is where the data sets are."""
+        return f"{self.name}:{Path(root) / self.path}" if self.path else self.name
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str = "lenet"
+    init: str = "model"  # "model": its own, "xavier": Glorot's uniform weights and zero biases
+
+
+@dataclass(frozen=True)
+class Train:
+    epochs: int = 20
+    batch_size: int = 64
+    milestones: list[int] = field(default_factory=list)  # epochs after which the rates are multiplied by gamma
+    gamma: float = 0.1
+    cosine: bool = False  # the rates fall to 0 along a cosine
+    amp: str = "none"
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A checked experiment; `resolved` is the TOML's content with what `overrides` changed."""
+
+    row: str
+    data: Data
+    model: Model
+    algorithm: dict[str, Any]
+    optimizer: dict[str, Any]
+    inverse_optimizer: dict[str, Any]
+    train: Train
+    search: dict[str, Any]
+    published: dict[str, float]
+    seeds: list[int]
+    note: str
+    resolved: dict[str, Any]
+
+    @property
+    def family(self) -> str:
+        """ "rule", "direct" or "targets", by the algorithm's name."""
+        name = self.algorithm["name"]
+        return "rule" if name in RULES else "direct" if name in DIRECT else "targets"
+
+
+def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Experiment:
+    """The experiment in the file `path`; `overrides` maps dotted keys ("train.epochs") to other values.
+
+    Raises ValueError or TypeError that names the key, what it got and what is wanted, and OSError for a missing file.
+    """
+    try:
+        return check(tomllib.loads(Path(path).read_text()), overrides)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not TOML: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def check(content: dict[str, Any], overrides: dict[str, Any] | None = None) -> Experiment:
+    content = copy.deepcopy(content)
+    for key, value in (overrides or {}).items():
+        *parents, last = key.split(".")
+        table = content
+        for parent in parents:
+            table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
+                raise ValueError(f"{key}: got a key below {parent}, which is no table")
+        table[last] = value
+    found = dict(content)
+    row = _typed("row", found.pop("row", "experiment"), str)
+    note = _typed("note", found.pop("note", ""), str)
+    seeds = _typed("seeds", found.pop("seeds", [0]), list)
+    for seed in seeds:
+        _typed("seeds", seed, int)
+    published = _typed("published", found.pop("published", {}), dict)
+    for name, value in published.items():
+        _typed(f"published.{name}", value, float)
+    parts = {part: _typed(part, found.pop(part, {}), dict) for part in _PARTS}
+    if found:
+        raise ValueError(_unknown(next(iter(found)), ["row", "note", "seeds", "published", *_PARTS]))
+    experiment = Experiment(
+        row,
+        _read(Data, parts["data"], "data"),
+        _read(Model, parts["model"], "model"),
+        _algorithm(parts["algorithm"]),
+        _optimizer(parts["optimizer"], "optimizer"),
+        _optimizer(parts["inverse_optimizer"], "inverse_optimizer") if parts["inverse_optimizer"] else {},
+        _read(Train, parts["train"], "train"),
+        parts["search"],
+        published,
+        seeds,
+        note,
+        content,
+    )
+    _check_values(experiment)
+    return experiment
+
+
+_PARTS = ("data", "model", "algorithm", "optimizer", "inverse_optimizer", "train", "search")
+_TARGETS = ("schedule", "auxiliary", "alpha", "sigma", "reduction", "mix", "inverse_objective")
+
+
+def _check_values(e: Experiment) -> None:
+    _wrap("data.name", data.kind, e.data.spec("."))
+    _wrap("model.name", models.check_name, e.model.name)
+    _one_of("model.init", e.model.init, ("model", "xavier"))
+    _one_of("train.amp", e.train.amp, AMP)
+    _least("train.epochs", e.train.epochs, 1)
+    _least("train.batch_size", e.train.batch_size, 1)
+    _least("data.size", e.data.size, 0)
+    for epoch in e.train.milestones:
+        _typed("train.milestones", epoch, int)
+    if e.train.cosine and e.train.milestones:
+        raise ValueError("train.cosine: got true beside train.milestones, want one of the two")
+    learns = e.family == "targets" and VARIANTS[e.algorithm["name"]].inverse_loss is not None
+    if learns and e.algorithm.get("mix") != 1 and not e.inverse_optimizer:
+        raise ValueError(f"inverse_optimizer: got none, want one with algorithm.name = {e.algorithm['name']!r}")
+    if not learns and e.inverse_optimizer:
+        raise ValueError(f"inverse_optimizer: got one, want none with algorithm.name = {e.algorithm['name']!r}")
+    if e.family == "targets" and (e.train.amp != "none" or e.train.compile):
+        raise ValueError(f"train.amp, train.compile: want neither with algorithm.name = {e.algorithm['name']!r}")
+
+
+def _algorithm(table: dict[str, Any]) -> dict[str, Any]:
+    name = table.get("name")
+    _one_of("algorithm.name", name, [*RULES, *DIRECT, *VARIANTS])
+    if name in VARIANTS:
+        allowed = list(_TARGETS)
+        _one_of("algorithm.schedule", table.get("schedule", "parallel"), schedules.SCHEDULES)
+    else:
+        cls = (RULES | DIRECT)[name]
+        allowed = [f.name for f in dataclasses.fields(cls)] + (["last_layer"] if name in RULES else ["blocks"])
+        own = {key: value for key, value in table.items() if key in allowed and key not in ("last_layer", "blocks")}
+        _wrap("algorithm", lambda options: cls(**options), own)
+        if "last_layer" in table:
+            _one_of("algorithm.last_layer", table["last_layer"], RULES)
+    for key in table:
+        if key != "name" and key not in allowed:
+            raise ValueError(f"{_unknown(f'algorithm.{key}', allowed)} with algorithm.name = {name!r}")
+    return table
+
+
+def _optimizer(table: dict[str, Any], where: str) -> dict[str, Any]:
+    table = {"name": "sgd", **table} if table else {"name": "sgd", "lr": 0.03, "momentum": 0.9}
+    _one_of(f"{where}.name", table["name"], OPTIMIZERS)
+    allowed = [p for p in inspect.signature(OPTIMIZERS[table["name"]]).parameters if p not in ("self", "params")]
+    last = _typed(f"{where}.last_layer", table.get("last_layer", {}), dict)
+    for key, options in ((where, table), (f"{where}.last_layer", last)):
+        for name in options:
+            if name not in (*allowed, *(("name", "last_layer") if options is table else ())):
+                raise ValueError(_unknown(f"{key}.{name}", allowed))
+        arguments = {k: v for k, v in options.items() if k not in ("name", "last_layer")}
+        _wrap(key, lambda a: OPTIMIZERS[table["name"]]([torch.zeros(1)], **a), arguments)
+    return table
+
+
+def _read(cls: type, table: dict[str, Any], where: str) -> Any:
+    hints = get_type_hints(cls)
+    for key, value in table.items():
+        if key not in hints:
+            raise ValueError(_unknown(f"{where}.{key}", list(hints)))
+        _typed(f"{where}.{key}", value, getattr(hints[key], "__origin__", hints[key]))
+    return cls(**table)
+
+
+def _typed(key: str, value: Any, kind: type) -> Any:
+    good = isinstance(value, int | float) if kind is float else isinstance(value, kind)
+    if not good or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{key}: got {value!r}, want a value of type {kind.__name__}")
+    return value
+
+
+def _one_of(key: str, value: Any, allowed: Any) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key}: got {value!r}, want one of {', '.join(allowed)}")
+
+
+def _least(key: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{key}: got {value}, want at least {least}")
+
+
+def _wrap(key: str, function: Any, argument: Any) -> None:
+    try:
+        function(argument)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{key}: {error}") from error
+
+
+def _unknown(key: str, allowed: list[str]) -> str:
+    return f"{key}: no such key, want one of {', '.join(allowed)}"

@@ -1,0 +1,167 @@
+"""A network, its algorithm and its optimizers, by the algorithm's family: what an epoch does and what is measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import bioplaus_kernels as bk
+from bioplaus_kernels import metrics
+from recipes import data, measure, models, schedules
+from recipes.experiment import AMP, DIRECT, OPTIMIZERS, RULES, Experiment
+from recipes.models import bartunov
+
+Shape = tuple[int, int, int]
+
+
+class Learner:
+    """Back-propagation with a feedback rule in the layers, or direct feedback to the blocks."""
+
+    def __init__(
+        self, experiment: Experiment, model: nn.Module, shape: tuple[int, ...], seed: int, device: Any
+    ) -> None:
+        self.experiment, self.device = experiment, torch.device(device)
+        options = dict(experiment.algorithm)
+        name = options.pop("name")
+        if experiment.family == "rule":
+            last = options.pop("last_layer", None)
+            bk.convert_(model, RULES[name](**options), last_layer=last, seed=seed)
+        else:
+            blocks = options.pop("blocks", None) or [n for n, m in model.named_modules() if isinstance(m, nn.Tanh)]
+            example = torch.zeros(2, *shape)
+            model = bk.DirectFeedback(model, blocks, DIRECT[name](**options), example=example, seed=seed)
+        self.model = model.to(self.device)
+        self.network = torch.compile(self.model) if experiment.train.compile else self.model
+        self.mirrored = name == "wm"
+        self.labelled = name == "drtp"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=experiment.train.amp == "fp16")
+        self.optimizers = [optimizer(experiment.optimizer, self.model)]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"model": self.model, "optimizer": self.optimizers[0], "scaler": self.scaler}
+
+    def epoch(self, batches: data.Batches) -> float:
+        """Train once through `batches`; the mean loss."""
+        self.network.train()
+        total = torch.zeros((), device=self.device)
+        (optimizer,) = self.optimizers
+        count = 0
+        for x, y in batches:
+            options = {"targets": y, "loss_scale": self.scaler.get_scale()} if self.labelled else {}
+            with self._autocast():
+                loss = nn.functional.cross_entropy(self.network(x, **options), y)
+            optimizer.zero_grad()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(optimizer)
+            self.scaler.update()
+            if self.mirrored:
+                bk.mirror_(self.model, lr=0.1, decay=0.1)
+            total += loss.detach()
+            count += 1
+        return total.item() / count
+
+    @torch.no_grad()
+    def evaluate(self, batches: data.Batches) -> dict[str, float]:
+        """Mean loss, top-1 and (of more than 10 classes) top-5 error over `batches`."""
+        self.network.eval()
+        total = torch.zeros(3, device=self.device)
+        count = 0
+        for x, y in batches:
+            with self._autocast():
+                outputs = self.network(x).float()
+            total += torch.stack(
+                [
+                    nn.functional.cross_entropy(outputs, y, reduction="sum"),
+                    (outputs.argmax(1) != y).sum(),
+                    (outputs.topk(min(5, outputs.shape[1])).indices != y[:, None]).all(1).sum(),
+                ]
+            )
+            count += len(y)
+        loss, top1, top5 = (total / count).tolist()
+        return {"loss": loss, "error": top1} | ({"top5": top5} if outputs.shape[1] > 10 else {})
+
+    def measure(self, x: Tensor, y: Tensor) -> dict[str, float]:
+        if self.labelled:
+            return {}
+        return measure.angles(self.model, x, y)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = AMP[self.experiment.train.amp]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+
+class TargetLearner(Learner):
+    """Target propagation, its layers and its inverses each with an optimizer of their own."""
+
+    def __init__(
+        self, experiment: Experiment, model: nn.Module, shape: tuple[int, ...], seed: int, device: Any
+    ) -> None:
+        self.experiment, self.device = experiment, torch.device(device)
+        options = dict(experiment.algorithm)
+        variant = options.pop("name")
+        self.schedule = options.pop("schedule", "parallel")
+        self.model = self.network = bartunov.target_prop(model, shape, variant, **options).to(self.device)
+        self.optimizers = [optimizer(experiment.optimizer, self.model.layers)]
+        if experiment.inverse_optimizer:
+            self.optimizers.append(optimizer(experiment.inverse_optimizer, self.model.inverses))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        names = ("optimizer", "inverse_optimizer")
+        return {"model": self.model, **dict(zip(names, self.optimizers, strict=False))}
+
+    def epoch(self, batches: data.Batches) -> float:
+        self.model.train()
+        inverse = self.optimizers[1] if len(self.optimizers) > 1 else None
+        return schedules.train_epoch(self.model, batches, self.optimizers[0], inverse, self.schedule)
+
+    def measure(self, x: Tensor, y: Tensor) -> dict[str, float]:
+        """`angle_grad/<layer>`, and `inverse_loss/<layer>` of every learned inverse."""
+        tp = self.model
+        weights = metrics.trained(tp.layers)
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            torch.manual_seed(0)
+            h = tp.activations(x)
+            ours = torch.autograd.grad(tp.forward_loss(h, tp.targets(h, y), y), list(weights.values()))
+            exact = torch.autograd.grad(tp.loss(tp(x), y), list(weights.values()))
+            found = {
+                f"angle_grad/{name.removesuffix('.weight')}": metrics.compare(g, e).angle
+                for name, g, e in zip(weights, ours, exact, strict=True)
+            }
+            if tp.inverse_objective is not None:
+                with torch.no_grad():
+                    losses = [loss.item() for loss in tp.inverse_losses(h)]
+                found |= {f"inverse_loss/{number}": loss for number, loss in enumerate(losses, 2)}
+        return found
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, enabled=False)
+
+
+def build(experiment: Experiment, shape: Shape, classes: int, seed: int, device: Any) -> Learner:
+    torch.manual_seed(seed)
+    model = models.build(experiment.model.name, shape, classes)
+    if experiment.model.init == "xavier":
+        bartunov._glorot(model)
+    kind = TargetLearner if experiment.family == "targets" else Learner
+    return kind(experiment, model, shape, seed, device)
+
+
+def optimizer(options: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that a TOML table describes; `last_layer` holds what differs for the last module with weights."""
+    options = dict(options)
+    cls = OPTIMIZERS[options.pop("name")]
+    last = options.pop("last_layer", None)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not last:
+        return cls(trained, **options)
+    head = [m for m in model.modules() if m._parameters][-1]
+    owned = {id(p) for p in head.parameters()}
+    groups = [
+        {"params": [p for p in trained if id(p) not in owned]},
+        {"params": [p for p in trained if id(p) in owned], **last},
+    ]
+    return cls(groups, **options)

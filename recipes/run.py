@@ -1,0 +1,183 @@
+"""Run an experiment, one folder a seed: log.jsonl (a header, then a row an epoch) and checkpoint.pt.
+
+Both are written after every epoch, whole or not at all; the same command goes on from there, and does nothing where the
+run is finished.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from recipes import data as datasets
+from recipes import learn, models
+from recipes.experiment import Experiment
+
+Row = dict[str, Any]
+
+
+def run(
+    experiment: Experiment,
+    seed: int,
+    folder: Path,
+    *,
+    data_root: str | Path = "data",
+    device: str = "cpu",
+    workers: int = 0,
+    measure: bool = True,
+) -> list[Row]:
+    """Train one seed of `experiment` into `folder`, or go on with it; the rows of log.jsonl without its header.
+
+    measure: angles and inverse losses after every epoch.
+    Raises ValueError where `folder` holds a run of another experiment.
+    """
+    content = {k: v for k, v in experiment.resolved.items() if k not in ("seeds", "search", "published", "row", "note")}
+    checkpoint = folder / "checkpoint.pt"
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None
+    if saved is not None:
+        _same(json.loads(saved["experiment"]), content, checkpoint)
+        if len(saved["rows"]) > experiment.train.epochs or _diverged(saved["rows"]):
+            return saved["rows"]
+
+    channels, size = models.input_for(experiment.model.name, *datasets.NATIVE[experiment.data.name])
+    data = datasets.load(experiment.data.spec(data_root), data_root, experiment.data.size or size, channels)
+    if experiment.train.batch_size > len(data.train):
+        raise ValueError(f"train.batch_size: got {experiment.train.batch_size}, there are {len(data.train)} images")
+    learner = learn.build(experiment, data.shape, data.classes, seed, device)
+    shuffle = torch.Generator().manual_seed(seed)
+    options = {"device": torch.device(device), "workers": workers}
+    batches = datasets.Batches(data.train, experiment.train.batch_size, shuffle, **options)
+    # Of the training images as many as there are test images, evenly spread.
+    part = torch.linspace(0, len(data.train) - 1, min(len(data.train), len(data.test))).long()
+    held = {
+        "train": datasets.Batches(data.train, 500, only=part, **options),
+        "test": datasets.Batches(data.test, 500, **options),
+    }
+    probe = next(iter(datasets.Batches(data.train, 128, only=part[:: max(1, len(part) // 128)], **options)))
+    schedulers = [_scheduler(experiment, optimizer) for optimizer in learner.optimizers]
+    state = learner.state | {f"scheduler{i}": s for i, s in enumerate(schedulers)}
+
+    rows: list[Row] = []
+    if saved is not None:
+        rows = saved["rows"]
+        for name, holder in state.items():
+            holder.load_state_dict(saved[name])
+        shuffle.set_state(saved["shuffle"])
+        torch.set_rng_state(saved["rng"])
+        if torch.cuda.is_available() and "cuda_rng" in saved:
+            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+    header = {"row": experiment.row, "seed": seed, "published": experiment.published, "experiment": content} | machine()
+    folder.mkdir(parents=True, exist_ok=True)
+
+    epochs = experiment.train.epochs
+    for epoch in range(len(rows), epochs + 1):
+        if _diverged(rows):
+            tqdm.write(f"{folder}: stopped, the loss is {rows[-1]['train_loss']}; try a smaller rate")
+            break
+        row: Row = {"epoch": epoch, "lr": learner.optimizers[0].param_groups[0]["lr"], "seconds": 0.0}
+        row["train_loss"] = math.nan
+        if epoch > 0:
+            start = time.perf_counter()
+            progress = tqdm(batches, f"{experiment.row} {epoch}/{epochs}", leave=False, disable=None, unit="batch")
+            row["train_loss"] = learner.epoch(progress)
+            row["seconds"] = time.perf_counter() - start
+            for scheduler in schedulers:
+                scheduler.step()
+        for split, part_batches in held.items():
+            row |= {f"{split}_{name}": value for name, value in learner.evaluate(part_batches).items()}
+        if measure:
+            row |= learner.measure(*probe)
+        rows.append(row)
+        _save(checkpoint, {"rows": rows, "experiment": json.dumps(content)}, state, shuffle)
+        _write(folder / "log.jsonl", "".join(json.dumps(_short(r)) + "\n" for r in (header, *rows)).encode())
+        if epoch > 0:
+            tqdm.write(
+                f"{experiment.row} seed {seed} {epoch}/{epochs}: test error {row['test_error']:.2%}, "
+                f"training {row['train_error']:.2%}, loss {row['train_loss']:.4f}, {row['seconds']:.1f} s"
+            )
+            sys.stdout.flush()
+    return rows
+
+
+def machine() -> dict[str, str]:
+    """Where and how a run was made: processor, versions, commit and command."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+        commit = described.stdout.strip()
+    except OSError:
+        commit = ""
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    if torch.cuda.is_available():
+        processor += f", {torch.cuda.get_device_name()}"
+    return {
+        "processor": f"{processor}, {torch.get_num_threads()} thread(s)",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "commit": commit,
+        "command": f"python -m recipes {shlex.join(sys.argv[1:])}",
+    }
+
+
+def _scheduler(experiment: Experiment, optimizer: torch.optim.Optimizer) -> Any:
+    train = experiment.train
+    if train.cosine:
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, train.epochs)
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, train.milestones, train.gamma)
+
+
+def _diverged(rows: list[Row]) -> bool:
+    return len(rows) > 1 and not math.isfinite(rows[-1]["train_loss"])
+
+
+def _same(made: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
+    made, now = _flat(made), _flat(now)
+    for key in sorted(made.keys() | now.keys()):
+        # More epochs go on with a run, unless its rates were falling towards the last one.
+        more = key == "train.epochs" and not now.get("train.cosine")
+        if made.get(key) != now.get(key) and not more:
+            raise ValueError(f"{key}: got {now.get(key)!r}, {checkpoint} was made with {made.get(key)!r}")
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def _short(row: Row) -> Row:
+    # JSON has no nan, and figures need no more digits.
+    return {k: (float(f"{v:.6g}") if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in row.items()}
+
+
+def _save(path: Path, content: dict[str, Any], state: dict[str, Any], shuffle: torch.Generator) -> None:
+    content |= {name: holder.state_dict() for name, holder in state.items()}
+    content |= {"shuffle": shuffle.get_state(), "rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        content["cuda_rng"] = torch.cuda.get_rng_state_all()
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    _write(path, buffer.getvalue())
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
