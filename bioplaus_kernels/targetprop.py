@@ -37,6 +37,7 @@ VARIANTS = {
     "sdtp": Variant("labels", True, False, "denoising"),
     "ao_sdtp": Variant("labels", True, False, "denoising"),
     "l_drl": Variant("output", True, False, "l_drl"),
+    "dtpdrl": Variant("output", True, False, "drl"),
     "ddtp": Variant("output", True, True, "drl"),
     "fw_dtp": Variant("hidden", True, False, None),
 }
@@ -62,6 +63,7 @@ class TargetProp(torch.nn.Module):
     | "sdtp" | labels | as below | the same | denoising |
     | "ao_sdtp" | labels, z | as below, g_L(ô, z) − g_L(o, z), S1 eq. 3 | the same | denoising |
     | "l_drl" | h_L − α ∂L/∂h_L | as below | the same (Ernoult et al. 2022) | l_drl |
+    | "dtpdrl" | h_L − α ∂L/∂h_L | as below | the same (Meulemans et al. 2020) | drl |
     | "ddtp" | h_L − α ∂L/∂h_L | as below | h_l + Q_l(ĥ_L) − Q_l(h_L) (Meulemans et al. 2020) | drl |
     | "fw_dtp" | | as "dtp" | the same, g fixed and random (Shibuya et al. 2023) | none |
 
@@ -73,11 +75,16 @@ class TargetProp(torch.nn.Module):
     * "denoising": ‖h_{l-1} − g_l(f_l(h̃))‖²
     * "l_drl": −2 ⟨ε, g_l(f_l(h̃)) − r⟩ + ‖g_l(h_l + η) − r‖², r = g_l(h_l), η ~ N(0, σ²); for linear f = F it
       is least at g = Fᵀ
-    * "drl": ‖Q_l(f_L ∘ … ∘ f_{l+1}(h_l + ε)) − Q_l(h_L) − ε‖² / σ²
+    * "drl": ‖t_{l-1} − h̃‖² / σ², where t_{l-1} is the target that the inverses, all but g_l as constants, make of
+      f_L ∘ … ∘ f_l(h̃) as ĥ_L, layer by layer or by Q_{l-1} at once. For linear f least where these targets are those
+      of Gauss and Newton; their damping, the loss's second term, is the inverses' weight decay (Meulemans et al. 2020)
+
+    With "ddtp", "preserving" is ‖h̃ − Q_{l-1}(f_L ∘ … ∘ f_l(h̃))‖², the control DDTP-control of Meulemans et al.
 
     layers: f_1 … f_L, modules with their nonlinearity; the last one gives logits (N, classes).
     inverses: L entries, entry k maps h_{k+1} (for "ddtp" h_L) to what `layers[k]` takes; entry 0 is None, and where the
-        first target is of L − 1 the last one too. None everywhere with mix=1.
+        first target is of L − 1 the last one too. None everywhere with mix=1. `learned_inverse` makes one,
+        `rhl_inverses` those of DDTP-RHL.
     alpha: step α of the first target. sigma: standard deviation σ of the noise.
     loss: the task loss (logits, y) → mean over the batch.
     reduction: the loss of the first target's gradient, "mean" over the batch as in Lee et al.'s code, or "sum". With
@@ -123,9 +130,13 @@ class TargetProp(torch.nn.Module):
         if (auxiliary is not None) != (variant == "ao_sdtp"):
             wanted = "a module" if variant == "ao_sdtp" else f"None with variant={variant!r}"
             checks.fail("auxiliary", wanted, "None" if auxiliary is None else type(auxiliary).__name__)
-        objective = None if mix == 1 else inverse_objective or plan.inverse_loss
-        allowed = ("drl",) if plan.direct else ("preserving", "denoising", "l_drl") if objective else ()
-        if inverse_objective is not None and (plan.inverse_loss is None or inverse_objective not in allowed):
+        objective = None if mix == 1 or plan.inverse_loss is None else inverse_objective or plan.inverse_loss
+        allowed: tuple[str, ...] = ("preserving", "drl")
+        if objective is None:
+            allowed = ()
+        elif not plan.direct:
+            allowed = ("preserving", "denoising", "l_drl") + ("drl",) * plan.difference
+        if inverse_objective is not None and inverse_objective not in allowed:
             why = f"with variant={variant!r} and mix={mix}"
             checks.fail("inverse_objective", f"{' or '.join(allowed) or None} {why}", repr(inverse_objective))
         if objective == "drl" and sigma == 0:
@@ -208,27 +219,32 @@ class TargetProp(torch.nn.Module):
         if self.inverse_objective is None:
             checks.fail("variant", "one that trains its inverses", repr(self.variant))
         h = self._detached(h)
-        top = self._top(h[-1], h[-2])
+        # Here h_L stands for what its inverse sees.
+        h[-1] = self._top(h[-1], h[-2])
+        objective, direct = self.inverse_objective, self._plan.direct
         losses = []
         for k in self._inner:
             noise = torch.randn_like(h[k]) * self.sigma
             noisy = h[k] + noise
-            end = len(self.layers) if self.inverse_objective == "drl" else k + 1
+            end = self._inner.stop if direct or objective == "drl" else k + 1
             with torch.no_grad():
                 f = noisy
                 for i in range(k, end):
                     below, f = f, self.layers[i](f)
                 if end == len(self.layers):
                     f = self._top(f, below)
-            if self.inverse_objective == "preserving":
+                if not direct:
+                    for i in reversed(range(k + 1, end)):
+                        f = h[i] + self._difference(i, f, h[i + 1])
+            if objective == "preserving":
                 losses.append(_squares(noisy - self.inverses[k](f)))
-            elif self.inverse_objective == "denoising":
+            elif objective == "denoising":
                 losses.append(_squares(h[k] - self.inverses[k](f)))
-            elif self.inverse_objective == "drl":
-                at_noisy, at_h = self.inverses[k](torch.cat((f, top))).chunk(2)
-                losses.append(_squares(at_noisy - at_h - noise) / self.sigma**2)
+            elif objective == "drl":
+                change = self._difference(k, f, h[-1] if direct else h[k + 1])
+                losses.append(_squares(change - noise) / self.sigma**2)
             else:
-                clean = top if end == len(self.layers) else h[end]
+                clean = h[k + 1]
                 shifted = clean + torch.randn_like(clean) * self.sigma
                 at_noisy, at_shifted, r = self.inverses[k](torch.cat((f, shifted, clean))).chunk(3)
                 inner = (noise * (at_noisy - r)).flatten(1).sum(1).mean()
@@ -332,6 +348,53 @@ def learned_inverse(
         assert input_size is not None
         tail.append(torch.nn.Unflatten(1, tuple(input_size)))
     return torch.nn.Sequential(inverse, *tail) if tail else inverse
+
+
+def rhl_inverses(
+    sizes: Sequence[int | Sequence[int]],
+    classes: int,
+    hidden: int = 2048,
+    *,
+    activation: torch.nn.Module | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[torch.nn.Module | None]:
+    """The inverses of DDTP-RHL (Meulemans et al. 2020), for `TargetProp(layers, rhl_inverses(…), "ddtp")`.
+
+    Q_l(h_L) = σ(V_l tanh(R h_L + r) + c_l) for l = 1 … L − 2 with one random hidden layer R, r that all share and that
+    stays as it is drawn, (hidden, classes); for l = L − 1, whose Gauss–Newton target is linear in that of h_L,
+    Q_l(h_L) = σ(V_l h_L + c_l). V_l begins as Glorot's normal draw, c_l as zero, R and r as torch.nn.Linear's.
+
+    sizes: of h_1 … h_{L-1} without the batch, each a number or a shape (C, H, W). classes: the size of h_L.
+    hidden: of the random layer, 2048 in the paper. activation: σ, a module without parameters, or None for none; the
+    paper's configurations have tanh or none.
+
+    Returns L entries for `inverses`, the first None. Raises ValueError or TypeError for a size that is not positive.
+    """
+    like: Any = {"device": device, "dtype": dtype}
+    shapes = [(size,) if isinstance(size, int) else tuple(size) for size in sizes]
+    numbers = [(f"sizes[{k}]", n) for k, shape in enumerate(shapes) for n in shape]
+    for name, n in [*numbers, ("classes", classes), ("hidden", hidden)]:
+        if isinstance(n, bool) or not isinstance(n, int):
+            checks.fail(name, "an integer", repr(n), TypeError)
+        if n < 1:
+            checks.fail(name, "at least 1", n)
+    if not shapes:
+        checks.fail("sizes", "at least one hidden layer", "none")
+    random = torch.nn.Sequential(torch.nn.Linear(classes, hidden, **like), torch.nn.Tanh()).requires_grad_(False)
+    inverses: list[torch.nn.Module | None] = [None]
+    for k, shape in enumerate(shapes):
+        last = k == len(shapes) - 1
+        trained = torch.nn.Linear(classes if last else hidden, math.prod(shape), **like)
+        torch.nn.init.xavier_normal_(trained.weight)
+        torch.nn.init.zeros_(trained.bias)
+        parts: list[torch.nn.Module] = [trained] if last else [random, trained]
+        if activation is not None:
+            parts.append(copy.deepcopy(activation))
+        if len(shape) > 1:
+            parts.append(torch.nn.Unflatten(1, shape))
+        inverses.append(torch.nn.Sequential(*parts))
+    return inverses
 
 
 def _squares(difference: Tensor) -> Tensor:
