@@ -3,7 +3,7 @@
 import csv
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from .backends.reference import checks
 from .direct import DirectFeedback
 from .feedback import Backprop
 from .nn.base import FeedbackLayer
+from .targetprop import TargetProp
 
 Row = dict[str, float]
 # Numbers a chunk: their float64 copies stay in a cache.
@@ -70,18 +71,18 @@ def weights(model: torch.nn.Module) -> dict[str, Comparison]:
 def backprop(model: torch.nn.Module) -> Iterator[None]:
     """In the block every feedback layer has B = W, and every `DirectFeedback` is the model it holds."""
     rules = [(m, m._feedback) for m in model.modules() if isinstance(m, FeedbackLayer)]
-    direct = [m for m in model.modules() if isinstance(m, DirectFeedback)]
+    direct = [(m, m._bypassed) for m in model.modules() if isinstance(m, DirectFeedback)]
     try:
         for layer, _ in rules:
             layer._feedback = Backprop()
-        for wrapper in direct:
+        for wrapper, _ in direct:
             wrapper._bypassed = True
         yield
     finally:
         for layer, rule in rules:
             layer._feedback = rule
-        for wrapper in direct:
-            wrapper._bypassed = False
+        for wrapper, bypassed in direct:
+            wrapper._bypassed = bypassed
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -111,19 +112,130 @@ def updates(model: torch.nn.Module, loss: Callable[[], Tensor]) -> dict[str, Com
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
             return torch.autograd.grad(loss(), list(parameters.values()), allow_unused=True, materialize_grads=True)
 
+    with _kept_buffers(model):
+        ours = gradients()
+    with _kept_buffers(model), backprop(model):
+        exact = gradients()
+    return {name: compare(g, e) for name, g, e in zip(parameters, ours, exact, strict=True)}
+
+
+@contextmanager
+def _kept_buffers(model: torch.nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        ours = gradients()
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        with backprop(model):
-            exact = gradients()
+        yield
     finally:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
+
+
+@contextmanager
+def _eval_mode(*models: torch.nn.Module) -> Iterator[None]:
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def gauss_newton_targets(tp: TargetProp, h: Sequence[Tensor], y: Tensor, damping: float = 0.0) -> list[Tensor]:
+    """[ĥ_1, …, ĥ_{L-1}] by Gauss and Newton, ĥ_l = h_l − α J_lᵀ (J_l J_lᵀ + λ I)⁻¹ ∂L/∂h_L (Meulemans et al. 2020).
+
+    J_l = ∂h_L/∂h_l of each sample, h_L the logits; α and `reduction` are those of `tp`. damping: λ ≥ 0; 0 takes the
+    pseudo-inverse J_l⁺, and math.inf the limit of λ (h_l − ĥ_l), h_l − α J_lᵀ ∂L/∂h_L, which is back-propagation's.
+
+    h, y: as `TargetProp.targets` takes them. In float64, with N · classes · n_l numbers for J_l. The Jacobians are
+    exact whatever rules the layers have, and taken in eval mode, so that no sample sees another.
+    """
+    if isinstance(damping, bool) or not isinstance(damping, int | float):
+        checks.fail("damping", "a number", repr(damping), TypeError)
+    if not damping >= 0:
+        checks.fail("damping", "a number of at least 0", damping)
+    if len(h) != len(tp.layers) + 1:
+        checks.fail("h", f"{len(tp.layers) + 1} activations", len(h))
+    hidden = [h[1].detach().requires_grad_()]
+    with torch.enable_grad(), _eval_mode(tp), backprop(tp):
+        for layer in tp.layers[1:-1]:
+            hidden.append(layer(hidden[-1]))
+        jacobians = _jacobians(tp.layers[-1](hidden[-1]), hidden)
+    error = tp._step(torch.nn.Identity(), h[-1], y).double().unsqueeze(2)
+    targets = []
+    for activation, j in zip(h[1:-1], jacobians, strict=True):
+        if damping == 0:
+            change = torch.linalg.pinv(j) @ error
+        elif damping == math.inf:
+            change = j.mT @ error
+        else:
+            change = j.mT @ torch.linalg.solve(j @ j.mT + damping * torch.eye(j.shape[1]).to(j), error)
+        targets.append(activation.detach() - change.reshape(activation.shape).to(activation.dtype))
+    return targets
+
+
+def gauss_newton(tp: TargetProp, x: Tensor, y: Tensor, damping: float = 0.0) -> dict[str, Comparison]:
+    """The gradient of every trained hidden weight against that of `gauss_newton_targets`, by its name in `tp`.
+
+    The angle to Gauss–Newton targets of Meulemans et al. 2020; with damping=math.inf the angle to back-propagation.
+    Both gradients are those of the loss ‖h_l − ĥ_l‖² in eval mode, and no `.grad` is changed. To compare targets and not
+    gradients, `compare(h_l − ĥ_l, h_l − theirs)`.
+    """
+    parameters = {f"layers.{name}": p for name, p in trained(tp.layers[:-1]).items()}
+    if not parameters:
+        checks.fail("tp", "hidden layers with weights that require a gradient", "none")
+    with torch.enable_grad(), _eval_mode(tp):
+        h = tp.activations(x)
+        ours, exact = (
+            torch.autograd.grad(
+                tp.forward_loss(h, targets, y),
+                list(parameters.values()),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            for targets in (tp.targets(h, y), gauss_newton_targets(tp, h, y, damping))
+        )
     return {name: compare(g, e) for name, g, e in zip(parameters, ours, exact, strict=True)}
+
+
+class Spectrum(NamedTuple):
+    """Of J_f J_g: the share of eigenvalues with a positive real part, and the trace; means over the samples."""
+
+    positive: float
+    trace: float
+
+
+def jacobian_spectrum(layer: torch.nn.Module, inverse: torch.nn.Module, h: Tensor) -> Spectrum:
+    """Eigenvalues of J_f J_g for f = `layer` at h and its inverse g at f(h) (Shibuya et al. 2023).
+
+    Positive eigenvalues are the strict condition, a positive trace the weak one, for a change of the target of f(h)
+    that g takes down to move f(h) the same way.
+
+    h: (N, …). J_f (n_l, n_{l-1}) of each sample takes n_l gradients and N · n_l · n_{l-1} numbers in float64: a few
+    samples are enough. Of n_l > n_{l-1} eigenvalues the surplus are zero and not positive. Taken in eval mode.
+    Raises ValueError where g does not map f's output to the size of h.
+    """
+    with torch.enable_grad(), _eval_mode(layer, inverse), backprop(layer), backprop(inverse):
+        below = h.detach().requires_grad_()
+        out = layer(below)
+        (jf,) = _jacobians(out, [below])
+        above = out.detach().requires_grad_()
+        back = inverse(above)
+        checks.shape("inverse", back, h.shape)
+        (jg,) = _jacobians(back, [above])
+    # The smaller of the two products has all the eigenvalues that are not zero.
+    smaller = jf @ jg if jf.shape[1] <= jf.shape[2] else jg @ jf
+    positive = (torch.linalg.eigvals(smaller).real > 0).sum(1) / max(jf.shape[1], 1)
+    return Spectrum(positive.mean().item(), smaller.diagonal(dim1=1, dim2=2).sum(1).mean().item())
+
+
+def _jacobians(out: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    # (N, numbers of out, numbers of the input) for each of the inputs.
+    out = out.flatten(1)
+    rows = [torch.autograd.grad(out[:, j].sum(), inputs, retain_graph=True) for j in range(out.shape[1])]
+    return [torch.stack(row, 1).flatten(2).double() for row in zip(*rows, strict=True)]
 
 
 @torch.no_grad()

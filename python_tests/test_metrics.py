@@ -1,8 +1,9 @@
 """Measures against closed forms: known angles of distributions, exact gradients, and files as they are written."""
 
+import copy
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -159,6 +160,179 @@ def test_inverse_loss() -> None:
     assert metrics.inverse_loss(layer, inverse, h) < 1e-6
     with pytest.raises(ValueError, match="inverse: expected shape"):
         metrics.inverse_loss(layer, nn.Linear(5, 4), h)
+
+
+class Net(NamedTuple):
+    """A network of target propagation, its weights and nonlinearity, and a batch in float64."""
+
+    tp: bk.TargetProp
+    weights: list[Tensor]
+    tanh: bool
+    x: Tensor
+    y: Tensor
+
+    def jacobians(self, h: list[Tensor]) -> list[Tensor]:
+        """∂h_3/∂h_1 and ∂h_3/∂h_2 of every sample by the chain rule, written out."""
+        w2, w3 = self.weights[1:]
+        slope = 1 - h[2].detach() ** 2 if self.tanh else torch.ones_like(h[2])
+        return [w3 @ (slope[:, :, None] * w2), w3.expand(len(h[0]), -1, -1)]
+
+
+def three_layers(tanh: bool = False, variant: str = "l_drl", **kwargs: Any) -> Net:
+    """4 → 6 → 5 → 3, linear or with tanh in the hidden layers."""
+    linear = [nn.Linear(a, b) for a, b in ((4, 6), (6, 5), (5, 3))]
+    layers = [*(nn.Sequential(m, nn.Tanh() if tanh else nn.Identity()) for m in linear[:2]), linear[2]]
+    inverses = [None] * 3 if kwargs.get("mix") == 1 else [None, nn.Linear(5, 6), nn.Linear(3, 5)]
+    tp = bk.TargetProp(layers, inverses, variant, **kwargs).double()
+    x, y = torch.randn(7, 4, dtype=torch.float64), torch.arange(7) % 3
+    return Net(tp, [m.weight.detach() for m in linear], tanh, x, y)
+
+
+@pytest.mark.parametrize("tanh", [False, True])
+@pytest.mark.parametrize("damping", [0.0, 0.3, math.inf])
+def test_gauss_newton_targets_are_the_closed_form(tanh: bool, damping: float) -> None:
+    net = three_layers(tanh, alpha=0.2)
+    h = net.tp.activations(net.x)
+    error = 0.2 * (h[3].softmax(1) - F.one_hot(net.y, 3)).detach() / 7
+    found = metrics.gauss_newton_targets(net.tp, h, net.y, damping)
+    for target, activation, jacobian in zip(found, h[1:3], net.jacobians(h), strict=True):
+        for i, j in enumerate(jacobian):
+            # (JᵀJ + λI)⁻¹ Jᵀ e, the other form of the same.
+            if damping == 0:
+                step = torch.linalg.lstsq(j, error[i]).solution if not tanh else torch.linalg.pinv(j) @ error[i]
+            elif damping == math.inf:
+                step = j.T @ error[i]
+            else:
+                step = torch.linalg.inv(j.T @ j + damping * torch.eye(j.shape[1]).to(j)) @ j.T @ error[i]
+            torch.testing.assert_close(target[i], activation[i] - step, rtol=1e-8, atol=1e-12)
+    with pytest.raises(ValueError, match="damping: expected a number of at least 0, got -1"):
+        metrics.gauss_newton_targets(net.tp, h, net.y, -1)
+    with pytest.raises(ValueError, match="h: expected 4 activations, got 3"):
+        metrics.gauss_newton_targets(net.tp, h[:3], net.y)
+
+
+def test_a_step_to_gauss_newton_targets_is_that_of_the_output() -> None:
+    # J J⁺ = I: the hidden layer that reaches its target takes the logits to h_3 − α ∂L/∂h_3.
+    net = three_layers(alpha=0.7, reduction="sum")
+    h = net.tp.activations(net.x)
+    wanted = h[3] - 0.7 * (h[3].softmax(1) - F.one_hot(net.y, 3))
+    first, second = metrics.gauss_newton_targets(net.tp, h, net.y)
+    torch.testing.assert_close(net.tp.layers[2](net.tp.layers[1](first)), wanted, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(net.tp.layers[2](second), wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_angles_to_gauss_newton_targets() -> None:
+    # Back-propagation as target propagation is the limit of infinite damping, and of none only by chance.
+    net = three_layers(True, "dtp", mix=1.0, alpha=0.2)
+    found = metrics.gauss_newton(net.tp, net.x, net.y, math.inf)
+    assert list(found) == ["layers.0.0.weight", "layers.1.0.weight"]
+    for c in found.values():
+        assert c.angle < 1e-5 and c.norm_ratio == pytest.approx(1) and c.sign_agreement == 1
+    assert all(c.angle > 1 for c in metrics.gauss_newton(net.tp, net.x, net.y).values())
+    near, far = (metrics.gauss_newton(net.tp, net.x, net.y, d)["layers.0.0.weight"].angle for d in (1.0, 1e4))
+    assert near > 1000 * far > 0
+    assert all(p.grad is None for p in net.tp.parameters())
+    # Inverses that are those of the whole linear network give Gauss–Newton targets: 0 degrees.
+    net = three_layers(False, alpha=0.2)
+    w2, w3 = net.weights[1:]
+    with torch.no_grad():
+        net.tp.inverses[2].weight.copy_(torch.linalg.pinv(w3))
+        net.tp.inverses[1].weight.copy_(torch.linalg.pinv(torch.linalg.pinv(w3) @ w3 @ w2))
+    for c in metrics.gauss_newton(net.tp, net.x, net.y).values():
+        assert c.angle < 1e-4 and c.norm_ratio == pytest.approx(1)
+    # The gradient, written out: 2 (h − ĥ)ᵀ h_{l-1} / N with J ĥ's change = α ∂L/∂h_L, against the layer's own inverse.
+    with torch.no_grad():
+        net.tp.inverses[1].weight.copy_(w2.T)
+    h = [t.detach() for t in net.tp.activations(net.x)]
+    steps = [t - g for t, g in zip(net.tp.targets(h, net.y), h[1:3], strict=True)]
+    exact = -0.2 * (h[3].softmax(1) - F.one_hot(net.y, 3)) / 7 @ torch.linalg.pinv(w3 @ w2).T
+    cosine = F.cosine_similarity((steps[0].T @ h[0]).flatten(), (exact.T @ h[0]).flatten(), 0)
+    angle = metrics.gauss_newton(net.tp, net.x, net.y)["layers.0.0.weight"].angle
+    assert angle == pytest.approx(math.degrees(math.acos(cosine)), rel=1e-6) and angle > 1
+
+
+def test_gauss_newton_of_layers_with_a_rule_and_batch_norm() -> None:
+    # The rule and the running statistics stay, and the Jacobians are those of the weights.
+    layers = [nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh()), nn.Linear(6, 3)]
+    plain = bk.TargetProp(layers, [None, nn.Linear(3, 6)], "l_drl").double().eval()
+    converted = copy.deepcopy(plain)
+    bk.convert_(converted.layers, "usf")
+    x, y = torch.randn(7, 4, dtype=torch.float64), torch.arange(7) % 3
+    h = plain.activations(x)
+    for ours, theirs in zip(
+        metrics.gauss_newton_targets(converted, h, y), metrics.gauss_newton_targets(plain, h, y), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+    assert converted.layers[1].feedback.name == "usf"
+    before = {n: t.clone() for n, t in converted.state_dict().items()}
+    found = metrics.gauss_newton(converted.train(), x, y)
+    assert converted.training and converted.layers[0][1].training
+    assert found == metrics.gauss_newton(converted.eval(), x, y)
+    assert all(torch.equal(t, before[n]) for n, t in converted.state_dict().items())
+    converted.layers.requires_grad_(False)
+    with pytest.raises(ValueError, match="tp: expected hidden layers with weights that require a gradient, got none"):
+        metrics.gauss_newton(converted, x, y)
+
+
+def diagonal(*numbers: float) -> nn.Module:
+    """A linear map without bias."""
+    layer = nn.Linear(len(numbers), len(numbers), bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.diag(torch.tensor(numbers)))
+    return layer
+
+
+class Square(nn.Module):
+    """y ↦ y²."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y * y
+
+
+def test_the_spectrum_of_an_inverse() -> None:
+    h = torch.randn(4, 3)
+    assert metrics.jacobian_spectrum(diagonal(1, 2, 3), diagonal(1, -2, 4), h) == (pytest.approx(2 / 3), 9)
+    for degrees, share in ((89.0, 1), (91.0, 0)):
+        # Eigenvalues e^{±iθ}.
+        turn = diagonal(0, 0)
+        c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+        with torch.no_grad():
+            turn.weight.copy_(torch.tensor([[c, -s], [s, c]]))
+        assert metrics.jacobian_spectrum(turn, nn.Identity(), h[:, :2]) == (share, pytest.approx(2 * c, abs=1e-6))
+    # W Wᵀ has as many positive eigenvalues as W has rank, and the trace ‖W‖².
+    for n, share in ((2, 1.0), (5, 0.6)):
+        f, g = nn.Sequential(nn.Linear(3, n)), nn.Linear(n, 3)
+        with torch.no_grad():
+            g.weight.copy_(f[0].weight.T)
+        found = metrics.jacobian_spectrum(f, g, h)
+        assert found == (pytest.approx(share), pytest.approx(f[0].weight.square().sum().item()))
+        with torch.no_grad():
+            g.weight.neg_()
+        assert metrics.jacobian_spectrum(f, g, h) == (0, pytest.approx(-found.trace))
+    # Sample by sample, at its own activations: d(y²)/dy = 2y at y = 3h.
+    h = torch.tensor([[1.0], [2.0], [-4.0], [5.0]])
+    assert metrics.jacobian_spectrum(diagonal(3), Square(), h) == (0.75, pytest.approx(3 * 2 * 3 * 1.0))
+    x = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    f, g = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh()).double(), nn.ConvTranspose2d(2, 1, 3).double()
+    both = [
+        torch.autograd.functional.jacobian(f, s).reshape(8, 16)
+        @ torch.autograd.functional.jacobian(g, f(s)).reshape(16, 8)
+        for s in x.unsqueeze(1)
+    ]
+    found = metrics.jacobian_spectrum(f, g, x)
+    assert found.trace == pytest.approx(sum(b.trace().item() for b in both) / 2)
+    assert found.positive == pytest.approx(sum((torch.linalg.eigvals(b).real > 0).sum().item() for b in both) / 16)
+    with pytest.raises(ValueError, match="inverse: expected shape"):
+        metrics.jacobian_spectrum(nn.Linear(3, 4), nn.Linear(4, 5), torch.randn(2, 3))
+
+
+def test_backprop_within_backprop_leaves_the_outer_one_on() -> None:
+    net = direct.DirectFeedback(model(), ["2"], "shallow", example=batch()[0])
+    with metrics.backprop(net):
+        with metrics.backprop(net):
+            pass
+        net(batch()[0]).sum().backward()
+    assert net.model[0].weight.grad is not None
 
 
 def test_monitor_writes_every_n_steps(tmp_path: Path) -> None:
