@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ class Learner:
             blocks = options.pop("blocks", None) or [n for n, m in model.named_modules() if isinstance(m, nn.Tanh)]
             example = torch.zeros(2, *shape)
             model = bk.DirectFeedback(model, blocks, DIRECT[name](**options), example=example, seed=seed)
-        self.model = model.to(self.device)
+        # Small convolutions and their pooling are nearly twice as fast in this layout.
+        self.model = model.to(self.device, memory_format=torch.channels_last)
         self.network = torch.compile(self.model) if experiment.train.compile else self.model
         self.mirrored = name == "wm"
         self.labelled = name == "drtp"
@@ -152,8 +154,10 @@ def build(experiment: Experiment, shape: Shape, classes: int, seed: int, device:
 
 def optimizer(options: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that a TOML table describes; `last_layer` holds what differs for the last module with weights."""
-    options = dict(options)
-    cls = OPTIMIZERS[options.pop("name")]
+    cls = OPTIMIZERS[options["name"]]
+    fused = {"fused": True} if "fused" in inspect.signature(cls).parameters else {}
+    options = {**fused, **options}
+    del options["name"]
     last = options.pop("last_layer", None)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not last:
