@@ -179,8 +179,8 @@ def gauss_newton(tp: TargetProp, x: Tensor, y: Tensor, damping: float = 0.0) -> 
     """The gradient of every trained hidden weight against that of `gauss_newton_targets`, by its name in `tp`.
 
     The angle to Gauss–Newton targets of Meulemans et al. 2020; with damping=math.inf the angle to back-propagation.
-    Both gradients are those of the loss ‖h_l − ĥ_l‖² in eval mode, and no `.grad` is changed. To compare targets and not
-    gradients, `compare(h_l − ĥ_l, h_l − theirs)`.
+    Both gradients are those of the loss ‖h_l − ĥ_l‖² in eval mode; no `.grad` is changed. To compare the targets
+    themselves, `compare(h_l − ĥ_l, h_l − theirs)`.
     """
     parameters = {f"layers.{name}": p for name, p in trained(tp.layers[:-1]).items()}
     if not parameters:
