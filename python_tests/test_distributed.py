@@ -28,25 +28,39 @@ def _model() -> nn.Module:
 
 # rule, and whether the keys are drawn by each rank's own generator as those of layers built directly are.
 CASES = [("fa", False), ("frsf", False), ("brsf", False), ("fa", True), ("fa-stored", True), ("fa_signed_init", False)]
+# Their B is learned: by W's gradient, and from noise that every rank draws alike.
+CASES += [(rule, direct) for rule in ("kp", "wm") for direct in (False, True)]
+LEARNED: dict[str, bk.Rule] = {"kp": bk.KolenPollack(), "wm": bk.WeightMirror()}
+LR, MOMENTUM, DECAY = 0.1, 0.9, 0.05
+
+
+def _steps(model: nn.Module, forward: nn.Module, rule: str, batches: list[Tensor]) -> list[dict[str, Tensor]]:
+    """Train on each batch; every layer's B before each step."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, bk.nn.FeedbackLayer)}
+    optimizer = torch.optim.SGD(model.parameters(), LR, MOMENTUM, weight_decay=DECAY)
+    noise, seen = torch.Generator().manual_seed(6), []
+    for x in batches:
+        seen.append({name: layer.feedback_matrix().clone() for name, layer in layers.items()})
+        optimizer.zero_grad()
+        forward(x).square().mean().backward()
+        optimizer.step()
+        if rule == "wm":
+            bk.mirror_(model, lr=0.3, decay=0.3, batch_size=32, generator=noise)
+    return seen
 
 
 def _train(rank: int, world: int, rule: str, direct: bool) -> dict[str, Any]:
     torch.manual_seed(100 + rank)  # each rank has its own random state
     model = _model()
-    bk.convert_(model, RULES[rule])
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, bk.nn.FeedbackLayer)}
+    bk.convert_(model, (RULES | LEARNED)[rule])
     if direct:
-        for layer in layers.values():
-            layer.reset_feedback()
+        for layer in model.modules():
+            if isinstance(layer, bk.nn.FeedbackLayer):
+                layer.reset_feedback()
     ranks = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     inputs = torch.randn(3, 4, 1, 8, 8, generator=torch.Generator().manual_seed(5))
-    start, seen = {name: t.clone() for name, t in model.state_dict().items()}, []
-    for x in inputs:
-        seen.append({name: layer.feedback_matrix() for name, layer in layers.items()})
-        optimizer.zero_grad()
-        ranks(x[rank::world]).square().mean().backward()
-        optimizer.step()
+    start = {name: t.clone() for name, t in model.state_dict().items()}
+    seen = _steps(model, ranks, rule, [x[rank::world] for x in inputs])
     return {"start": start, "inputs": inputs, "seen": seen, "end": model.state_dict()}
 
 
@@ -78,22 +92,39 @@ def test_two_ranks_stay_in_step(case: tuple[str, bool], ranks: list[dict[Any, An
     end = ours["end"]
     assert_equal(list(end.values()), list(theirs["end"].values()))
     moved = {name for name, t in end.items() if not torch.equal(t, ours["start"][name])}
-    assert moved == {name for name in end if "feedback" not in name}
+    assert moved == {name for name in end if "feedback" not in name or rule in LEARNED}
     if rule == "brsf":
         # A draw a step; one process would not end as two do: sums round differently, and another bit is another draw.
         assert not torch.equal(ours["seen"][0]["4"].abs(), ours["seen"][1]["4"].abs())
         return
     # One process on whole batches does the same.
     model = _model()
-    bk.convert_(model, RULES[rule])
+    bk.convert_(model, (RULES | LEARNED)[rule])
     model.load_state_dict(ours["start"])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for x in ours["inputs"]:
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
+    _steps(model, model, rule, list(ours["inputs"]))
     for name, t in model.state_dict().items():
         torch.testing.assert_close(t, end[name])
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_learned_feedback_follows_its_rule_on_two_ranks(direct: bool, ranks: list[dict[Any, Any]]) -> None:
+    for result in (rank["kp", direct] for rank in ranks):
+        # Both take every update, so weight decay alone changes W − B: a factor for all elements.
+        factor, velocity = 1.0, 0.0
+        for _ in result["inputs"]:
+            velocity = MOMENTUM * velocity + DECAY * factor
+            factor -= LR * velocity
+        for name in ("0.", "2.", "4.", "6."):
+            first, last = (t[f"{name}weight"] - t[f"{name}feedback_weight"] for t in (result["start"], result["end"]))
+            torch.testing.assert_close(last, factor * first, rtol=1e-5, atol=1e-6)
+    for result in (rank["wm", direct] for rank in ranks):
+        # Towards W from an independent draw, of which three phases leave a third.
+        for name in ("0.", "2.", "4.", "6."):
+            before, after = (
+                torch.cosine_similarity(t[f"{name}weight"].flatten(), t[f"{name}feedback_weight"].flatten(), 0)
+                for t in (result["start"], result["end"])
+            )
+            assert after > before + 0.2
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
