@@ -193,7 +193,7 @@ def _automatic_feedback_mm() -> Callable[..., Tensor]:
             return triton_op(grad_output, *arguments, in_features)
         source = 0.0 if signs is None else 0.125
         source += sum(x.element_size() for x in (weight, magnitude) if x is not None)
-        p = rule.Product(m, in_features, k, grad_output.element_size(), source, entries == "constant")
+        p = rule.Product(m, in_features, k, grad_output.element_size(), source, entries)
         way = rule.least(rule.times(p, configs.architecture(grad_output.device)), ways)
         if way == "cuda":
             return native_op(grad_output, *arguments, in_features)

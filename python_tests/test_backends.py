@@ -2,10 +2,12 @@
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,42 +154,101 @@ def test_compiled_in_one_graph_and_anew_for_another_choice(backend: str) -> None
 # --- the rule ---
 
 BOTH = ("cublas", "cuda", "triton")
+ENTRIES = ("constant", "stored", "uniform", "normal")
 
 
-def chosen(m: int, n: int, k: int, element: int, source: float, constant: bool, arch: str) -> str:
-    return rule.least(rule.times(rule.Product(m, n, k, element, source, constant), arch), BOTH)
+def chosen(m: int, n: int, k: int, element: int, source: float, entries: str, arch: str) -> str:
+    return rule.least(rule.times(rule.Product(m, n, k, element, source, entries), arch), BOTH)
 
 
 @pytest.mark.parametrize("arch", rule.ARCHITECTURES)
 def test_the_rule_is_total_and_positive(arch: str) -> None:
     sizes = (1, 3, 16, 17, 128, 4096, 100_000)
     for m, n, k in itertools.product(sizes, repeat=3):
-        for element, source, constant in itertools.product((2, 4), (0, 0.125, 2, 4), (False, True)):
-            times = rule.times(rule.Product(m, n, k, element, source, constant), arch)
+        for element, source, entries in itertools.product((2, 4), (0, 0.125, 4), ENTRIES):
+            times = rule.times(rule.Product(m, n, k, element, source, entries), arch)
             assert all(0 < t < 1e6 for t in times.values())
             assert rule.least(times, BOTH) in BOTH
             assert rule.least(times, ("cublas",)) == "cublas"
 
 
 def test_the_rule_by_hand() -> None:
-    # At one row the product is bound by what is read of B. 4096 x 4096, A100: packed signs 2 MiB, 1 microsecond,
-    # against B written and read in float32, 3 x 64 MiB, 67 microseconds and more.
-    p = rule.Product(1, 4096, 4096, 4, 0.125, True)
+    # One row, float32, 4096 x 4096, A100, B's source packed signs: 2 MiB, 1 microsecond, against B written and read, 8
+    # times 16 MiB and more, 67 microseconds.
+    p = rule.Product(1, 4096, 4096, 4, 0.125, "constant")
     times = rule.times(p, "sm_80")
     assert times["cublas"] == pytest.approx(2 * 4e-6 + (0.125 + 4) * 2**24 / 2e12 + (4 * 2**24 + 2 * 4 * 4096) / 2e12)
-    # 32 tiles of columns on 108 processors: 27/8 of the time of the operations, 16 times too many rows of them.
-    operations = 4 * 2 * 2**24 / (624e12 * 0.6) * 16 * (108 / 32)
+    # 16 tiles of 8 x 256, in 8 parts of K: 128 blocks on 108 processors are two waves, each as long as a block.
+    operations = 2 * (4 * 2 * 8 * 256 * 4096 / 8) / (624e12 / 108 * 0.6)
+    sums = 4e-6 + 2 * 8 * 8 * 4096 / 2e12
     moved = (0.125 * 2**24 + 4 * 4096 + 4 * 4096) / 2e12
-    assert times["cuda"] == pytest.approx(2 * 4e-6 + (2 * 4 + 4) * 4096 / 2e12 + max(operations, moved))
-    assert chosen(1, 4096, 4096, 4, 0.125, True, "sm_80") == "cuda"
+    seconds = 2 * 4e-6 + (4 + 4) * 4096 / 2e12 + sums + max(operations, moved)
+    assert times["cuda"] == pytest.approx(seconds)
+    # A weight's signs are packed first: another kernel, its bytes read, 2 bits an entry written.
+    packed_first = rule.times(rule.Product(1, 4096, 4096, 4, 4, "constant"), "sm_80")["cuda"]
+    assert packed_first == pytest.approx(seconds + 4e-6 + 4.25 * 2**24 / 2e12)
+    # bf16, uniform, 300 rows: 3 x 64 tiles of 128 x 64 are two waves on 108. 25 instructions form an entry for each of
+    # the 3 rows of tiles, at 9.75 of them a picosecond: more than the tensor cores' time.
+    times = rule.times(rule.Product(300, 4096, 4096, 2, 0, "uniform"), "sm_80")
+    assert times["cuda"] == pytest.approx(4e-6 + 25 * 3 * 2**24 / 9.75e12 * (2 * 108 / 192))
+    assert 2 * 384 * 2**24 / (312e12 * 0.6) < 25 * 3 * 2**24 / 9.75e12
+    # float32, stored, 128 rows: 128 tiles of 128 x 32 in two parts of K are three waves; forming and FMA share
+    # their units, and the sums are written and read.
+    times = rule.times(rule.Product(128, 4096, 4096, 4, 4, "stored"), "sm_80")
+    two = 2 * 4e-6 + 2 * (2 * 4 * 128 * 4096 / 2e12)
+    work = 3 * 108 / 256 * (2 * 128 * 2**24 / (19.5e12 * 0.6) + 2 * 5 * 2**24 / 19.5e12)
+    assert times["cuda"] == pytest.approx(two + work)
+
+
+def test_the_choice_of_the_rule() -> None:
+    assert chosen(1, 4096, 4096, 4, 0.125, "constant", "sm_80") == "cuda"
     # Large and in float32: four digits at 624 against 19.5 tera-operations.
-    assert chosen(4096, 4096, 4096, 4, 4, True, "sm_80") == "cuda"
+    assert chosen(4096, 4096, 4096, 4, 4, "constant", "sm_80") == "cuda"
     # sm_80's instructions reach a quarter of a B200.
-    assert chosen(4096, 4096, 4096, 4, 4, True, "sm_100") == "triton"
+    assert chosen(4096, 4096, 4096, 4, 4, "constant", "sm_100") == "triton"
     # Uniform draws in bf16 with many rows: B once, and the vendor's product.
-    assert chosen(8192, 4096, 4096, 2, 0, False, "sm_90") == "cublas"
+    assert chosen(8192, 4096, 4096, 2, 0, "uniform", "sm_90") == "cublas"
     # MI300X has no CUDA C++.
-    assert "cuda" not in rule.times(p, "gfx942")
+    assert "cuda" not in rule.times(rule.Product(1, 64, 64, 4, 4, "constant"), "gfx942")
+
+
+def test_tiles_of_the_rule_are_the_cuda_kernels() -> None:
+    source = (Path(__file__).parents[1] / "csrc" / "cuda" / "feedback_mm_digits.cu").read_text()
+    # (blocks of 8 rows and two digits a warp, warps along M, along N), each of 64 columns
+    shapes = [tuple(map(int, found)) for found in re.findall(r"using \w+ = Tile<(\d), (\d), (\d)>;", source)]
+    digits = [(blocks * along_m, 64 * along_n) for blocks, along_m, along_n in shapes]
+    assert "kWarpColumns = 64;" in source and len(digits) == 3
+    for name, rows in (("digits4", 4), ("digits2", 8)):
+        assert rule.TILES["cuda"]["sm_80"][name] == tuple((rows * blocks, columns) for blocks, columns in digits)
+    source = (Path(__file__).parents[1] / "csrc" / "cuda" / "feedback_mm.cu").read_text()
+    half = re.search(r"struct HalfTile \{.*?kRows = (\d+);.*?kCols = (\d+);", source, re.S)
+    assert rule.TILES["cuda"]["sm_80"]["half"] == (tuple(map(int, half.groups())),)
+    floats = [tuple(map(int, found)) for found in re.findall(r"using \w+ = FloatTile<(\d+), (\d+), \d+>;", source)]
+    assert rule.TILES["cuda"]["sm_80"]["float32"] == tuple((8 * m, 4 * n) for m, n in floats) and len(floats) == 2
+
+
+@pytest.mark.parametrize("arch", rule.ARCHITECTURES)
+def test_tiles_of_the_rule_are_tritons(arch: str) -> None:
+    configs = pytest.importorskip("bioplaus_kernels.backends.triton.configs")
+    for kind, tiles in rule.TILES["triton"][arch].items():
+        assert tiles == tuple((t.rows, t.columns) for t in configs.TABLES[arch][kind]), kind
+
+
+def test_parts_of_the_rule_are_the_cuda_kernels() -> None:
+    # feedback_mm_digits.cu's sign_splits and feedback_mm.cu's tile_splits, by hand.
+    for m, n, k, entries, element, parts in (
+        (1, 4096, 4096, "constant", 4, 8),  # 16 tiles; 64 stages are 8 parts of 8
+        (1, 512, 65536, "constant", 4, 128),  # 2 tiles
+        (4096, 4096, 4096, "constant", 4, 1),
+        (1, 512, 500, "constant", 4, 1),  # 8 stages: one part
+        (1, 512, 1000, "constant", 2, 2),
+        (16, 4096, 4096, "uniform", 4, 16),
+        (128, 4096, 4096, "stored", 2, 4),  # 64 tiles
+        (128, 4096, 600, "stored", 2, 2),
+    ):
+        p = rule.Product(m, n, k, element, 0, entries)
+        rows, columns = rule.tile("cuda", p, "sm_80")
+        assert rule.splits("cuda", p, -(-m // rows) * -(-n // columns)) == parts, (m, n, k, entries)
 
 
 def test_a_tie_goes_to_the_vendor() -> None:
@@ -204,7 +265,7 @@ def test_the_rule_for_locally_connected_products() -> None:
 
 def test_the_rule_is_traced_with_any_batch() -> None:
     def f(x: torch.Tensor) -> torch.Tensor:
-        way = rule.least(rule.times(rule.Product(x.shape[0], 512, x.shape[1], 4, 0.125, True), "sm_90"), BOTH)
+        way = rule.least(rule.times(rule.Product(x.shape[0], 512, x.shape[1], 4, 0.125, "constant"), "sm_90"), BOTH)
         return x + {"cublas": 1, "cuda": 2, "triton": 3}[way]
 
     compiled = torch.compile(f, fullgraph=True, backend="eager", dynamic=True)
