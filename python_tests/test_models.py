@@ -119,8 +119,9 @@ def test_a_tied_twin_is_the_untied_network_with_shared_weights() -> None:
     torch.testing.assert_close(untied(x), tied(x), rtol=1e-4, atol=1e-5)
 
 
-def test_every_convolution_of_retinanet_takes_a_rule() -> None:
-    model = models.retinanet(3, min_size=64, max_size=64)
+@pytest.mark.parametrize("name", models.DETECTORS)
+def test_every_convolution_of_retinanet_takes_a_rule(name: str) -> None:
+    model = models.DETECTORS[name](3, 64)
     convolutions = [name for name, m in model.named_modules() if type(m) is torch.nn.Conv2d]
     report = bk.convert_(model, "usf")
     assert report.converted == convolutions and len(convolutions) > 30

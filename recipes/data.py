@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import datasets
 from torchvision.datasets.utils import extract_archive
@@ -30,6 +32,7 @@ class Data:
     test: TensorDataset | datasets.VisionDataset
     shape: tuple[int, int, int]
     classes: int
+    collate: Callable[[list[Any]], Any] | None = None  # of a DataLoader, where not torch's own
 
 
 class Batches:
@@ -46,10 +49,11 @@ class Batches:
         shuffle: torch.Generator | None = None,
         *,
         only: torch.Tensor | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
         device: torch.device | str = "cpu",
         workers: int = 0,
     ) -> None:
-        self.size, self.shuffle, self.device = size, shuffle, torch.device(device)
+        self.dataset, self.size, self.shuffle, self.device = dataset, size, shuffle, torch.device(device)
         self.loader: DataLoader | None = None
         if isinstance(dataset, TensorDataset):
             self.tensors = dataset.tensors if only is None else [t[only] for t in dataset.tensors]
@@ -63,6 +67,7 @@ class Batches:
                 shuffle=shuffle is not None,
                 drop_last=shuffle is not None,
                 generator=shuffle,
+                collate_fn=collate,
                 num_workers=workers,
                 pin_memory=self.device.type == "cuda",
             )
@@ -70,9 +75,9 @@ class Batches:
     def __len__(self) -> int:
         return self.count // self.size if self.shuffle is not None else -(-self.count // self.size)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for images, targets in self.loader or self._in_memory():
-            yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        for batch in self.loader or self._in_memory():
+            yield tree_map_only(torch.Tensor, lambda t: t.to(self.device, non_blocking=True), batch)
 
     def _in_memory(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         images, targets = self.tensors

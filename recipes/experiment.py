@@ -5,9 +5,9 @@ published = {test_error = 2.86}          its figures, in percent
 seeds = [0]
 
 [data]
-name = "mnist"                           digits, mnist, fashion-mnist, cifar10, imagefolder
+name = "mnist"                           digits, mnist, fashion-mnist, cifar10, imagefolder, or to detect: shapes, coco
 [model]
-name = "mlp"                             as in recipes.models
+name = "mlp"                             as in recipes.models, or to detect: retinanet, retinanet-small
 [algorithm]
 name = "dtp"                             a feedback rule, a direct rule or a variant of target propagation,
 alpha = 0.15                             and the arguments of its class
@@ -35,7 +35,7 @@ from typing import Any, get_type_hints
 import torch
 
 import bioplaus_kernels as bk
-from recipes import data, models, schedules
+from recipes import data, detection, models, schedules
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -101,6 +101,11 @@ class Experiment:
         name = self.algorithm["name"]
         return "rule" if name in RULES else "direct" if name in DIRECT else "targets"
 
+    @property
+    def detects(self) -> bool:
+        """Whether the task is detection; it is classification otherwise."""
+        return self.data.name in detection.KINDS
+
 
 def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Experiment:
     """The experiment in the file `path`; `overrides` maps dotted keys ("train.epochs") to other values.
@@ -160,8 +165,14 @@ _TARGETS = ("schedule", "auxiliary", "alpha", "sigma", "reduction", "mix", "inve
 
 
 def _check_values(e: Experiment) -> None:
-    _wrap("data.name", data.kind, e.data.spec("."))
-    _wrap("model.name", models.check_name, e.model.name)
+    if e.detects:
+        _wrap("data.name", detection.kind, e.data.spec("."))
+        _one_of("model.name", e.model.name, models.DETECTORS)
+        if e.family != "rule":
+            raise ValueError(f"algorithm.name: got {e.algorithm['name']!r}, want a rule: {', '.join(RULES)}")
+    else:
+        _wrap("data.name", data.kind, e.data.spec("."))
+        _wrap("model.name", models.check_name, e.model.name)
     _one_of("model.init", e.model.init, ("model", "xavier"))
     _one_of("train.amp", e.train.amp, AMP)
     _least("train.epochs", e.train.epochs, 1)

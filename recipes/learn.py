@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import bioplaus_kernels as bk
 from bioplaus_kernels import metrics
-from recipes import data, measure, models, schedules
+from recipes import data, detection, measure, models, schedules
 from recipes.experiment import AMP, DIRECT, OPTIMIZERS, RULES, Experiment
 from recipes.models import bartunov
 
@@ -52,9 +52,8 @@ class Learner:
         (optimizer,) = self.optimizers
         count = 0
         for x, y in batches:
-            options = {"targets": y, "loss_scale": self.scaler.get_scale()} if self.labelled else {}
             with self._autocast():
-                loss = nn.functional.cross_entropy(self.network(x, **options), y)
+                loss = self.loss(self.network, x, y)
             optimizer.zero_grad()
             self.scaler.scale(loss).backward()
             self.scaler.step(optimizer)
@@ -64,6 +63,10 @@ class Learner:
             total += loss.detach()
             count += 1
         return total.item() / count
+
+    def loss(self, model: nn.Module, x: Any, y: Any) -> Tensor:
+        options = {"targets": y, "loss_scale": self.scaler.get_scale()} if self.labelled else {}
+        return nn.functional.cross_entropy(model(x, **options), y)
 
     @torch.no_grad()
     def evaluate(self, batches: data.Batches) -> dict[str, float]:
@@ -85,10 +88,10 @@ class Learner:
         loss, top1, top5 = (total / count).tolist()
         return {"loss": loss, "error": top1} | ({"top5": top5} if outputs.shape[1] > 10 else {})
 
-    def measure(self, x: Tensor, y: Tensor) -> dict[str, float]:
+    def measure(self, x: Any, y: Any) -> dict[str, float]:
         if self.labelled:
             return {}
-        return measure.angles(self.model, x, y)
+        return measure.angles(self.model, x, y, self.loss)
 
     def _autocast(self) -> torch.autocast:
         dtype = AMP[self.experiment.train.amp]
@@ -143,12 +146,27 @@ class TargetLearner(Learner):
         return torch.autocast(self.device.type, enabled=False)
 
 
+class Detector(Learner):
+    """A detector with a feedback rule in its layers; images and targets are torchvision's lists."""
+
+    def loss(self, model: nn.Module, x: Any, y: Any) -> Tensor:
+        return torch.stack(list(model(x, y).values())).sum()
+
+    @torch.no_grad()
+    def evaluate(self, batches: data.Batches) -> dict[str, float]:
+        """COCO's AP, AP50 and AP75 over all of `batches`."""
+        self.network.eval()
+        with self._autocast():
+            return detection.average_precision(batches.dataset.coco, detection.detect(self.network, batches))
+
+
 def build(experiment: Experiment, shape: Shape, classes: int, seed: int, device: Any) -> Learner:
     torch.manual_seed(seed)
-    model = models.build(experiment.model.name, shape, classes)
+    name = experiment.model.name
+    model = models.DETECTORS[name](classes, shape[1]) if experiment.detects else models.build(name, shape, classes)
     if experiment.model.init == "xavier":
         bartunov._glorot(model)
-    kind = TargetLearner if experiment.family == "targets" else Learner
+    kind = Detector if experiment.detects else TargetLearner if experiment.family == "targets" else Learner
     return kind(experiment, model, shape, seed, device)
 
 

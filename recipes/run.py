@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from recipes import data as datasets
-from recipes import learn, models
+from recipes import detection, learn, models
 from recipes.experiment import Experiment
 
 Row = dict[str, Any]
@@ -51,21 +51,24 @@ def run(
         if len(saved["rows"]) > experiment.train.epochs or _diverged(saved["rows"]):
             return saved["rows"]
 
-    channels, size = models.input_for(experiment.model.name, *datasets.NATIVE[experiment.data.name])
-    data = datasets.load(experiment.data.spec(data_root), data_root, experiment.data.size or size, channels)
+    spec, size = experiment.data.spec(data_root), experiment.data.size
+    if experiment.detects:
+        data = detection.load(spec, data_root, size)
+    else:
+        channels, native = models.input_for(experiment.model.name, *datasets.NATIVE[experiment.data.name])
+        data = datasets.load(spec, data_root, size or native, channels)
     if experiment.train.batch_size > len(data.train):
         raise ValueError(f"train.batch_size: got {experiment.train.batch_size}, there are {len(data.train)} images")
     learner = learn.build(experiment, data.shape, data.classes, seed, device)
     shuffle = torch.Generator().manual_seed(seed)
-    options = {"device": torch.device(device), "workers": workers}
+    options = {"device": torch.device(device), "workers": workers, "collate": data.collate}
     batches = datasets.Batches(data.train, experiment.train.batch_size, shuffle, **options)
     # Of the training images as many as there are test images, evenly spread.
     part = torch.linspace(0, len(data.train) - 1, min(len(data.train), len(data.test))).long()
-    held = {
-        "train": datasets.Batches(data.train, 500, only=part, **options),
-        "test": datasets.Batches(data.test, 500, **options),
-    }
-    probe = next(iter(datasets.Batches(data.train, 128, only=part[:: max(1, len(part) // 128)], **options)))
+    held = {"train": datasets.Batches(data.train, 500, only=part, **options)} if not experiment.detects else {}
+    held["test"] = datasets.Batches(data.test, 32 if experiment.detects else 500, **options)
+    many = 32 if experiment.detects else 128
+    probe = next(iter(datasets.Batches(data.train, many, only=part[:: max(1, len(part) // many)], **options)))
     schedulers = [_scheduler(experiment, optimizer) for optimizer in learner.optimizers]
     state = learner.state | {f"scheduler{i}": s for i, s in enumerate(schedulers)}
 
@@ -103,9 +106,11 @@ def run(
         _save(checkpoint, {"rows": rows, "experiment": json.dumps(content)}, state, shuffle)
         _write(folder / "log.jsonl", "".join(json.dumps(_short(r)) + "\n" for r in (header, *rows)).encode())
         if epoch > 0:
+            scores = [name for name in ("test_error", "train_error", "test_AP", "test_AP50") if name in row]
             tqdm.write(
-                f"{experiment.row} seed {seed} {epoch}/{epochs}: test error {row['test_error']:.2%}, "
-                f"training {row['train_error']:.2%}, loss {row['train_loss']:.4f}, {row['seconds']:.1f} s"
+                f"{experiment.row} seed {seed} {epoch}/{epochs}: "
+                + "".join(f"{name.replace('_', ' ')} {row[name]:.2%}, " for name in scores)
+                + f"loss {row['train_loss']:.4f}, {row['seconds']:.1f} s"
             )
             sys.stdout.flush()
     return rows

@@ -12,9 +12,12 @@ import torchvision
 from torch import nn
 
 from recipes.models import bartunov, lenet, xiao
-from recipes.models.retinanet import retinanet
+from recipes.models.retinanet import retinanet, small_retinanet
 
-__all__ = ["MODELS", "bartunov", "build", "check_name", "input_for", "lenet", "retinanet", "xiao"]
+__all__ = [
+    *("DETECTORS", "MODELS", "build", "check_name", "input_for"),
+    *("bartunov", "lenet", "retinanet", "small_retinanet", "xiao"),
+]
 
 
 class Model(NamedTuple):
@@ -35,6 +38,9 @@ MODELS = {
 for _net, _spec in bartunov.SPECS.items():
     MODELS[f"lc-{_net}"] = Model(lambda c, s, n, spec=_spec: bartunov.lc(spec, c, s, n), 28)
     MODELS[f"conv-{_net}"] = Model(lambda c, s, n, spec=_spec: bartunov.lc(spec, c, s, n, tied=True), 28)
+
+# By (classes with the background, size to which the images' shorter side is scaled).
+DETECTORS: dict[str, Callable[[int, int], nn.Module]] = {"retinanet": retinanet, "retinanet-small": small_retinanet}
 
 
 def check_name(name: str) -> str:
