@@ -38,6 +38,8 @@ class DFA:
     entries: "uniform", "normal" or "constant" (random signs).
     shared: every block takes the first n_l columns of one B, its scale that of the largest n_l (Launay et al. 2020).
     stored: B is the Parameter `feedback_weight`; otherwise it is drawn from a key at each use and takes no memory.
+
+    Shapes: e (*samples, classes), B_l (classes, n_l). Raises ValueError or TypeError for an argument that does not fit.
     """
 
     name: ClassVar[str] = "dfa"
@@ -89,7 +91,7 @@ class DRTP(DFA):
 
 
 class Shallow(DFA):
-    """The control: hidden blocks get no gradient."""
+    """The control of Frenkel et al. 2021: hidden blocks get no gradient. Arguments of `DFA` have no effect."""
 
     name = "shallow"
 
@@ -177,14 +179,16 @@ def _project(
             e = e.sign() * e.abs().mean()
     else:
         assert loss_scale is not None
-        targets = targets.flatten()
+        # An ignored sample (cross_entropy's ignore_index) has no class and teaches nothing.
+        known = targets.flatten().unsqueeze(1) >= 0
+        targets = targets.flatten().clamp(min=0)
         if matrix is not None or classes <= len(targets):
             rows = matrix
             if rows is None:
                 size = (classes, plan.width)
                 rows = ops.feedback_weight(None, None, None, key, entries, scale, size, dtype=e.dtype)
-            return rows[targets].to(e.dtype) * loss_scale
-        e = F.one_hot(targets, classes).to(e.dtype) * loss_scale
+            return (rows[targets] * known).to(e.dtype) * loss_scale
+        e = (F.one_hot(targets, classes) * known).to(e.dtype) * loss_scale
     return ops.feedback_mm(e, None, None, matrix, key, entries, scale, plan.width)
 
 
@@ -322,8 +326,8 @@ class DirectFeedback(torch.nn.Module):
     ) -> Tensor:
         """`model(*args, **kwargs)`, its logits tied to the blocks.
 
-        For DRTP: `targets`, int64 classes of shape (*samples), and `loss_scale`, what the loss is multiplied by before
-        backward (a GradScaler's scale), since nothing of the loss reaches the blocks.
+        For DRTP: `targets`, int64 classes of shape (*samples), negative ones teaching nothing, and `loss_scale`, what
+        the loss is multiplied by before backward (a GradScaler's scale), since nothing of the loss reaches the blocks.
         """
         if self._bypassed or not torch.is_grad_enabled():
             return self.model(*args, **kwargs)

@@ -41,7 +41,8 @@ def compare(a: Tensor, b: Tensor) -> Comparison:
     degrees, and 0 where a = b. Raises ValueError where the shapes differ.
     """
     checks.shape("b", b, a.shape)
-    a, b = a.reshape(a.shape or (1,)), b.reshape(b.shape or (1,))
+    flat = a.dim() == 0 or (a.is_contiguous() and b.is_contiguous())
+    a, b = (t.reshape(-1) if flat else t for t in (a, b))
     rows = max(1, _CHUNK * len(a) // max(a.numel(), 1))
     total = torch.zeros(4, dtype=torch.float64, device=a.device)
     for x, y in zip(a.split(rows), b.split(rows), strict=True):

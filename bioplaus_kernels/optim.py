@@ -22,7 +22,8 @@ class BatchManhattan(torch.optim.Optimizer):
 
     Liao et al. 2016, in the order of Xiao et al. 2018's code. `no_sign_change` keeps every weight on its
     side of zero; it leaves out Parameters of fewer than two dimensions (biases, norms), and a half type that has no
-    1e-10 takes its smallest normal number. `manhattan=False` is SGD, alone or with the clamp.
+    1e-10 takes its smallest normal number. A locally-connected layer's bias by position counts as weight unless it has
+    a group of its own without the clamp. `manhattan=False` is SGD, alone or with the clamp.
 
     Every argument may differ between parameter groups, as Xiao et al. have it for the last layer:
     `BatchManhattan([{"params": body}, {"params": head, "lr": 0.1, "manhattan": False}], lr=1e-3)`.
@@ -61,8 +62,8 @@ class BatchManhattan(torch.optim.Optimizer):
         for name in ("lr", "momentum", "weight_decay"):
             value = group[name]
             if name == "lr" and isinstance(value, Tensor):
-                if value.numel() != 1:
-                    checks.fail("lr", "a number or a tensor that holds one", f"shape {tuple(value.shape)}")
+                if value.dim():
+                    checks.fail("lr", "a number or a 0-dim tensor", f"shape {tuple(value.shape)}")
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float):
                 checks.fail(name, "a number", repr(value), TypeError)

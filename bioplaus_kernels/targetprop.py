@@ -256,6 +256,7 @@ class TargetProp(torch.nn.Module):
         return torch.stack(self.inverse_losses(h)).sum()
 
     def extra_repr(self) -> str:
+        """The variant and its numbers."""
         return f"variant={self.variant!r}, alpha={self.alpha}, sigma={self.sigma}, mix={self.mix}"
 
     def _detached(self, h: Sequence[Tensor]) -> list[Tensor]:
@@ -270,6 +271,9 @@ class TargetProp(torch.nn.Module):
 
     def _labels(self, top: Tensor, logits: Tensor, y: Tensor) -> Tensor:
         # ô, or [ô, z] where z is the tail of h_L.
+        checks.rank("h[-1]", logits, 2)
+        if not y.is_floating_point() and y.dtype != torch.int64:
+            checks.fail("y", "int64 classes, or values", y.dtype, TypeError)
         n, classes = logits.shape
         label = (y if y.is_floating_point() else F.one_hot(y, classes)).to(top.dtype)
         if label.shape != (n, classes):

@@ -99,6 +99,22 @@ def test_drtp_takes_the_loss_scale() -> None:
     assert torch.equal(net.model[0][0].weight.grad, 512 * once)
 
 
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("ignored", [-1, -100])
+@pytest.mark.parametrize("n", [3, 8])
+def test_drtp_leaves_out_ignored_samples(n: int, ignored: int, stored: bool) -> None:
+    # −1 would be the last class's row.
+    net = attached(direct.DRTP(stored=stored))
+    x, y = batch(n)
+    loss = F.cross_entropy(net(x[1:], targets=y[1:]), y[1:])
+    loss.backward()
+    once = {name: g.clone() for name, g in grads(net).items()}
+    net.zero_grad()
+    y[0] = ignored
+    F.cross_entropy(net(x, targets=y), y, ignore_index=ignored).backward()
+    assert_same(grads(net), once, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("rule", "bounds"),
     [

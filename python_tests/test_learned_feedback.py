@@ -35,6 +35,16 @@ def test_kp_gives_b_the_gradient_of_w(name: str, first: bool) -> None:
 
 
 @pytest.mark.parametrize("name", FEW)
+def test_kp_leaves_b_alone_where_w_is_frozen(name: str) -> None:
+    # B would go its own way, and W − B with it.
+    layer, x = build(name, bk.KolenPollack())
+    for w, _ in pairs(layer):
+        w.requires_grad_(False)
+    call(layer, x).square().sum().backward()
+    assert x.grad.any() and all(b.grad is None for _, b in pairs(layer))
+
+
+@pytest.mark.parametrize("name", FEW)
 def test_kp_with_b_equal_to_w_is_backprop(name: str) -> None:
     layer, x = build(name, "kp", dtype=torch.float64)
     plain, _ = build(name, None, dtype=torch.float64)

@@ -57,8 +57,9 @@ def test_chunks_layouts_and_dtypes(dtype: torch.dtype, monkeypatch: pytest.Monke
     assert c.sign_agreement == pytest.approx(((x > 0) == (y > 0)).double().mean().item())
 
 
-def test_no_copy_of_the_operands(monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b = torch.randn(512, 4096), torch.randn(512, 4096)
+@pytest.mark.parametrize("shape", [(512, 4096), (1, 2**21)])
+def test_no_copy_of_the_operands(shape: tuple[int, ...]) -> None:
+    a, b = torch.randn(shape), torch.randn(shape)
     with torch.profiler.profile(profile_memory=True) as profile:
         metrics.compare(a, b)
     largest = max(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")

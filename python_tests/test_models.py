@@ -154,3 +154,5 @@ def test_schedules(variant: str, schedule: str, one_thread: None) -> None:
     assert not any(torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(ValueError, match="schedule: expected one of parallel, alternating, got 'both'"):
         schedules.train_epoch(tp, batches, forward, inverse, "both")
+    with pytest.raises(ValueError, match="batches: expected at least one"):
+        schedules.train_epoch(tp, iter(batches), forward, inverse, "alternating")

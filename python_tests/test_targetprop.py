@@ -445,6 +445,16 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         r"y: expected classes \(5,\) or values \(5, 4\), got shape \(5, 3\)",
     ),
+    "labels' type": (
+        lambda: (tp := make("sdtp")).targets(tp.activations(batch()[0]), torch.zeros(5, dtype=torch.int32)),
+        TypeError,
+        "y: expected int64 classes, or values, got torch.int32",
+    ),
+    "logits": (
+        lambda: (tp := make("sdtp")).targets([t[None] for t in tp.activations(batch()[0])], torch.zeros(1, 5)),
+        ValueError,
+        r"h\[-1\]: expected 2 dimensions, got shape \(1, 5, 4\)",
+    ),
     "inverse of": (
         lambda: learned_inverse(torch.nn.Tanh()),
         ValueError,

@@ -31,6 +31,7 @@ def train_epoch(
 
     parallel: targets, inverses' step, layers' step on every batch. alternating: the inverses on all batches, then
     the layers on all batches, so `batches` is gone through twice. inverse=None leaves the inverses as they are.
+    Raises ValueError for another schedule, and where `batches` has none (a used-up iterator).
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
@@ -47,6 +48,8 @@ def train_epoch(
             _step(inverse, tp.inverse_loss(h))
         losses.append(tp.loss(h[-1].detach(), y))
         _step(forward, tp.forward_loss(h, targets, y))
+    if not losses:
+        raise ValueError("batches: expected at least one each time they are gone through, got none")
     return float(torch.stack(losses).mean())
 
 

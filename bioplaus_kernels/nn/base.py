@@ -192,9 +192,9 @@ class FeedbackLayer(torch.nn.Module):
         return op._replace(rescale=getattr(self, _state(name, "scale"))) if plan.initial else op
 
     def used_weight(self, name: str = "weight") -> Tensor:
-        """W for the forward product; for `kp` its gradient goes to B too, also where the input needs none."""
+        """W for the forward product; for `kp` a gradient that it takes goes to B too, in the first layer as well."""
         weight = getattr(self, name)
-        if isinstance(self._feedback, KolenPollack) and torch.is_grad_enabled():
+        if isinstance(self._feedback, KolenPollack) and weight.requires_grad and torch.is_grad_enabled():
             return _Both.apply(weight, getattr(self, _state(name, "weight")))
         return weight
 
