@@ -73,7 +73,7 @@ def _step(result: Result, case: str, variants: Iterable[str]) -> float | None:
 
 def _layers(result: Result) -> list[dict[str, dict[str, Any]]]:
     lc = cases(result, "locally_connected")
-    return [rows for case, rows in lc.items() if "forward + backward" in case and "bioplaus, backprop" in rows]
+    return [rows for case, rows in lc.items() if case.endswith("forward + backward") and "bioplaus, backprop" in rows]
 
 
 def _lc_speedup(result: Result) -> float | None:

@@ -33,13 +33,15 @@ LAYERS = {
 
 @register("locally_connected")
 def cases() -> Iterator[Case]:
-    """Every layer at batch 1, 16 and 128; --quick keeps CIFAR 3 at batch 16."""
+    """Every layer at batch 1, 16 and 128, the whole step in bfloat16 too; --quick keeps CIFAR 3 at batch 16."""
     for name, layer in LAYERS.items():
         for n in (1, 16, 128):
             for part in ("forward", "backward input", "backward weight", "forward + backward"):
                 label = f"{name} N={n} {part}"
                 quick = name == "CIFAR 3" and n == 16
                 yield Case("locally_connected", label, lambda a=layer, n=n, p=part: build(n, *a, p), quick)
+            half = functools.partial(build, n, *layer, part, torch.bfloat16)
+            yield Case("locally_connected", f"{label} bfloat16", half, quick)
     yield Case("locally_connected", "building the ImageNet network's layers", construction)
 
 
@@ -65,21 +67,26 @@ def _taps_first(w: Tensor) -> Tensor:
     return w.permute(0, 1, 5, 3, 4, 2).reshape(positions, columns, o).contiguous()
 
 
-def operands(n: int, c: int, o: int, kernel: int, stride: int, size: int) -> tuple[Tensor, Tensor, Tensor, Any, Any]:
+def operands(
+    n: int, c: int, o: int, kernel: int, stride: int, size: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Any, Any]:
     """Input, weight, output gradient, padding and geometry of one layer and batch."""
     torch.manual_seed(0)
     layer = bk.nn.LocallyConnected2d(c, o, kernel, stride, "same", bias=False, input_size=size)
     w = layer.weight.detach()
     pairs = bk.functional.pad_pairs("same", (size, size), layer.kernel_size, layer.stride, layer.dilation)
+    tensors = torch.randn(n, c, size, size), w, torch.randn(n, o, *w.shape[:2])
     return (
-        *(torch.randn(n, c, size, size), w, torch.randn(n, o, *w.shape[:2])),
+        *(t.to(dtype) for t in tensors),
         *(pairs, (layer.stride, pairs, layer.dilation, 1)),
     )
 
 
-def build(n: int, c: int, o: int, kernel: int, stride: int, size: int, part: str) -> Bench:
+def build(
+    n: int, c: int, o: int, kernel: int, stride: int, size: int, part: str, dtype: torch.dtype = torch.float32
+) -> Bench:
     """One layer, one batch, one part of the training step."""
-    shape = (c, o, kernel, stride, size)
+    shape = (c, o, kernel, stride, size, dtype)
     x, w, g, pairs, geometry = operands(n, *shape)
     oh, ow = w.shape[:2]
     taps_first = _taps_first(w)
@@ -140,22 +147,23 @@ def build(n: int, c: int, o: int, kernel: int, stride: int, size: int, part: str
         + (x.nbytes if part in ("forward", "backward weight") else 0)
         + (g.nbytes if part != "forward" else 0),
         outputs=results,
+        unit=str(dtype).removeprefix("torch."),
     )
 
 
 @functools.lru_cache(maxsize=1)
-def errors(n: int, c: int, o: int, kernel: int, stride: int, size: int) -> dict[str, float]:
+def errors(n: int, c: int, o: int, kernel: int, stride: int, size: int, dtype: torch.dtype) -> dict[str, float]:
     """Error over bound of each product and of usf's input gradient, once for the four cases of a layer and batch."""
-    x, w, g, pairs, geometry = operands(n, c, o, kernel, stride, size)
+    x, w, g, pairs, geometry = operands(n, c, o, kernel, stride, size, dtype)
     oh, ow = w.shape[:2]
     grad, found = g.reshape(n, o, oh * ow), {}
     for name, b in (("usf", torch.sign(w) * 0.1), ("backward input", w)):
         taps = _taps_first(b)
         results = []
-        for dtype in (torch.float64, torch.float32):
-            xs, ws = (t.to(dtype).detach().requires_grad_() for t in (x, taps))
+        for precision in (torch.float64, dtype):
+            xs, ws = (t.to(precision).detach().requires_grad_() for t in (x, taps))
             y = unfold_bmm(xs, ws, kernel, stride, pairs)
-            results.append((y.detach(), *torch.autograd.grad(y, (xs, ws), grad.to(dtype))))
+            results.append((y.detach(), *torch.autograd.grad(y, (xs, ws), grad.to(precision))))
         exact, torchs = results
         feedback = (w, None, None, None, "constant", 0.1) if name == "usf" else (None, None, w, None, "stored", 1.0)
         ours = ops.lc_backward_input(g, *feedback, w.shape, (size, size), *geometry)

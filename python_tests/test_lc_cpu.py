@@ -104,6 +104,17 @@ def test_against_the_reference(layer: Layer, dtype: torch.dtype) -> None:
         check_products(layer, n, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_pairs_of_channels_that_straddle_words(dtype: torch.dtype) -> None:
+    layer = LAYERS["2d"]
+    x, w, _, g = layer.tensors(17, dtype)
+    apart = [torch.cat([t[:, :1], t], 1).contiguous(memory_format=torch.channels_last)[:, 1:] for t in (x, g)]
+    assert not any(t.stride(3) % 2 == 0 or t.data_ptr() % 4 == 0 for t in apart)
+    expected = products(ops, layer, x, w, None, g)
+    for a, e in zip(products(ops, layer, apart[0], w, None, apart[1]), expected, strict=True):
+        assert torch.equal(a, e)
+
+
 def test_bias_per_channel() -> None:
     layer = LAYERS["2d stride, odd pairs"]
     for n in (1, 17):

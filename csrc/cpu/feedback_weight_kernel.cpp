@@ -227,6 +227,42 @@ void store(const Chunk<float>& c, int64_t skip, void* out) {
   }
 }
 
+// --- the whole of s·sign(W), for W of the output's dtype and adjacent elements: one pass over bits ---
+
+bool sign_of_weight(const FeedbackParams& p) {
+  return p.entries == Entries::Constant && p.signs == nullptr && p.weight.data && p.weight.dense &&
+         p.weight.dtype == p.out.dtype;
+}
+
+template <typename T, typename acc_t, typename U>
+void scaled_signs(const FeedbackParams& p, U infinity, const void* weight, int64_t n, void* out) {
+  constexpr U kSign = static_cast<U>(U(1) << (8 * sizeof(U) - 1));
+  T scale;
+  round_to(static_cast<acc_t>(p.scale), scale);
+  U s;
+  __builtin_memcpy(&s, &scale, sizeof s);
+  const U* w = static_cast<const U*>(weight);
+  U* to = static_cast<U*>(out);
+  for (int64_t t = 0; t < n; ++t) {
+    const U below = static_cast<U>((w[t] & static_cast<U>(~kSign)) - 1);  // of 0 the largest number
+    to[t] = below < infinity ? static_cast<U>((w[t] & kSign) ^ s) : static_cast<U>(s & kSign);
+  }
+}
+
+void scaled_signs(const FeedbackParams& p, int64_t row, int64_t first, int64_t n, void* out) {
+  const char* w = static_cast<const char*>(p.weight.data) + (row * p.weight.row_stride + first) * size_of(p.out.dtype);
+  switch (p.out.dtype) {
+    case DType::Float32:
+      return scaled_signs<float, float, uint32_t>(p, 0x7F800000u, w, n, out);
+    case DType::Float64:
+      return scaled_signs<double, double, uint64_t>(p, 0x7FF0000000000000u, w, n, out);
+    case DType::BFloat16:
+      return scaled_signs<BF16, float, uint16_t>(p, 0x7F80u, w, n, out);
+    case DType::Float16:
+      return scaled_signs<FP16, float, uint16_t>(p, 0x7C00u, w, n, out);
+  }
+}
+
 template <typename acc_t>
 void form(const FeedbackParams& p, int64_t begin, int64_t end) {
   Chunk<acc_t> c(p);
@@ -235,10 +271,15 @@ void form(const FeedbackParams& p, int64_t begin, int64_t end) {
     c.row = unit / chunks;
     c.first = unit % chunks * kChunk;
     c.n = p.cols - c.first < kChunk ? p.cols - c.first : kChunk;
+    char* to = static_cast<char*>(p.out.data) + (c.row * p.out.row_stride + c.first) * size_of(p.out.dtype);
+    if (p.out.dense && sign_of_weight(p)) {
+      scaled_signs(p, c.row, c.first, c.n, to);
+      continue;
+    }
     magnitudes(c);
     signs(c);
     if (p.out.dense) {
-      store(c, 0, static_cast<char*>(p.out.data) + (c.row * p.out.row_stride + c.first) * size_of(p.out.dtype));
+      store(c, 0, to);
     } else {
       store(c, 0, c.scratch);
       scatter(p, p.out, c.row, c.first, c.n, c.scratch);
@@ -267,7 +308,9 @@ void form_run(const FeedbackParams& p, int64_t row, int64_t first, int64_t n, vo
 }  // namespace
 
 void feedback_run(const FeedbackParams& p, int64_t row, int64_t first, int64_t n, void* out) {
-  if (p.out.dtype == DType::Float64) {
+  if (sign_of_weight(p)) {
+    scaled_signs(p, row, first, n, out);
+  } else if (p.out.dtype == DType::Float64) {
     form_run<double>(p, row, first, n, out);
   } else {
     form_run<float>(p, row, first, n, out);

@@ -470,7 +470,24 @@ class Blocks {
     }
     for (int64_t i = 0; i < count; ++i) {
       const int64_t e = (position * source_.rows + first + i) * source_.cols + k0;
+      if (i + kAhead < count) {
+        prefetch(p, p.weight, e + kAhead * source_.cols, width);
+        prefetch(p, p.magnitude, e + kAhead * source_.cols, width);
+      }
       run(p, e / p.cols, e % p.cols, width, to + i * width * source_.bytes());
+    }
+  }
+
+  // Short runs of rows are too little for the processor to foresee the next one.
+  static constexpr int64_t kAhead = 2;
+
+  static void prefetch(const FeedbackParams& p, const Operand& x, int64_t e, int64_t width) {
+    if (x.data && x.dense) {
+      const char* from =
+          static_cast<const char*>(x.data) + (e / p.cols * x.row_stride + e % p.cols) * bytes_of(x.dtype);
+      for (int64_t byte = 0; byte < width * bytes_of(x.dtype); byte += 64) {
+        __builtin_prefetch(from + byte);
+      }
     }
   }
 
