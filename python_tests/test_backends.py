@@ -4,11 +4,11 @@ import itertools
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from small import FEW, build, gradients
@@ -95,9 +95,7 @@ def test_layers_follow(backend: str, layer: str) -> None:
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "BIOPLAUS_BACKEND")}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, check=False
-    )
+    return fresh.run(code, environment=clean | environment)
 
 
 def test_environment() -> None:

@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 from types import ModuleType
 
+import fresh
 import pytest
 import torch
 from bitwise import needs_native
@@ -63,7 +64,7 @@ def test_one_openmp() -> None:
         "import torch, re, bioplaus_kernels._C as C; C.num_threads_used();"
         "print(*{m for m in re.findall(r'/\\S*lib[gi]omp\\S*', open('/proc/self/maps').read())})"
     )
-    result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT)
+    result = fresh.run(program)
     assert len(result.stdout.split()) == 1, result.stdout
 
 

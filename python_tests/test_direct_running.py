@@ -5,6 +5,7 @@ import io
 import os
 from typing import Any
 
+import fresh
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,7 +148,7 @@ def _worker(rank: int, world: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each of two processes ended with, for every rule."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_worker, (2, str(folder)), nprocs=2)
+    torch.multiprocessing.start_processes(_worker, (2, str(folder)), nprocs=2, start_method=fresh.START_METHOD)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from small import FEW, RULES, assert_equal, build, call, gradients
@@ -79,7 +80,7 @@ def _worker(rank: int, world: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What each of two processes saw, for every case."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_worker, (2, str(folder)), nprocs=2)
+    torch.multiprocessing.start_processes(_worker, (2, str(folder)), nprocs=2, start_method=fresh.START_METHOD)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -3,10 +3,8 @@ fill its blocks. test_feedback_mm.py has the op's contract; this file has what t
 
 import itertools
 import os
-import subprocess
-import sys
-from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -84,9 +82,8 @@ def results() -> list[Tensor]:
 
 
 PROGRAM = """
-import hashlib, sys
+import hashlib
 import torch
-sys.path.insert(0, sys.argv[1])
 from test_feedback_mm_cpu import results
 from bioplaus_kernels import _C
 digest = hashlib.sha256()
@@ -101,14 +98,13 @@ def test_every_level_gives_the_same_bits() -> None:
     runs = {}
     for level, (capability, isa, mkl) in LEVELS.items():
         settings = {"ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": isa, "MKL_ENABLE_INSTRUCTIONS": mkl}
-        command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent)]
-        runs[level] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | settings)
+        runs[level] = fresh.Fresh(PROGRAM, environment=os.environ | settings)
     order = list(LEVELS)
     digests = set()
     for level, run in runs.items():
-        output, _ = run.communicate()
-        assert run.returncode == 0, level
-        active, digest = output.split()
+        done = run.wait()
+        assert done.returncode == 0, level + done.stderr
+        active, digest = done.stdout.split()
         assert order.index(active) >= order.index(level)
         digests.add(digest)
     assert len(digests) == 1

@@ -1,11 +1,10 @@
 """feedback_weight: every cell of the table of signs and magnitudes, native against reference."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from bitwise import DTYPES, KEY, LAYOUTS, assert_same_bits, each_device, make, needs_native, special
@@ -135,13 +134,8 @@ def test_every_lower_level() -> None:
         # Ragged words, several chunks, and the two ways to gather.
         layouts = "bits and cpu and (beyond or several or channels or sliced)"
         options = ["-q", "-x", "-p", "no:cacheprovider", "-k", layouts]
-        result = subprocess.run(
-            [sys.executable, "-c", program, level, *options, *(str(here / test) for test in tests)],
-            env=os.environ | {"ATEN_CPU_CAPABILITY": level.lower()},
-            cwd=here.parent,
-            capture_output=True,
-            text=True,
-        )
+        command = [level, *options, *(str(here / test) for test in tests)]
+        result = fresh.run(program, *command, environment=os.environ | {"ATEN_CPU_CAPABILITY": level.lower()})
         assert result.returncode == 0, f"{level}:\n{result.stdout[-3000:]}{result.stderr[-3000:]}"
 
 

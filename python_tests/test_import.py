@@ -3,11 +3,10 @@
 import json
 import os
 import platform
-import subprocess
-import sys
 import textwrap
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from small import RULES, gradients
@@ -46,12 +45,11 @@ SURROUNDINGS = {
 
 PROGRAM = """
 import importlib.machinery, json, os, runpy, sys, types
-{before}
 import torch
+{before}
 state = torch.get_rng_state()
 import bioplaus_kernels as bk
 assert torch.equal(torch.get_rng_state(), state)
-sys.path.insert(0, {folder!r})
 from test_import import every_gradient
 print(json.dumps(every_gradient()))
 print(repr(bk.backends.native.reason))
@@ -74,13 +72,11 @@ def every_gradient() -> dict[str, list[float]]:
 @pytest.mark.parametrize("case", SURROUNDINGS)
 def test_everything_works_where_something_is_missing(case: str) -> None:
     before, reason = SURROUNDINGS[case]
-    program = PROGRAM.format(before=textwrap.dedent(before), folder=os.path.dirname(__file__))
+    program = PROGRAM.format(before=textwrap.dedent(before))
     environment = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "CUDA_HOME")}
     if case == "no compiler":
         environment["PATH"] = os.devnull
-    root = os.path.dirname(os.path.dirname(bk.__file__))
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    done = fresh.run(program, environment=environment)
     assert done.returncode == 0, done.stderr
     gradients_line, reason_line, *report = done.stdout.splitlines()
 

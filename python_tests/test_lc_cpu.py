@@ -6,10 +6,9 @@ numbers of threads, memory, strides of the results and the wording of errors.
 
 import itertools
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
+import fresh
 import pytest
 import torch
 from test_feedback_mm import CELLS, operands
@@ -216,13 +215,7 @@ def test_level(level: str) -> None:
     if level not in native.library.build_config()["cpu_levels"] or not native_level_at_least(level):
         pytest.skip(f"no {level} here")
     forced = {"ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": onednn, "MKL_ENABLE_INSTRUCTIONS": mkl}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | forced,
-        cwd=os.path.dirname(__file__),
-        capture_output=True,
-        text=True,
-    )
+    done = fresh.run(program, environment=os.environ | forced)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
