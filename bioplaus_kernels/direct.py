@@ -23,7 +23,7 @@ from . import ops
 from .backends.reference import checks
 from .backends.reference.philox import LAYOUT_VERSION
 from .feedback import Entries, feedback_key
-from .functional import _once
+from .functional._common import once
 
 _RMS_OF_UNIT = {"uniform": 1.0 / math.sqrt(3.0), "normal": 1.0, "constant": 1.0}
 _SCALES = ("nokland", "kaiming", "xavier")
@@ -147,7 +147,7 @@ class _Broadcast(torch.autograd.Function):
         return logits.view_as(logits)
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, e: Tensor, saved: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[6:]
         grads: list[Tensor | None] = []

@@ -1,8 +1,10 @@
 """torch.compile: one graph for every layer and rule, no second compilation, eager's gradients."""
 
+import itertools
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -39,8 +41,17 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("layer", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in LAYERS])
+def grid(rows: Iterable[str], columns: Iterable[str], fast: Callable[[str, str], bool]) -> list[Any]:
+    """Every pair, marked slow where it is not `fast`."""
+    pairs = itertools.product(rows, columns)
+    return [pytest.param(*pair, marks=() if fast(*pair) else pytest.mark.slow) for pair in pairs]
+
+
+# Every rule in one layer, and every family of layers with signs of W, a key that follows W, and packed signs.
+@pytest.mark.parametrize(
+    ("layer", "rule"),
+    grid(LAYERS, RULES, lambda n, rule: n == "Linear" or (n in FEW and rule in ("usf", "brsf", "fa_signed_init"))),
+)
 def test_every_layer_and_rule_is_one_graph(layer: str, rule: str) -> None:
     module, x = build(layer, RULES[rule])
     counter = CompileCounterWithBackend("aot_eager")
@@ -87,8 +98,10 @@ def check_training(model: str, rule: str, backend: str) -> None:
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("rule", ["usf", "brsf", "fa-stored"])
-@pytest.mark.parametrize("model", MODELS)
+TRAINED = {"residual": "brsf", "transformer": "usf", "locally-connected": "fa-stored"}
+
+
+@pytest.mark.parametrize(("model", "rule"), grid(MODELS, TRAINED.values(), lambda model, rule: TRAINED[model] == rule))
 def test_a_model_trains_in_one_compilation(model: str, rule: str) -> None:
     check_training(model, rule, "aot_eager")
 
@@ -108,7 +121,9 @@ def test_inductor(model: str, rule: str) -> None:
     check_training(model, rule, "inductor")
 
 
-@pytest.mark.parametrize("rule", ["usf", "frsf", "brsf", "fa", "fa_signed_init"])
+@pytest.mark.parametrize(
+    "rule", ["usf", "brsf", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("frsf", "fa", "fa_signed_init"))]
+)
 def test_dynamic_batch(rule: str) -> None:
     module = nn.Sequential(nn.Linear(6, 8), nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 3, 3, padding="same"), nn.Flatten())
     bk.convert_(module, RULES[rule])

@@ -19,9 +19,13 @@ from bioplaus_kernels import direct
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+FAST = ("dfa", "dfa-shared-stored", "sdfa", "drtp")
+
+
 @pytest.mark.parametrize(
     ("rule", "backend"),
-    [(rule, "aot_eager") for rule in RULES]
+    [(rule, "aot_eager") for rule in FAST]
+    + [pytest.param(rule, "aot_eager", marks=pytest.mark.slow) for rule in RULES if rule not in FAST]
     + [pytest.param(rule, "inductor", marks=pytest.mark.slow) for rule in ("dfa", "drtp")],
 )
 def test_compiles_to_one_graph(rule: str, backend: str) -> None:

@@ -185,7 +185,9 @@ def check_threads(dtype: torch.dtype) -> None:
         torch.set_num_threads(before)
 
 
-@dtypes
+@pytest.mark.parametrize(
+    "dtype", [*DTYPES[:2], *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[2:])], ids=str
+)
 def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
     check_threads(dtype)
 

@@ -76,7 +76,9 @@ def test_the_difference_of_w_and_b_decays(optimizer: Any) -> None:
         torch.testing.assert_close(w - b, difference * (1 - lr * decay) ** steps, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(
+    "name", [n if n in ("Linear", "MultiheadAttention") else pytest.param(n, marks=pytest.mark.slow) for n in FEW]
+)
 def test_kp_compiles_and_checkpoints(name: str) -> None:
     layer, x = build(name, "kp")
 

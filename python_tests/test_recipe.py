@@ -47,8 +47,22 @@ def images(tmp_path_factory):
     return folder
 
 
-def test_rules_on_digits(tmp_path):
-    runs = run(tmp_path, "--model", "lenet", "--rule", ",".join(RULES), "--epochs", 2)
+@pytest.fixture
+def fewer_digits(monkeypatch):
+    """A third of the digits, for what is not about how well they are learnt."""
+    load = data.load
+
+    def third(*args):
+        loaded = load(*args)
+        for part in (loaded.train, loaded.test):
+            part.tensors = tuple(tensor[: len(tensor) // 3] for tensor in part.tensors)
+        return loaded
+
+    monkeypatch.setattr(data, "load", third)
+
+
+def test_rules_on_digits(tmp_path, fewer_digits):
+    runs = run(tmp_path, "--model", "lenet", "--rule", ",".join(RULES), "--epochs", 2, "--batch-size", 32)
     assert list(runs) == RULES
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     layers = ["conv1", "conv2", "fc1", "fc2", "fc3"]
@@ -60,7 +74,7 @@ def test_rules_on_digits(tmp_path):
             *(f"angle_grad/{layer}" for layer in layers),
         ]
         assert [row["epoch"] for row in rows] == [0, 1, 2]
-        assert rows[2]["train_loss"] < rows[1]["train_loss"] < 2.3
+        assert rows[2]["train_loss"] < min(rows[1]["train_loss"], 2.0)
         for row in rows:
             assert row["angle_grad/fc3"] == 0
             for layer in layers:
@@ -75,13 +89,15 @@ def test_rules_on_digits(tmp_path):
     assert "5 converted" in (tmp_path / "usf" / "layers.txt").read_text()
 
 
-def test_last_layer(tmp_path):
+def test_last_layer(tmp_path, fewer_digits):
     (rows,) = run(tmp_path, "--model", "mlp", "--rule", "fa", "--last-layer", "backprop", "--epochs", 1).values()
     assert rows[0]["angle_weight/fc6"] == rows[0]["angle_grad/fc5"] == 0
     assert rows[0]["angle_weight/fc5"] > 80 and rows[0]["angle_grad/fc4"] > 10
 
 
-@pytest.mark.parametrize("name", ["lenet", "mlp", "lc-mnist", "resnet18", "mobilenet_v3_small"])
+@pytest.mark.parametrize(
+    "name", ["lenet", "mlp", "lc-mnist", pytest.param("resnet18", marks=pytest.mark.slow), "mobilenet_v3_small"]
+)
 def test_models_on_image_folder(tmp_path, images, name):
     data = f"imagefolder:{images}"
     (rows,) = run(
@@ -180,7 +196,7 @@ def test_digits_are_a_fixed_split():
 
 @pytest.mark.parametrize("interrupted", ["checkpoint.pt", "metrics.csv"])
 @pytest.mark.parametrize("model", ["lenet", pytest.param("mobilenet_v3_small", marks=pytest.mark.slow)])
-def test_resume_is_exact(tmp_path, monkeypatch, images, model, interrupted):
+def test_resume_is_exact(tmp_path, monkeypatch, fewer_digits, images, model, interrupted):
     """Dropout, batch norm, augmentation, momentum, the learning rate, the order of the images, brsf's draws."""
     args = ["--model", model, "--epochs", 3, "--rule", "fa,brsf"]
     if model != "lenet":
@@ -196,10 +212,9 @@ def test_resume_is_exact(tmp_path, monkeypatch, images, model, interrupted):
                 raise KeyboardInterrupt
         replace(path, content)
 
-    monkeypatch.setattr(train, "_replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train, "_replace", interrupt)
         run(tmp_path / "parts", *args)
-    monkeypatch.undo()
     assert len(metrics(tmp_path / "parts" / "fa")) == 2
     torch.rand(7)
     run(tmp_path / "parts", *args, "--resume")
@@ -218,7 +233,7 @@ def test_resume_is_exact(tmp_path, monkeypatch, images, model, interrupted):
         assert not list((tmp_path / "parts" / rule).glob("*.tmp"))
 
 
-def test_resume_goes_on_with_rules_not_yet_trained(tmp_path, capsys):
+def test_resume_goes_on_with_rules_not_yet_trained(tmp_path, fewer_digits, capsys):
     args = ["--model", "mlp", "--epochs", 1]
     run(tmp_path, *args, "--rule", "usf")
     before = (tmp_path / "usf" / "metrics.csv").read_bytes()
@@ -229,14 +244,14 @@ def test_resume_goes_on_with_rules_not_yet_trained(tmp_path, capsys):
     assert "fa 1/1: test error" in printed and "usf 1/1" not in printed
 
 
-def test_same_seed_same_run(tmp_path):
+def test_same_seed_same_run(tmp_path, fewer_digits):
     runs = [run(tmp_path / str(n), "--model", "mlp", "--epochs", 1, "--seed", seed) for n, seed in enumerate((3, 3, 4))]
     first, second, other = (r["usf"][1]["train_loss"] for r in runs)
     assert first == second != other
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_amp(tmp_path, amp):
+def test_amp(tmp_path, fewer_digits, amp):
     (rows,) = run(tmp_path, "--model", "lenet", "--rule", "usf", "--epochs", 2, "--amp", amp).values()
     assert rows[2]["train_loss"] < rows[1]["train_loss"] < 2.3
 
@@ -249,7 +264,7 @@ def test_compile(tmp_path):
     assert abs(compiled[2]["train_loss"] - eager[2]["train_loss"]) < 0.02
 
 
-def test_stops_when_the_loss_is_not_finite(tmp_path, capsys):
+def test_stops_when_the_loss_is_not_finite(tmp_path, fewer_digits, capsys):
     (rows,) = run(tmp_path, "--model", "mlp", "--rule", "usf", "--epochs", 9, "--lr", 1e30).values()
     assert len(rows) < 9
     assert "try a smaller --lr" in capsys.readouterr().out
@@ -289,7 +304,7 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, args, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_no_run_is_overwritten_or_mixed(tmp_path, capsys):
+def test_no_run_is_overwritten_or_mixed(tmp_path, fewer_digits, capsys):
     args = ["--model", "mlp", "--rule", "usf", "--epochs", 1]
     run(tmp_path, *args)
     for more, message in (

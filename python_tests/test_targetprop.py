@@ -383,7 +383,7 @@ def test_the_state_dict_holds_layers_and_inverses() -> None:
     assert torch.equal(tp(x), other(x))
 
 
-@pytest.mark.parametrize("variant", ["dtp", "sdtp"])
+@pytest.mark.parametrize("variant", [pytest.param("dtp", marks=pytest.mark.slow), "sdtp"])
 def test_compiled_step(variant: str) -> None:
     x, y = batch()
     tp = make(variant, sigma=0.0)

@@ -1,0 +1,209 @@
+"""What the layers' functions share: the operands of B, autograd's part, and the checks of arguments."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.reference import checks
+from ..feedback import (
+    BACKPROP,
+    Backprop,
+    Fans,
+    Operands,
+    Rule,
+    SignConcordance,
+    SignedInit,
+    as_rule,
+    is_seeded,
+    operands,
+    plan,
+    root_mean_square,
+)
+
+# weight, signs, magnitude, key, entries, scale: what every op takes for B.
+Arguments = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, str, float]
+Feedback = Rule | str | Tensor | None
+Ints = int | Sequence[int]
+Grads = tuple[Tensor | None, ...]
+
+
+def autocasts(input: Tensor) -> bool:
+    # The meta device has no autocast.
+    return torch._C._is_any_autocast_enabled() and not input.is_meta and torch.is_autocast_enabled(input.device.type)
+
+
+class _Refuse(torch.autograd.Function):
+    # The gradients of a backward, tied to the tensors they came from: differentiating them raises, wherever it starts.
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.detach() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            "double backward: the input gradient of a layer with feedback is not the derivative of its output, so it "
+            "cannot be differentiated again; use feedback=None where create_graph=True is needed"
+        )
+
+
+def once(backward: Callable[..., Grads]) -> Callable[..., Grads]:
+    # torch's once_differentiable raises where .backward() reaches its outputs; autograd.grad goes round it in silence.
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, grad_output: Tensor) -> Grads:
+        saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return backward(ctx, grad_output, saved)
+        with torch.no_grad():
+            grads = backward(ctx, grad_output, saved)
+        given = [grad for grad in grads if grad is not None]
+        sources = (grad_output, *(t for t in saved if t is not None and t.is_floating_point()))
+        tied = iter(_Refuse.apply(len(given), *given, *sources))
+        return tuple(None if grad is None else next(tied) for grad in grads)
+
+    return wrapper
+
+
+# The Functions below take (input, weight, bias, *Operands, *geometry) and save what their backward reads, nothing else.
+
+
+def begin(
+    ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, feedback: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    # The operands of the forward product: under autocast in its dtype, by torch's own rule, which leaves float64 alone.
+    x, w, b, ctx.dtypes = input, weight, bias, None
+    if autocasts(input):
+        dtype = torch.get_autocast_dtype(input.device.type)
+
+        def cast(t: Tensor) -> Tensor:
+            return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+        x, w, b = cast(input), cast(weight), None if bias is None else cast(bias)
+        ctx.dtypes = input.dtype, weight.dtype, None if bias is None else bias.dtype
+    role, signs, magnitude, key, entries, scale, rescale = feedback
+    ctx.feedback = role, entries, scale, weight.shape
+    needs_input, needs_weight = ctx.needs_input_grad[:2]
+    if needs_input:
+        ctx.save_for_backward(x if needs_weight else None, weight if role else None, signs, magnitude, key, rescale)
+    else:
+        ctx.save_for_backward(x if needs_weight else None, None, None, None, None, None)
+    return x, w, b
+
+
+def saved_feedback(ctx: Any, saved: Grads) -> tuple[Tensor | None, Arguments, torch.Size]:
+    # The input (None where no weight gradient is wanted), the ops' feedback arguments, and the weight's shape.
+    input, weight, signs, magnitude, key, _ = saved
+    role, entries, scale, shape = ctx.feedback
+    if role == "magnitude":
+        weight, magnitude = None, weight
+    return input, (weight, signs, magnitude, key, entries, scale), shape
+
+
+def finish(
+    ctx: Any, saved: Grads, grad_input: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None
+) -> Grads:
+    rescale = saved[-1]
+    if grad_input is not None and rescale is not None:
+        grad_input = grad_input * rescale
+    grads = [grad_input, grad_weight, grad_bias]
+    if ctx.dtypes is not None:
+        grads = [g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+    return *grads, *(None,) * (len(ctx.needs_input_grad) - 3)
+
+
+def needs_feedback(input: Tensor) -> bool:
+    """Whether a backward through `input` can follow; if not, a layer is its torch.nn namesake and forms no B."""
+    refuse_transforms()
+    return torch.is_grad_enabled() and input.requires_grad
+
+
+def refuse_transforms() -> None:
+    # Inside vmap or jvp a tensor that needs a gradient does not say so, and the feedback would be bypassed in silence.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "torch.func: its transforms (grad, vmap, jvp) do not know feedback; call the layer under torch.no_grad(), "
+            "or with feedback=None"
+        )
+
+
+def resolve(feedback: Feedback, weight: Tensor, fans: Fans, key: Tensor | None = None) -> Operands:
+    """The operands of what a caller of a function here passed as `feedback`."""
+    refuse_transforms()
+    checks.floating("weight", weight)
+    if isinstance(feedback, Tensor):
+        checks.floating("feedback", feedback)
+        checks.shape("feedback", feedback, weight.shape)
+        if feedback.device != weight.device:
+            checks.fail("feedback", f"a tensor on {weight.device}", feedback.device)
+        no_key(key)
+        return Operands("", None, feedback.detach(), None, "stored", 1.0, None)
+    rule = as_rule(feedback)
+    if isinstance(rule, Backprop):
+        no_key(key)
+        return BACKPROP
+    stateful = getattr(rule, "stored", False) or getattr(rule, "scale", None) == "initial"
+    if stateful or isinstance(rule, SignedInit | SignConcordance):
+        raise ValueError(f"feedback: {rule} keeps state: use its layer in bioplaus_kernels.nn, or pass B as a tensor")
+    if is_seeded(rule) != (key is not None):
+        wanted = "a tensor from feedback.feedback_key(seed, name)" if is_seeded(rule) else "None"
+        checks.fail("key", f"{wanted} with feedback={rule.name!r}", "None" if key is None else "a tensor")
+    if key is not None:
+        if not isinstance(key, Tensor):
+            checks.fail("key", "a tensor from feedback.feedback_key(seed, name)", type(key).__name__, TypeError)
+        checks.key(key)
+        if key.device != weight.device:
+            checks.fail("key", f"a tensor on {weight.device}", f"one on {key.device}")
+    return operands(plan(rule, root_mean_square(getattr(rule, "scale", 1.0), fans)), weight, key=key)
+
+
+def no_key(key: Tensor | None) -> None:
+    """A feedback that draws nothing takes no key."""
+    if key is not None:
+        checks.fail("key", "None where feedback draws nothing", "a tensor")
+
+
+def is_backprop(feedback: Feedback) -> bool:
+    """Whether `feedback` means B = W."""
+    return not isinstance(feedback, Tensor) and isinstance(as_rule(feedback), Backprop)
+
+
+# The layers' hot path checks only what torch lets pass: where torch or an op raises, `explain*` raises instead if it
+# finds an argument to name.
+
+
+def check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if input.device != weight.device or input.dtype not in checks.DTYPES:
+        explain(input, weight, bias)
+
+
+def explain(input: Tensor, weight: Tensor, bias: Tensor | None, out: int | None = None) -> None:
+    checks.floating("input", input)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        checks.floating(name, tensor)
+        if tensor.device != input.device:
+            checks.fail("input", f"a tensor on {tensor.device}, as {name}", f"one on {input.device}")
+        if tensor.dtype != input.dtype and not autocasts(input):
+            checks.fail("input", f"{tensor.dtype}, as {name}", input.dtype, TypeError)
+    if bias is not None and out is not None:
+        checks.shape("bias", bias, (out,))
+
+
+def ints(name: str, value: Ints, d: int, least: int = 0) -> list[int]:
+    """`value` as one integer for each of `d` dimensions."""
+    values = list(value) if isinstance(value, Sequence) else [value] * d
+    if len(values) != d or not all(isinstance(v, int) and v >= least for v in values):
+        checks.fail(name, f"an integer of at least {least} or {d} of them", value)
+    return values
+
+
+def explain_channels(d: int, input: Tensor, channels: int, divided: int, which: str, groups: int) -> None:
+    if input.dim() not in (d + 1, d + 2):
+        checks.fail("input", f"{d + 2} dimensions, or {d + 1} without a batch", f"shape {tuple(input.shape)}")
+    if groups < 1 or divided % groups:
+        checks.fail("groups", f"a divisor of the weight's {divided} {which}put channels", groups)
+    if input.shape[-d - 1] != channels:
+        checks.fail("input", f"{channels} channels", f"shape {tuple(input.shape)}")

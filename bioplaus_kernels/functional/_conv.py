@@ -1,0 +1,269 @@
+"""Convolutions and transposed convolutions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..backends.reference import checks
+from ..feedback import Operands, conv_fans
+from ._common import (
+    Feedback,
+    Grads,
+    Ints,
+    begin,
+    check,
+    explain,
+    explain_channels,
+    finish,
+    ints,
+    is_backprop,
+    no_key,
+    once,
+    resolve,
+    saved_feedback,
+)
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        x, w, b = begin(ctx, input, weight, bias, rest[:7])
+        ctx.input_shape, ctx.geometry = input.shape, rest[7:]
+        return torch.convolution(x, w, b, *ctx.geometry)
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, grad_output: Tensor, saved: Grads) -> Grads:
+        input, feedback, shape = saved_feedback(ctx, saved)
+        mask = ctx.needs_input_grad[:3]
+        # The vendor's backward reads only the shape of an operand that no wanted gradient depends on.
+        if input is None:
+            input = grad_output.new_empty(1).expand(ctx.input_shape)
+        if mask[0]:
+            b = ops.feedback_weight(*feedback, shape, dtype=grad_output.dtype)
+        else:
+            b = grad_output.new_empty(1).expand(shape)
+        bias_sizes = [grad_output.shape[1]] if mask[2] else None
+        x, w, c = torch.ops.aten.convolution_backward(grad_output, input, b, bias_sizes, *ctx.geometry, mask)
+        return finish(ctx, saved, x, w, c)
+
+
+def conv_with(
+    d: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int] | str,
+    dilation: Sequence[int],
+    groups: int,
+    op: Operands,
+) -> Tensor:
+    """A d-dimensional convolution with the operands of B at hand."""
+    check(input, weight, bias)
+    dims = input.dim()
+    x = input if dims == d + 2 else input.unsqueeze(0)
+    if isinstance(padding, str):
+        x, padding = _same(x, weight, padding, dilation)
+    try:
+        y: Tensor = _Conv.apply(x, weight, bias, *op, stride, padding, dilation, False, (0,) * d, groups)
+    except Exception:
+        explain(input, weight, bias, weight.shape[0])
+        explain_channels(d, input, weight.shape[1] * groups, weight.shape[0], "out", groups)
+        spans = [dil * (k - 1) + 1 for k, dil in zip(weight.shape[2:], dilation, strict=True)]
+        if any(size + 2 * p < span for size, p, span in zip(x.shape[2:], padding, spans, strict=True)):
+            wanted = f"a padded spatial size of at least the dilated kernel {tuple(spans)}"
+            checks.fail("input", wanted, f"spatial size {tuple(x.shape[2:])} and padding {tuple(padding)}")
+        raise
+    return y if dims == d + 2 else y.squeeze(0)
+
+
+def _same(x: Tensor, weight: Tensor, padding: str, dilation: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
+    # "same" or "valid" as integers, and the input they apply to: an odd total pads one more at the end, as torch does.
+    total = [dil * (k - 1) * (padding == "same") for k, dil in zip(weight.shape[2:], dilation, strict=True)]
+    if any(t % 2 for t in total):
+        x = F.pad(x, [p for t in reversed(total) for p in (0, t % 2)])
+    return x, [t // 2 for t in total]
+
+
+def _conv(
+    d: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints | str,
+    dilation: Ints,
+    groups: int,
+    feedback: Feedback,
+    key: Tensor | None,
+) -> Tensor:
+    if is_backprop(feedback):
+        no_key(key)
+        plain: Any = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
+        return plain(input, weight, bias, stride, padding, dilation, groups)
+    checks.rank("weight", weight, d + 2)
+    op = resolve(feedback, weight, conv_fans(weight, weight.shape[0]), key)
+    stride, dilation = ints("stride", stride, d, 1), ints("dilation", dilation, d, 1)
+    if not isinstance(padding, str):
+        padding = ints("padding", padding, d)
+    elif padding not in ("same", "valid"):
+        checks.fail("padding", "integers, 'same' or 'valid'", repr(padding))
+    elif padding == "same" and any(s != 1 for s in stride):
+        checks.fail("padding", "integers where stride is not 1", "'same'")
+    return conv_with(d, input, weight, bias, stride, padding, dilation, groups, op)
+
+
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints | str = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    feedback: Feedback = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    """F.conv1d whose input gradient uses B, shaped as the weight (out, in/groups, k)."""
+    return _conv(1, input, weight, bias, stride, padding, dilation, groups, feedback, key)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints | str = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    feedback: Feedback = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    """F.conv2d whose input gradient uses B, shaped as the weight (out, in/groups, kh, kw)."""
+    return _conv(2, input, weight, bias, stride, padding, dilation, groups, feedback, key)
+
+
+def conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints | str = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    feedback: Feedback = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    """F.conv3d whose input gradient uses B, shaped as the weight (out, in/groups, kd, kh, kw)."""
+    return _conv(3, input, weight, bias, stride, padding, dilation, groups, feedback, key)
+
+
+def conv_transpose_with(
+    d: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+    op: Operands,
+) -> Tensor:
+    """A d-dimensional transposed convolution with the operands of B at hand."""
+    check(input, weight, bias)
+    dims = input.dim()
+    x = input if dims == d + 2 else input.unsqueeze(0)
+    try:
+        y: Tensor = _Conv.apply(x, weight, bias, *op, stride, padding, dilation, True, output_padding, groups)
+    except Exception:
+        explain(input, weight, bias, weight.shape[1] * groups)
+        explain_channels(d, input, weight.shape[0], weight.shape[0], "in", groups)
+        if any(p >= max(s, dil) for p, s, dil in zip(output_padding, stride, dilation, strict=True)):
+            wanted = f"less than stride {tuple(stride)} or dilation {tuple(dilation)}"
+            checks.fail("output_padding", wanted, tuple(output_padding))
+        raise
+    return y if dims == d + 2 else y.squeeze(0)
+
+
+def _conv_transpose(
+    d: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    output_padding: Ints,
+    groups: int,
+    dilation: Ints,
+    feedback: Feedback,
+    key: Tensor | None,
+) -> Tensor:
+    if is_backprop(feedback):
+        no_key(key)
+        plain: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[d - 1]
+        return plain(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    checks.rank("weight", weight, d + 2)
+    op = resolve(feedback, weight, conv_fans(weight, weight.shape[1] * groups), key)
+    stride, dilation = ints("stride", stride, d, 1), ints("dilation", dilation, d, 1)
+    padding, output_padding = ints("padding", padding, d), ints("output_padding", output_padding, d)
+    return conv_transpose_with(d, input, weight, bias, stride, padding, output_padding, groups, dilation, op)
+
+
+def conv_transpose1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    feedback: Feedback = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    """F.conv_transpose1d whose input gradient uses B, shaped as the weight (in, out/groups, k)."""
+    return _conv_transpose(1, input, weight, bias, stride, padding, output_padding, groups, dilation, feedback, key)
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    feedback: Feedback = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    """F.conv_transpose2d whose input gradient uses B, shaped as the weight (in, out/groups, *kernel)."""
+    return _conv_transpose(2, input, weight, bias, stride, padding, output_padding, groups, dilation, feedback, key)
+
+
+def conv_transpose3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    feedback: Feedback = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    """F.conv_transpose3d whose input gradient uses B, shaped as the weight (in, out/groups, *kernel)."""
+    return _conv_transpose(3, input, weight, bias, stride, padding, output_padding, groups, dilation, feedback, key)

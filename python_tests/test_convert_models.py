@@ -1,0 +1,163 @@
+"""convert_ on models of torchvision and torch.nn, and check, which finds weights that a model reads by itself."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from small import gradients
+from torch import Tensor, nn
+
+import bioplaus_kernels as bk
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+torchvision = pytest.importorskip("torchvision")
+
+
+def test_resnet18() -> None:
+    model = torchvision.models.resnet18()
+    report = bk.convert_(model, "usf", last_layer="backprop")
+    convolutions = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    assert report.converted == convolutions and len(convolutions) == 20
+    assert all(type(model.get_submodule(name)) is bk.nn.Conv2d for name in convolutions)
+    assert type(model.fc) is nn.Linear and "fc" in report.left
+    rows = {row.name: row for row in report.rows}
+    assert (rows["fc"].rule, rows["fc"].reason) == ("backprop", "left to back-propagation")
+    assert (rows["bn1"].outcome, rows["bn1"].reason) == ("left", "has no feedback rule")
+    assert rows["conv1"].rule == "usf"
+    text = str(report).splitlines()
+    assert text[0].split() == ["module", "type", "outcome", "rule", "why"]
+    assert len(text) == 2 + len(report.rows) + 1
+    assert text[-1] == "20 converted, 21 left"
+    assert "layer4.1.conv2 Conv2d converted usf" in [" ".join(line.split()) for line in text]
+
+
+def test_resnet18_trains() -> None:
+    model = torchvision.models.resnet18(num_classes=4)
+    expected = copy.deepcopy(model)
+    bk.convert_(model, "usf", last_layer="backprop")
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(x), expected(x))
+    model(x).square().sum().backward()
+    expected(x).square().sum().backward()
+    # The last layers' weight gradients are those of backprop; the first layer's go through 19 feedback matrices.
+    assert torch.equal(model.fc.weight.grad, expected.fc.weight.grad)
+    assert torch.equal(model.layer4[1].conv2.weight.grad, expected.layer4[1].conv2.weight.grad)
+    assert not torch.allclose(model.conv1.weight.grad, expected.conv1.weight.grad)
+
+
+def swin() -> nn.Module:
+    return torchvision.models.SwinTransformer(
+        patch_size=[4, 4], embed_dim=8, depths=[2], num_heads=[2], window_size=[2, 2], num_classes=3
+    )
+
+
+def test_swins_bypassed_weights_are_named() -> None:
+    model = swin()
+    bypassed = [n for n, _ in model.named_modules() if n.endswith(("attn.qkv", "attn.proj"))]
+    assert bypassed
+    report = bk.convert_(model, "usf")
+    reasons = {row.name: row.reason for row in report.rows if row.outcome == "left"}
+    for name in bypassed:
+        assert reasons[name] == "ShiftedWindowAttention uses its weight without calling it"
+        assert type(model.get_submodule(name)) is nn.Linear
+    checked = bk.check(model, torch.randn(1, 3, 16, 16))
+    assert checked.bypassed == bypassed and checked.unused == []
+    assert set(report.converted) <= set(checked.called)
+    assert bypassed[0] in str(checked)
+
+
+def vit(**kwargs: Any) -> nn.Module:
+    return torchvision.models.VisionTransformer(16, 8, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8, **kwargs)
+
+
+class Bypass(nn.Module):
+    """A model of the user's own that reads a weight, with a batch norm and a dropout that a call moves on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.called, self.spare = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.norm, self.dropout = nn.BatchNorm1d(4), nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.norm(self.called(x @ self.read.weight.t())))
+
+
+def test_check_finds_bypassed_weights_and_leaves_no_trace() -> None:
+    model = Bypass()
+    bk.convert_(model, "fa")
+    model.called.weight.grad = torch.ones(4, 4)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    x, hooks = torch.randn(3, 4), len(model.called._forward_pre_hooks)
+    state = torch.get_rng_state()
+    checked = bk.check(model, x)
+    assert (checked.called, checked.bypassed, checked.unused) == (["called"], ["read"], ["spare"])
+    assert "1 layers called" in str(checked) and "read  bypassed" in str(checked) and "spare  unused" in str(checked)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+    assert torch.equal(model.called.weight.grad, torch.ones(4, 4)) and model.read.weight.grad is None
+    assert len(model.called._forward_pre_hooks) == hooks
+
+
+def test_check_restores_when_the_model_raises() -> None:
+    model = Bypass()
+    with pytest.raises(RuntimeError):
+        bk.check(model, torch.randn(3, 5))
+    assert not model.called._forward_pre_hooks
+    assert model.norm.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit"])
+def test_check_calls_torchvisions_models_clean(name: str) -> None:
+    model = vit() if name == "vit" else torchvision.models.resnet18()
+    report = bk.convert_(model, "usf")
+    checked = bk.check(model.eval(), torch.randn(1, 3, 16, 16))
+    assert checked.bypassed == [] and set(report.converted) <= set(checked.called)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("rule", ["usf", "fa"])
+def test_transformer_encoder(rule: str, training: bool) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).train(training)
+    plain = copy.deepcopy(model)
+    report = bk.convert_(model, rule)
+    assert report.converted == [f"layers.{i}.{part}" for i in (0, 1) for part in ("self_attn", "linear1", "linear2")]
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(model(x), plain(x))
+    ours, theirs = gradients(model, x), gradients(plain, x)
+    assert len(ours) == len(theirs)
+    # Output projection and first layer: beyond any rounding from backprop's.
+    attention = model.layers[0].self_attn
+    for parameter in (attention.in_proj_weight, attention.out_proj.weight):
+        i = 1 + next(i for i, p in enumerate(p for p in model.parameters() if p.requires_grad) if p is parameter)
+        assert (ours[i] - theirs[i]).norm() > 0.1 * theirs[i].norm()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x))
+
+
+def test_attention_with_b_set_to_w_is_backprop_inside_a_model() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, dtype=torch.float64), 1)
+    plain = copy.deepcopy(model)
+    bk.convert_(model, bk.FeedbackAlignment(stored=True))
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, bk.nn.MultiheadAttention):
+                m.in_proj_feedback_weight.copy_(m.in_proj_weight)
+            elif isinstance(m, bk.nn.Linear):
+                m.feedback_weight.copy_(m.weight)
+    x = torch.randn(3, 2, 8, dtype=torch.float64, requires_grad=True)
+    for ours, theirs in zip(gradients(model, x), gradients(plain, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_vision_transformer() -> None:
+    model = torchvision.models.VisionTransformer(
+        16, 8, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8, num_classes=3
+    )
+    report = bk.convert_(model, "usf", last_layer="backprop")
+    assert "encoder.layers.encoder_layer_0.self_attention" in report.converted
+    assert all("out_proj" not in row.name for row in report.rows)
+    nn.init.normal_(model.heads.head.weight)
+    model(torch.randn(1, 3, 16, 16)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.encoder.parameters())

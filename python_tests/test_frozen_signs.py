@@ -1,0 +1,54 @@
+"""frozen_signs: the same gradients, the signs that the block began with, and its end."""
+
+import pytest
+import torch
+from small import RULES, assert_equal, gradients
+from torch import nn
+
+import bioplaus_kernels as bk
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_frozen_signs_gives_the_same_gradients(rule: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Unflatten(1, (2, 20)), nn.Conv1d(2, 3, 3), nn.Flatten())
+    model.attention = nn.Identity()
+    bk.convert_(model, RULES[rule])
+    with torch.no_grad():
+        model[0].weight[::3] = 0
+    x = torch.randn(3, 6, requires_grad=True)
+    expected = gradients(model, x)
+    with bk.frozen_signs(model):
+        assert_equal(gradients(model, x), expected)
+        assert_equal(gradients(model, x), expected)
+    assert_equal(gradients(model, x), expected)
+
+
+def test_frozen_signs_holds_the_signs_it_began_with() -> None:
+    layer = bk.nn.Linear(6, 5, feedback=bk.SignSymmetry(scale=1.0))
+    signs = layer.weight.detach().sign()
+    with bk.frozen_signs(layer):
+        with torch.no_grad():
+            layer.weight.neg_()
+        assert torch.equal(layer.feedback_matrix(), signs)
+    assert torch.equal(layer.feedback_matrix(), -signs)
+
+
+def test_frozen_signs_nested_raises_and_the_outer_block_goes_on() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    bk.convert_(model, "usf")
+    with bk.frozen_signs(model):
+        with pytest.raises(RuntimeError, match=r"frozen_signs.*frozen already"), bk.frozen_signs(model[2]):
+            pass
+        assert model[0]._frozen is not None
+    assert all(m._frozen is None for m in model if isinstance(m, bk.nn.Linear))
+
+
+def test_frozen_signs_ends_with_an_exception() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    bk.convert_(model, "frsf")
+    with pytest.raises(ZeroDivisionError), bk.frozen_signs(model):
+        raise ZeroDivisionError
+    with bk.frozen_signs(model):
+        pass

@@ -1,0 +1,77 @@
+"""Models built on the meta device: state that was lost is not used, and every way to have it again."""
+
+import pytest
+import torch
+from small import RULES, assert_equal, gradients
+from torch import Tensor, nn
+
+import bioplaus_kernels as bk
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def meta_model(rule: str) -> nn.Module:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Conv1d(2, 2, 1), nn.Flatten(), nn.Linear(6, 6))
+        bk.convert_(model, RULES[rule])
+    assert all(t.is_meta for t in model.state_dict().values())
+    return model
+
+
+def through(model: nn.Module, x: Tensor) -> list[Tensor]:
+    return gradients(
+        lambda x: model[4](model[0](x).reshape(-1, 6)), x, *(p for p in model[4].parameters() if p.requires_grad)
+    )
+
+
+STATEFUL = ["fa", "frsf", "brsf", "fa-stored", "frsf-stored", "fa_signed_init"]
+
+
+@pytest.mark.parametrize("rule", STATEFUL)
+def test_meta_state_that_was_lost_is_not_used(rule: str) -> None:
+    model = meta_model(rule).to_empty(device="cpu")
+    x = torch.randn(2, 6, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"lost by to_empty\(\).*reset_parameters\(\).*load a state_dict"):
+        model[0](x)
+    with pytest.raises(RuntimeError, match=r"lost by to_empty"):
+        model[0].feedback_matrix()
+    for module in model:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert all(grad.isfinite().all() for grad in through(model, x))
+
+
+@pytest.mark.parametrize("rule", [*STATEFUL, "usf"])
+def test_meta_then_convert_again_or_load(rule: str) -> None:
+    expected = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Conv1d(2, 2, 1), nn.Flatten(), nn.Linear(6, 6))
+    bk.convert_(expected, RULES[rule])
+    x = torch.randn(2, 6, requires_grad=True)
+
+    loaded = meta_model(rule).to_empty(device="cpu")
+    loaded.load_state_dict(expected.state_dict())
+    assert_equal(through(loaded, x), through(expected, x))
+
+    assigned = meta_model(rule)
+    assigned.load_state_dict(expected.state_dict(), assign=True)
+    assert_equal(through(assigned, x), through(expected, x))
+
+    again = meta_model(rule).to_empty(device="cpu")
+    with torch.no_grad():
+        for ours, theirs in zip(again.parameters(), expected.parameters(), strict=True):
+            ours.copy_(theirs)
+    bk.convert_(again, RULES[rule])
+    assert_equal(through(again, x), through(expected, x))
+
+
+def test_meta_without_state_needs_nothing() -> None:
+    model = meta_model("usf").to_empty(device="cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(0.5)
+    assert all(grad.isfinite().all() for grad in through(model, torch.randn(2, 6, requires_grad=True)))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_meta_model_runs_on_meta(rule: str) -> None:
+    x = torch.randn(2, 6, device="meta", requires_grad=True)
+    assert [grad.shape for grad in through(meta_model(rule), x)] == [(2, 6), (6, 6), (6,)]
