@@ -317,23 +317,28 @@ def learned_inverse(
 ) -> torch.nn.Module:
     """g_l(h_l) = σ_l(V_l h_l + c_l) for a layer f_l(h) = σ_l(W_l h + b_l), V_l with the shape and sparsity of W_lᵀ.
 
-    A `Linear` gives a torch.nn.Linear, a `LocallyConnected1d/2d/3d` its transposed layer (S1 5.4), newly initialised on
-    the layer's device and in its dtype. `layer` is one of these or a Sequential of torch.nn.Flatten, one of them, and
-    an activation without parameters, in this order, the first and last as wanted; with Flatten the inverse unflattens.
+    A `Linear` gives a torch.nn.Linear, a `LocallyConnected1d/2d/3d` its transposed layer (S1 5.4), a `Conv1d/2d/3d`
+    torch.nn's transposed convolution (Ernoult et al. 2022), newly initialised on the layer's device and in its dtype.
+    `layer` is one of these or a Sequential of torch.nn.Flatten, a Linear or one of the others, and an activation
+    without parameters, in this order, the first and last as wanted; with Flatten the inverse unflattens.
 
-    input_size: what the layer takes, without the batch (C, H, W); needed with Flatten.
+    input_size: what the layer takes, without the batch (C, H, W); needed with Flatten and with a convolution.
     activation: σ of the inverse in place of the layer's own, for a last layer, which has none.
     extra: auxiliary units of AO-SDTP that a Linear's inverse takes behind its outputs.
+
+    Raises ValueError for another layer, and a convolution padded by name or with anything but zeros.
     """
     parts = list(layer) if isinstance(layer, torch.nn.Sequential) else [layer]
     flat = bool(parts) and isinstance(parts[0], torch.nn.Flatten)
     parts = parts[1:] if flat else parts
-    kinds = (torch.nn.Linear, lc._LocallyConnected)
+    convs = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    kinds = (torch.nn.Linear, lc._LocallyConnected, *convs)
     if not parts or not isinstance(parts[0], kinds) or len(parts) > 2 or [p for m in parts[1:] for p in m.parameters()]:
-        checks.fail("layer", "[Flatten,] Linear or LocallyConnected[, an activation without parameters]", layer)
-    if flat and input_size is None:
-        checks.fail("input_size", "the size that Flatten takes, without the batch", None)
+        wanted = "[Flatten,] Linear, LocallyConnected or Conv[, an activation without parameters]"
+        checks.fail("layer", wanted, layer)
     main = parts[0]
+    if input_size is None and (flat or isinstance(main, convs)):
+        checks.fail("input_size", "the size that Flatten or a convolution takes, without the batch", None)
     if activation is None and len(parts) == 2:
         activation = copy.deepcopy(parts[1])
     like: Any = {"device": main.weight.device, "dtype": main.weight.dtype}
@@ -343,10 +348,19 @@ def learned_inverse(
     else:
         if extra or flat:
             checks.fail("extra" if extra else "layer", "a Linear behind Flatten, or with auxiliary units", main)
-        transpose = getattr(lc, f"LocallyConnectedTranspose{main.d}d")
-        ends = main.out_channels, main.in_channels
-        geometry = main.kernel_size, main.stride, main.padding, main.dilation, main.groups
-        inverse = transpose(*ends, *geometry, output_size=main.input_size, **like)
+        ends, d = (main.out_channels, main.in_channels), len(main.kernel_size)
+        geometry: Any = {n: getattr(main, n) for n in ("kernel_size", "stride", "padding", "dilation", "groups")} | like
+        if isinstance(main, convs):
+            if isinstance(main.padding, str) or main.padding_mode != "zeros":
+                checks.fail("layer", "a convolution padded with zeros, by numbers", main)
+            assert input_size is not None
+            sides = zip(input_size[-d:], main.kernel_size, main.stride, main.padding, main.dilation, strict=True)
+            # What the stride has left unread at the end.
+            rest = tuple((n + 2 * p - e * (k - 1) - 1) % s for n, k, s, p, e in sides)
+            inverse = getattr(torch.nn, f"ConvTranspose{d}d")(*ends, output_padding=rest, **geometry)
+        else:
+            transpose = getattr(lc, f"LocallyConnectedTranspose{d}d")
+            inverse = transpose(*ends, output_size=main.input_size, **geometry)
     tail = [] if activation is None else [activation]
     if flat:
         assert input_size is not None

@@ -122,7 +122,9 @@ def test_target_propagation_pair_trains_apart(feedback: str) -> None:
 
 
 @pytest.mark.parametrize("size", range(1, 12))
-@pytest.mark.parametrize("kernel, stride, dilation", [(1, 1, 1), (2, 1, 1), (3, 2, 1), (2, 3, 1), (3, 1, 2), (4, 3, 3)])
+@pytest.mark.parametrize(
+    "kernel, stride, dilation", [(1, 1, 1), (2, 1, 1), (3, 2, 1), (2, 3, 1), (3, 1, 2), (4, 3, 3), (5, 2, 1), (9, 4, 1)]
+)
 def test_same_padding(size: int, kernel: int, stride: int, dilation: int) -> None:
     # TensorFlow's rule: ceil(in / stride) outputs, the least padding that gives them, and the odd one at the end.
     layer = bk.nn.LocallyConnected1d(1, 1, kernel, stride, "same", dilation, input_size=size, bias=False)

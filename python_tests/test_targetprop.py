@@ -353,6 +353,28 @@ def test_inverses_of_locally_connected_layers() -> None:
     assert (torch.stack(tp.inverse_losses(h)) < 0.7 * before).all()
 
 
+@pytest.mark.parametrize(
+    ("d", "size", "geometry"),
+    [
+        (1, (7,), {"kernel_size": 3, "stride": 2}),
+        (2, (8, 9), {"kernel_size": (3, 2), "stride": (3, 2), "padding": (1, 0)}),
+        (2, (6, 5), {"kernel_size": 2, "dilation": 2, "groups": 2, "stride": 2}),
+        (3, (4, 3, 5), {"kernel_size": (2, 1, 3), "stride": 2, "padding": (0, 0, 1)}),
+    ],
+)
+def test_the_inverse_of_a_convolution(d: int, size: tuple[int, ...], geometry: dict[str, Any]) -> None:
+    conv = getattr(torch.nn, f"Conv{d}d")(4, 6, **geometry).double()
+    inverse = learned_inverse(torch.nn.Sequential(conv, torch.nn.ELU()), (4, *size))
+    assert isinstance(inverse[1], torch.nn.ELU)
+    x = torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True)
+    y = conv(x)
+    with torch.no_grad():
+        inverse[0].weight.copy_(conv.weight)
+        inverse[0].bias.zero_()
+    # With V = W it is the transpose: what autograd makes of y.
+    torch.testing.assert_close(inverse[0](y), torch.autograd.grad(y, x, y)[0])
+
+
 @pytest.mark.parametrize("variant", ["dtp", "sdtp", "ao_sdtp", "l_drl", "dtpdrl", "ddtp"])
 def test_it_learns(variant: str, one_thread: None) -> None:
     torch.manual_seed(1)
@@ -458,12 +480,22 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "inverse of": (
         lambda: learned_inverse(torch.nn.Tanh()),
         ValueError,
-        "layer: expected .*Linear or LocallyConn",
+        "layer: expected .*Linear, LocallyConnected or Conv.*got Tanh",
     ),
     "flatten": (
         lambda: learned_inverse(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))),
         ValueError,
-        "input_size: expected the size that Flatten takes",
+        "input_size: expected the size that Flatten or a convolution takes, without the batch, got None",
+    ),
+    "convolution": (
+        lambda: learned_inverse(torch.nn.Conv2d(1, 2, 3)),
+        ValueError,
+        "input_size: expected the size that Flatten or a convolution takes, without the batch, got None",
+    ),
+    "padding by name": (
+        lambda: learned_inverse(torch.nn.Conv2d(1, 2, 3, padding="same"), (1, 5, 5)),
+        ValueError,
+        "layer: expected a convolution padded with zeros, by numbers, got Conv2d",
     ),
 }
 
