@@ -223,7 +223,7 @@ def check(model: torch.nn.Module, *inputs: Any) -> Check:
     """Run `model(*inputs)` and list the convertible layers whose weights act without their forward being called.
 
     Some models read a layer's weight directly (torchvision's Swin attention); no rule can act there. Buffers, gradients
-    and the random state are as before afterwards.
+    and the random state are as before afterwards. Raises TypeError for a model that is no torch.nn.Module.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

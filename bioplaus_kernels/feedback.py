@@ -34,7 +34,12 @@ _UNIT_RMS = {"uniform": 1.0 / math.sqrt(3.0), "normal": 1.0, "constant": 1.0}
 
 @dataclass(frozen=True)
 class Rule:
-    """Base of the rules; `name` is the string that stands for the rule with its defaults."""
+    """Base of the rules, each of which states the B, of W's shape, in dX = dY B.
+
+    `name` is the string that stands for the rule with its defaults; `scale`, B's root mean square, and `entries`, how
+    its magnitudes are drawn, mean the same in all rules. Raises ValueError or TypeError for an argument that does not
+    fit.
+    """
 
     name: ClassVar[str]
     sign_of_weight: ClassVar[bool] = False

@@ -96,6 +96,8 @@ class TargetProp(torch.nn.Module):
     inverse_objective: another inverse loss than the variant's.
 
     torch.compile takes a step in one graph; only an α step and mix > 0, which take a gradient inside, break it.
+    DistributedDataParallel wraps a module whose forward returns the losses; there reduction="sum" leaves the targets
+    what they are on one process, "mean" divides by the samples of the rank alone.
     Raises ValueError or TypeError for an argument that does not fit.
     """
 

@@ -65,12 +65,40 @@ def _train(rank: int, world: int, rule: str, direct: bool) -> dict[str, Any]:
     return {"start": start, "inputs": inputs, "seen": seen, "end": model.state_dict()}
 
 
+class _Losses(nn.Module):
+    """The two losses of target propagation as one output, which is what DistributedDataParallel wraps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        layers = [nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in ((64, 8), (8, 8))] + [nn.Linear(8, 3)]
+        inverses = [None, bk.targetprop.learned_inverse(layers[1]), nn.Linear(3, 8)]
+        # No noise, and a target of each sample alone: ranks draw their own, and "mean" divides by the rank's samples.
+        self.tp = bk.TargetProp(layers, inverses, "dtpdrl", inverse_objective="preserving", sigma=0, reduction="sum")
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = self.tp.activations(x.flatten(1))
+        return self.tp.inverse_loss(h) + self.tp.forward_loss(h, self.tp.targets(h, y), y)
+
+
+def _propagate(rank: int, world: int) -> dict[str, Tensor]:
+    model = _Losses()
+    losses = model if world == 1 else nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), LR, MOMENTUM)
+    for x in torch.randn(3, 4, 1, 8, 8, generator=torch.Generator().manual_seed(5)):
+        optimizer.zero_grad()
+        losses(x[rank::world], torch.arange(4)[rank::world] % 3).backward()
+        optimizer.step()
+    return model.state_dict()
+
+
 def _worker(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     try:
-        results = {case: _train(rank, world, *case) for case in CASES}
+        results: dict[Any, Any] = {case: _train(rank, world, *case) for case in CASES}
+        results["target propagation"] = _propagate(rank, world)
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
@@ -105,6 +133,15 @@ def test_two_ranks_stay_in_step(case: tuple[str, bool], ranks: list[dict[Any, An
     _steps(model, model, rule, list(ours["inputs"]))
     for name, t in model.state_dict().items():
         torch.testing.assert_close(t, end[name])
+
+
+def test_target_propagation_on_two_ranks(ranks: list[dict[Any, Any]]) -> None:
+    ours, theirs = (rank["target propagation"] for rank in ranks)
+    assert_equal(list(ours.values()), list(theirs.values()))
+    start = _Losses().state_dict()
+    for name, t in _propagate(0, 1).items():
+        assert not torch.equal(t, start[name])
+        torch.testing.assert_close(ours[name], t)
 
 
 @pytest.mark.parametrize("direct", [False, True])

@@ -298,7 +298,8 @@ def frozen_signs(model: torch.nn.Module) -> Iterator[None]:
     """Pack the signs of every weight of `model` once, for all forward and backward calls in the block.
 
     For gradient accumulation: no optimizer step inside, since the block keeps the signs it began with. Layers whose
-    rule does not take its signs from W are unaffected.
+    rule does not take its signs from W are unaffected. Raises RuntimeError for a block within a block, TypeError for a
+    model that is no torch.nn.Module.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
