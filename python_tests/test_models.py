@@ -136,6 +136,17 @@ def test_every_convolution_of_retinanet_takes_a_rule(name: str) -> None:
     assert [set(found) for found in model.eval()(images)] == [{"boxes", "scores", "labels"}] * 2
 
 
+@pytest.mark.parametrize(("variant", "mix"), [*((v, 0) for v in bk.targetprop.VARIANTS), ("dtp", 0.5), ("sdtp", 1)])
+def test_every_variant_of_target_propagation_fits_the_networks(variant: str, mix: float) -> None:
+    model = bartunov.lc(bartunov.Spec(((3, 4, 2),), (16, 8)), 1, 8, 3)
+    tp = bartunov.target_prop(model, (1, 8, 8), variant, mix=mix)
+    h = tp.activations(torch.randn(5, 1, 8, 8))
+    targets = tp.targets(h, torch.arange(5) % 3)
+    assert [t.shape for t in targets] == [(5, 4, 4, 4), (5, 16), (5, 8)]
+    if variant != "fw_dtp" and mix < 1:
+        assert len(tp.inverse_losses(h)) == (2 if variant == "dtp" else 3)
+
+
 @pytest.mark.parametrize("variant", ["dtp", "sdtp", "ao_sdtp"])
 @pytest.mark.parametrize("schedule", schedules.SCHEDULES)
 def test_schedules(variant: str, schedule: str, one_thread: None) -> None:

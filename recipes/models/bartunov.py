@@ -84,8 +84,8 @@ def target_prop(
 ) -> bk.targetprop.TargetProp:
     """`model`, one of this file, with learned tanh inverses of its layers' kind, for images of `shape` (C, H, W).
 
-    variant: "tp", "dtp", "sdtp" or "ao_sdtp"; `auxiliary` is the number of units z of the last one. `options` are
-    `TargetProp`'s.
+    variant: one of `TargetProp`'s, whose `options` follow; `auxiliary` is the number of units z of "ao_sdtp". The
+    direct inverses of "ddtp" are linear, and mix=1 has none.
     """
     layers = blocks(model)
     x = torch.zeros(1, *shape, device="meta")
@@ -98,13 +98,15 @@ def target_prop(
     if extra:
         options["auxiliary"] = nn.Sequential(nn.Flatten(), nn.Linear(last.in_features, extra)).to(last.weight)
         nn.init.xavier_uniform_(options["auxiliary"][1].weight)
-    inverses: list[nn.Module | None] = [None]
-    for layer, size in zip(layers[1:-1], sizes[1:-1], strict=True):
-        inverses.append(bk.targetprop.learned_inverse(layer, size))
-    top = None
-    if bk.targetprop.VARIANTS[variant].first != "hidden":
-        top = bk.targetprop.learned_inverse(layers[-1], sizes[-1], activation=nn.Tanh(), extra=extra)
-    inverses.append(top)
+    inverses: list[nn.Module | None] = [None] * len(layers)
+    plan = bk.targetprop.VARIANTS[variant]
+    for k in () if options.get("mix") == 1 else range(1, len(layers) - (plan.first == "hidden")):
+        if plan.direct:
+            inverses[k] = nn.Sequential(nn.Linear(x.shape[1], math.prod(sizes[k])), nn.Unflatten(1, sizes[k]))
+        elif k < len(layers) - 1:
+            inverses[k] = bk.targetprop.learned_inverse(layers[k], sizes[k])
+        else:
+            inverses[k] = bk.targetprop.learned_inverse(layers[k], sizes[k], activation=nn.Tanh(), extra=extra)
     for inverse in inverses[1:]:
         if inverse is not None:
             _glorot(inverse)
