@@ -6,10 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
+import bioplaus_kernels as bk
+
 PAGE = Path(__file__).parents[1] / "docs" / "algorithms.md"
 SECTIONS = PAGE.read_text().split("\n## ")
 SETUP = re.findall(r"```python\n(.*?)```", SECTIONS[0], re.DOTALL)
 BLOCKS = {part.partition("\n")[0]: re.findall(r"```python\n(.*?)```", part, re.DOTALL) for part in SECTIONS[1:]}
+
+
+def test_every_algorithm_is_there_in_ten_lines() -> None:
+    blocks = SETUP + [block for part in BLOCKS.values() for block in part]
+    assert all(len(block.strip().splitlines()) <= 10 for block in blocks)
+    for name in (*bk.feedback.RULES, *bk.direct.RULES, *bk.targetprop.VARIANTS):
+        assert any(f'"{name}"' in block for block in blocks), name
 
 
 @pytest.mark.usefixtures("one_thread")
