@@ -290,7 +290,14 @@ def operands(
 def weight_rms(weight: Tensor) -> Tensor:
     """‖W‖_F/√numel, 0-dim and at least float32."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return torch.linalg.vector_norm(weight.detach(), dtype=dtype) / math.sqrt(max(weight.numel(), 1))
+    # torch adds all squares one after the other, which costs a float32 sum over 4096² of them two digits or more: rows
+    # of a few thousand at a time, and the rows in float64.
+    first = 1
+    while first < weight.dim() - 1 and math.prod(weight.shape[first:]) > 2**13:
+        first += 1
+    rows = torch.linalg.vector_norm(weight.detach(), dim=tuple(range(first, weight.dim())), dtype=dtype)
+    norm = torch.linalg.vector_norm(rows, dtype=torch.float64) / math.sqrt(max(weight.numel(), 1))
+    return norm.to(dtype)
 
 
 def is_seeded(rule: Rule) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import bioplaus_kernels as bk
-from bioplaus_kernels.feedback import feedback_key
+from bioplaus_kernels.feedback import feedback_key, weight_rms
 
 SIGN_RULES = {
     "usf": bk.SignSymmetry,
@@ -141,6 +141,14 @@ def test_match_follows_the_norm_of_the_weight(layer: str) -> None:
         drawn.weight.mul_(3)
     assert torch.allclose(drawn.feedback_matrix() / root_mean_square(drawn.weight), relative, rtol=1e-13)
     assert abs(root_mean_square(relative) ** 2 - 1) < 5 * math.sqrt(0.8 / relative.numel())
+
+
+@pytest.mark.parametrize("shape", [(2048, 2048), (256, 128, 9, 9), (2, 64, 8, 64, 3, 3)], ids=str)
+def test_match_is_close_for_equal_entries(shape: tuple[int, ...]) -> None:
+    weight = torch.full(shape, 0.3)
+    for w in (weight, weight.movedim(1, -1)):
+        assert abs(weight_rms(w) / weight[(0,) * len(shape)] - 1) < 1e-5
+    assert weight_rms(weight.double()).dtype == torch.float64 and weight_rms(weight.half()).dtype == torch.float32
 
 
 @layers

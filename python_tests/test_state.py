@@ -30,10 +30,57 @@ def test_what_is_in_the_state_dict(layer: str, rule: str) -> None:
     for name in wanted:
         state = module.state_dict(keep_vars=True)[name]
         assert state.dtype == dtype and not state.requires_grad
-        # A key is a buffer; a stored B, |M| or signs a Parameter, which data-parallel wrappers shard.
-        assert isinstance(state, nn.Parameter) == (suffix != "key")
+        # A stored B or |M| is a Parameter, which data-parallel wrappers shard. Integers are buffers, which averages of
+        # the parameters and requires_grad_(True) leave alone.
+        assert isinstance(state, nn.Parameter) == (suffix == "weight")
         if suffix == "key":
             assert state.shape == (3,) and state[0] == 1 and state[2] == 0
+
+
+AVERAGES = {
+    "swa": {},
+    "ema": {"multi_avg_fn": torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)},
+    "ema one by one": {"avg_fn": torch.optim.swa_utils.get_ema_avg_fn(0.9)},
+}
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("rule", [*STATE, "kp"])
+def test_averaged_model(rule: str, average: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 40))
+    bk.convert_(model, RULES.get(rule, "kp"))
+    plain = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 40))
+    averaged, expected = (torch.optim.swa_utils.AveragedModel(m, **AVERAGES[average]) for m in (model, plain))
+    for _ in range(3):
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn_like(p))
+        plain.load_state_dict({name: t for name, t in model.state_dict().items() if "feedback" not in name})
+        averaged.update_parameters(model)
+        expected.update_parameters(plain)
+    for name, t in averaged.module.state_dict().items():
+        if "feedback" not in name:
+            assert torch.equal(t, expected.module.state_dict()[name])
+        elif rule != "kp":
+            # What is fixed stays, to the rounding of an average of equal numbers; keys and signs to the last bit.
+            torch.testing.assert_close(t, model.state_dict()[name])
+            assert t.is_floating_point() or torch.equal(t, model.state_dict()[name])
+    x = torch.randn(2, 6, requires_grad=True)
+    wanted = [layer.feedback_matrix() for layer in averaged.module[::2]]
+    g = torch.ones(2, 40)
+    h = averaged.module[0](x)
+    torch.testing.assert_close(torch.autograd.grad(h, x, g[:, :5])[0], g[:, :5] @ wanted[0])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_freezing_and_unfreezing_a_model(rule: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    bk.convert_(model, RULES[rule])
+    x = torch.randn(3, 6, requires_grad=True)
+    expected = gradients(model, x, model[0].weight, model[2].weight)
+    model.requires_grad_(False).requires_grad_(True)
+    assert_equal(gradients(model, x, model[0].weight, model[2].weight), expected)
 
 
 def _deepcopy(model: nn.Module) -> nn.Module:

@@ -68,7 +68,7 @@ class FeedbackLayer(torch.nn.Module):
     * `feedback_key`, an int64 buffer (layout version, key, 0), for seeded `fa`, `frsf` and `brsf`;
     * `feedback_weight`, a Parameter without gradient, for stored `fa` (B) and `frsf` (|M|), and for `wm` (B);
       with W's gradient for `kp` (B);
-    * `feedback_signs`, the packed signs of W₀ for `fa_signed_init`, of c for `concordance`;
+    * `feedback_signs`, a buffer, the packed signs of W₀ for `fa_signed_init`, of c for `concordance`;
     * `feedback_scale`, a buffer, for scale="initial";
 
     and `in_proj_feedback_key` for `in_proj_weight`. `backprop` and `usf` keep nothing.
@@ -122,8 +122,7 @@ class FeedbackLayer(torch.nn.Module):
                 trained = isinstance(rule, KolenPollack)
                 self.register_parameter(_state(name, "weight"), torch.nn.Parameter(stored, requires_grad=trained))
             elif isinstance(rule, SignedInit | SignConcordance):
-                signs = ops.pack_signs(weight.detach())
-                self.register_parameter(_state(name, "signs"), torch.nn.Parameter(signs, requires_grad=False))
+                self.register_buffer(_state(name, "signs"), ops.pack_signs(weight.detach()))
             if getattr(rule, "scale", None) == "initial":
                 self.register_buffer(_state(name, "scale"), weight_rms(weight))
         self._feedback = rule
