@@ -28,7 +28,7 @@ Colour = tuple[int, int, int]
 KINDS = {"shapes": 96, "coco": 800}
 
 SHAPES = ("ellipse", "rectangle", "triangle", "cross", "ring")
-SHAPES_IMAGES = {"train": 2000, "val": 400}
+SHAPES_IMAGES = {"train": 1000, "val": 200}
 
 
 def kind(spec: str) -> str:
