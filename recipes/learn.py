@@ -152,12 +152,10 @@ class Detector(Learner):
     def loss(self, model: nn.Module, x: Any, y: Any) -> Tensor:
         return torch.stack(list(model(x, y).values())).sum()
 
-    @torch.no_grad()
     def evaluate(self, batches: data.Batches) -> dict[str, float]:
-        """COCO's AP, AP50 and AP75 over all of `batches`."""
-        self.network.eval()
-        with self._autocast():
-            return detection.average_precision(batches.dataset.coco, detection.detect(self.network, batches))
+        """COCO's AP, AP50 and AP75 over all of `batches`; in full precision, which torchvision's suppression needs."""
+        found = detection.detect(self.network.eval(), batches)
+        return detection.average_precision(batches.dataset.coco, found)
 
 
 def build(experiment: Experiment, shape: Shape, classes: int, seed: int, device: Any) -> Learner:
