@@ -1,5 +1,6 @@
 """Swap the layers of an existing model, in place, and say what became of each."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,6 +29,9 @@ _PAIRS: dict[type[torch.nn.Module], type[FeedbackLayer]] = {
 }
 _PLAIN = {ours: theirs for theirs, ours in _PAIRS.items()}
 _OWN = tuple(getattr(nn, name) for name in nn.__all__ if name.startswith("LocallyConnected"))
+
+# What torch.compile, activation checkpointing and FSDP put into names; draws do not depend on who wraps a model when.
+_WRAPPERS = re.compile(r"_(orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)\.")
 
 # Modules that use the weights of these children without calling them.
 _BYPASSING = {
@@ -97,7 +101,8 @@ def convert_(
 
     last_layer: rule of the last convertible module in `named_modules()` order; None means `feedback`.
     filter_fn: called with (module, name); False leaves the module as it is.
-    seed: drawn feedback is a function of (seed, parameter name), so a second call draws the same again.
+    seed: drawn feedback is a function of (seed, parameter name), so a second call draws the same again. What wrappers
+    of torch put into a name does not count, but "module." of DistributedDataParallel does.
 
     Raises TypeError or ValueError for an argument that does not fit, before any module is touched.
     """
@@ -117,7 +122,7 @@ def convert_(
         plan[eligible[-1]] = last_rule
     report = Report()
     # One B for each Parameter: who shares a weight shares the first name it has, and so the key.
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): _WRAPPERS.sub("", name) for name, parameter in model.named_parameters()}
     owners: dict[int, FeedbackLayer] = {}
     for name, module, why in modules:
         if module in plan:
@@ -219,8 +224,8 @@ class Check:
         return "\n".join(lines)
 
 
-def check(model: torch.nn.Module, *inputs: Any) -> Check:
-    """Run `model(*inputs)` and list the convertible layers whose weights act without their forward being called.
+def check(model: torch.nn.Module, *inputs: Any, **keywords: Any) -> Check:
+    """Run `model(*inputs, **keywords)` and list the convertible layers whose weights act without a call of the layer.
 
     Some models read a layer's weight directly (torchvision's Swin attention); no rule can act there. Buffers, gradients
     and the random state are as before afterwards. Raises TypeError for a model that is no torch.nn.Module.
@@ -233,7 +238,7 @@ def check(model: torch.nn.Module, *inputs: Any) -> Check:
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         with torch.enable_grad(), torch.random.fork_rng():
-            outputs = tree_leaves(model(*inputs))
+            outputs = tree_leaves(model(*inputs, **keywords))
         roots = [t.float().sum() for t in outputs if isinstance(t, Tensor) and t.requires_grad]
         weights = [p for m in layers.values() for p in m.parameters(recurse=False) if p.requires_grad]
         grads = torch.autograd.grad(torch.stack(roots).sum(), weights, allow_unused=True) if roots and weights else ()

@@ -153,6 +153,16 @@ def test_seeds_and_layers_differ_and_calls_agree() -> None:
     assert not torch.equal(drawn[0][2], drawn[2][2])
 
 
+def test_a_draw_does_not_depend_on_who_wraps_the_model() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = mlp()
+    bk.convert_(model, "fa")
+    for wrapped in (torch.compile(mlp()), nn.Sequential(*map(checkpoint_wrapper, mlp()))):
+        bk.convert_(wrapped, "fa")
+        assert_equal(list(keys(wrapped).values()), list(keys(model).values()))
+
+
 def test_convert_does_not_touch_torchs_generator() -> None:
     model, state = mlp(), torch.get_rng_state()
     bk.convert_(model, "fa")

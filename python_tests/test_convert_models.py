@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import gradients
+from small import RULES, assert_equal, gradients
 from torch import Tensor, nn
 
 import bioplaus_kernels as bk
@@ -71,6 +71,32 @@ def vit(**kwargs: Any) -> nn.Module:
     return torchvision.models.VisionTransformer(16, 8, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8, **kwargs)
 
 
+def test_a_traced_model_converts() -> None:
+    model = torchvision.models.resnet18()
+    features = pytest.importorskip("torchvision.models.feature_extraction").create_feature_extractor(
+        model, ["layer1.0.conv2"]
+    )
+    assert bk.convert_(features, "fa").converted == ["conv1", "layer1.0.conv1", "layer1.0.conv2"]
+    assert bk.check(features, torch.randn(1, 3, 16, 16)).called == ["conv1", "layer1.0.conv1", "layer1.0.conv2"]
+
+
+@pytest.mark.parametrize("order", ["weights first", "weights last"])
+@pytest.mark.parametrize("rule", ["fa", "fa-stored", "frsf"])
+def test_pretrained_weights(rule: str, order: str) -> None:
+    pretrained, model = (nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)) for _ in range(2))
+    if order == "weights first":
+        model.load_state_dict(pretrained.state_dict())
+        bk.convert_(model, RULES[rule])
+    else:
+        bk.convert_(model, RULES[rule])
+        with pytest.raises(RuntimeError, match=r"Missing key.*feedback_"):
+            model.load_state_dict(pretrained.state_dict())
+        model.load_state_dict(pretrained.state_dict(), strict=False)
+    bk.convert_(pretrained, RULES[rule])
+    x = torch.randn(3, 6, requires_grad=True)
+    assert_equal(gradients(model, x), gradients(pretrained, x))
+
+
 class Bypass(nn.Module):
     """A model of the user's own that reads a weight, with a batch norm and a dropout that a call moves on."""
 
@@ -90,7 +116,7 @@ def test_check_finds_bypassed_weights_and_leaves_no_trace() -> None:
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     x, hooks = torch.randn(3, 4), len(model.called._forward_pre_hooks)
     state = torch.get_rng_state()
-    checked = bk.check(model, x)
+    checked = bk.check(model, x=x)
     assert (checked.called, checked.bypassed, checked.unused) == (["called"], ["read"], ["spare"])
     assert "1 layers called" in str(checked) and "read  bypassed" in str(checked) and "spare  unused" in str(checked)
     assert torch.equal(torch.get_rng_state(), state)

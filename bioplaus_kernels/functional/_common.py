@@ -196,7 +196,7 @@ def ints(name: str, value: Ints, d: int, least: int = 0) -> list[int]:
     """`value` as one integer for each of `d` dimensions."""
     values = list(value) if isinstance(value, Sequence) else [value] * d
     if len(values) != d or not all(isinstance(v, int) and v >= least for v in values):
-        checks.fail(name, f"an integer of at least {least} or {d} of them", value)
+        checks.fail(name, f"an integer of at least {least} or {d} of them", repr(value))
     return values
 
 

@@ -263,6 +263,9 @@ _FORWARD_DOC = """Untied {d}-D convolution: every output position has its own we
     for bias_per="position", (out_channels) for "channel". Input (N, in_channels, *input_size) or without N. `padding`:
     one integer a dimension, nested (before, after) pairs in spatial order, "same" (out = ⌈in/stride⌉, the odd pad at
     the end) or "valid". With replicated weights it equals torch.nn.Conv{d}d (Bartunov et al. 2018, 5.4).
+
+    torch.nn.init takes the weight for a convolution's and its fans for far larger ones: for Kaiming's initialisation
+    use normal_(layer.weight, std=(2 / layer.fans().fan_in) ** 0.5).
     """
 _TRANSPOSE_DOC = """Transpose of LocallyConnected{d}d: its input gradient, used forward, plus a bias.
 
