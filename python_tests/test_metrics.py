@@ -252,6 +252,27 @@ def test_angles_to_gauss_newton_targets() -> None:
     assert angle == pytest.approx(math.degrees(math.acos(cosine)), rel=1e-6) and angle > 1
 
 
+@pytest.mark.slow
+def test_each_inverse_loss_learns_what_its_paper_says() -> None:
+    # Meulemans et al. 2020: DRL learns Gauss–Newton targets, the plain loss none. Ernoult et al. 2022: L-DRL gradients.
+    layers = [nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in ((20, 16), (16, 12))] + [nn.Linear(12, 5)]
+    x, y = torch.randn(256, 20), torch.arange(256) % 5
+    found = {}
+    for objective in ("preserving", "drl", "l_drl"):
+        inverses = [None, nn.Linear(12, 16), nn.Linear(5, 12)]
+        tp = bk.TargetProp(layers, inverses, "dtpdrl", inverse_objective=objective, alpha=0.01, reduction="sum")
+        optimizer = torch.optim.Adam(tp.inverses.parameters(), 1e-2)
+        h = [t.detach() for t in tp.activations(x)]
+        for _ in range(500):
+            optimizer.zero_grad()
+            tp.inverse_loss(h).backward()
+            optimizer.step()
+        angles = [metrics.gauss_newton(tp, x, y, damping)["layers.0.0.weight"].angle for damping in (0, math.inf)]
+        found[objective] = angles
+    assert found["drl"][0] < 20 and found["l_drl"][0] > 30 and found["preserving"][0] > 30
+    assert found["l_drl"][1] < 20 and found["drl"][1] > 30 and found["preserving"][1] > 30
+
+
 def test_gauss_newton_of_layers_with_a_rule_and_batch_norm() -> None:
     # The rule and the running statistics stay, and the Jacobians are those of the weights.
     layers = [nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh()), nn.Linear(6, 3)]
