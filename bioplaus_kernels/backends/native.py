@@ -26,3 +26,5 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 library, reason = _load()
+# Of integer products on this processor: AMX, AVX512_VNNI, …
+product_level: str = library.active_product_level() if library else ""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..backends import native
 from ..backends.reference import checks
 from ..feedback import Operands, conv_fans
 from ._common import (
@@ -27,6 +28,22 @@ from ._common import (
     saved_feedback,
 )
 
+# Channels from which the integer digits of feedback_mm are faster than the vendor's 1x1 convolution, on tile units and
+# channels-last (`python -m bench run --op convolution`). For 3x3 they are not: nine products, each added to the sums.
+_LEAST_OUT, _LEAST_IN = 256, 128
+
+
+def _is_product(ctx: Any, grad_output: Tensor, entries: str, shape: torch.Size) -> bool:
+    stride, padding, _, transposed, _, groups = ctx.geometry
+    return (
+        native.product_level == "AMX"
+        and entries == "constant"
+        and (shape[0] >= _LEAST_OUT and shape[1] >= _LEAST_IN and shape[2:].numel() == 1)
+        and (grad_output.dtype == torch.float32 and grad_output.device.type == "cpu")
+        and not (transposed or groups > 1 or any(s > 1 for s in stride) or any(padding))
+        and grad_output.movedim(1, -1).is_contiguous()
+    )
+
 
 class _Conv(torch.autograd.Function):
     @staticmethod
@@ -40,16 +57,33 @@ class _Conv(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, saved: Grads) -> Grads:
         input, feedback, shape = saved_feedback(ctx, saved)
         mask = ctx.needs_input_grad[:3]
-        # The vendor's backward reads only the shape of an operand that no wanted gradient depends on.
-        if input is None:
-            input = grad_output.new_empty(1).expand(ctx.input_shape)
-        if mask[0]:
-            b = ops.feedback_weight(*feedback, shape, dtype=grad_output.dtype)
-        else:
-            b = grad_output.new_empty(1).expand(shape)
-        bias_sizes = [grad_output.shape[1]] if mask[2] else None
-        x, w, c = torch.ops.aten.convolution_backward(grad_output, input, b, bias_sizes, *ctx.geometry, mask)
+        x = w = c = None
+        if mask[0] and _is_product(ctx, grad_output, feedback[4], shape):
+            rows = grad_output.movedim(1, -1)
+            weight = None if feedback[0] is None else feedback[0].flatten(1)
+            product = ops.feedback_mm(rows.flatten(0, -2), weight, *feedback[1:], shape[1])
+            x = product.unflatten(0, rows.shape[:-1]).movedim(-1, 1)
+            mask = (False, *mask[1:])
+        if any(mask):
+            # The vendor's backward reads only the shape and the layout of an operand that no wanted gradient needs.
+            if input is None:
+                input = _unread(grad_output, ctx.input_shape)
+            if mask[0]:
+                b = ops.feedback_weight(*feedback, shape, dtype=grad_output.dtype)
+            else:
+                b = grad_output.new_empty(1).expand(shape)
+            bias_sizes = [grad_output.shape[1]] if mask[2] else None
+            first, w, c = torch.ops.aten.convolution_backward(grad_output, input, b, bias_sizes, *ctx.geometry, mask)
+            x = first if x is None else x
         return finish(ctx, saved, x, w, c)
+
+
+def _unread(grad_output: Tensor, shape: torch.Size) -> Tensor:
+    # Laid out as grad_output is: the vendor's product brings its operands to one layout.
+    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(grad_output.dim(), torch.contiguous_format)
+    if grad_output.is_contiguous() or not grad_output.is_contiguous(memory_format=form):
+        form = torch.contiguous_format
+    return torch.empty(shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=form)
 
 
 def conv_with(

@@ -1,0 +1,105 @@
+"""1x1 convolutions whose input gradient is a feedback_mm: large, channels-last, float32, ±s feedback, tile units."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bioplaus_kernels as bk
+from bioplaus_kernels.backends import native
+
+OUT, IN = 256, 128
+RULES = ["usf", bk.FeedbackAlignment(entries="constant"), "fa_signed_init"]
+
+
+class Ops(TorchDispatchMode):
+    """Names of the ops that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def backward(layer: torch.nn.Module, x: Tensor) -> tuple[dict[str, Tensor], set[str]]:
+    y = layer(x)
+    leaves = {"input": x, **{name: p for name, p in layer.named_parameters() if p.requires_grad}}
+    grad = torch.randn(y.shape).to(y.dtype)
+    # Strides of y, as the layer after it would give them.
+    grad = torch.empty_like(y).copy_(grad)
+    with Ops() as ops:
+        grads = torch.autograd.grad(y, list(leaves.values()), grad)
+    return dict(zip(leaves, grads, strict=True)) | {"output": grad}, ops.names
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("d", [1, 2, 3])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_input_gradient(d: int, rule: object, trained: bool) -> None:
+    layer = getattr(bk.nn, f"Conv{d}d")(IN, OUT, 1, feedback=rule).requires_grad_(trained)
+    x = channels_last(torch.randn(2, IN, *(3, 4, 5)[:d])).requires_grad_()
+    # oneDNN keeps the layout of 4-D and 5-D inputs.
+    found, names = backward(layer, x)
+    expected = native.product_level == "AMX" and found["output"].movedim(1, -1).is_contiguous()
+    assert ("bioplaus::feedback_mm" in names) == expected
+    if not trained and expected:
+        assert "aten::convolution_backward" not in names
+    b = layer.feedback_matrix().flatten(1).double()
+    exact = torch.einsum("no...,oi->ni...", found["output"].double(), b)
+    assert (found["input"] - exact).abs().max() < 1e-5 * exact.abs().max()
+    if d > 1:
+        assert found["input"].stride() == x.stride()
+    if trained:
+        g = found["output"].double()
+        dw = torch.einsum("no...,ni...->oi", g.flatten(2), x.double().flatten(2))
+        torch.testing.assert_close(found["weight"].flatten(1).double(), dw, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found["bias"].double(), g.flatten(2).sum((0, 2)), rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_signs() -> None:
+    layer = bk.nn.Conv2d(IN, OUT, 1, bias=False, feedback="usf")
+    x = channels_last(torch.randn(2, IN, 3, 4)).requires_grad_()
+    torch.manual_seed(0)
+    plain, _ = backward(layer, x)
+    torch.manual_seed(0)
+    with bk.frozen_signs(layer):
+        packed, _ = backward(layer, x)
+    assert torch.equal(plain["input"], packed["input"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stride": 2},
+        {"padding": 1},
+        {"groups": 2},
+        {"kernel_size": 3},
+        {"in_channels": 64},
+        {"out_channels": 128},
+        {"feedback": "brsf"},
+        {"dtype": torch.bfloat16},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_others_take_the_vendors_convolution(change: dict) -> None:
+    arguments = {"in_channels": IN, "out_channels": OUT, "kernel_size": 1, "feedback": "usf"} | change
+    layer = bk.nn.Conv2d(**arguments)
+    x = torch.randn(2, arguments["in_channels"], 6, 4, dtype=layer.weight.dtype)
+    _, names = backward(layer, channels_last(x).requires_grad_())
+    assert "aten::convolution_backward" in names
+    assert "bioplaus::feedback_mm" not in names
+
+
+def test_one_graph() -> None:
+    layer = bk.nn.Conv2d(IN, OUT, 1, feedback="usf")
+    x = channels_last(torch.randn(2, IN, 3, 4)).requires_grad_()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(f(x).square().sum(), x)[0] for f in (layer, compiled)]
+    torch.testing.assert_close(*grads)
