@@ -228,7 +228,7 @@ def jacobian_spectrum(layer: torch.nn.Module, inverse: torch.nn.Module, h: Tenso
         (jg,) = _jacobians(back, [above])
     # The smaller of the two products has all the eigenvalues that are not zero.
     smaller = jf @ jg if jf.shape[1] <= jf.shape[2] else jg @ jf
-    positive = (torch.linalg.eigvals(smaller).real > 0).sum(1) / max(jf.shape[1], 1)
+    positive = (torch.linalg.eigvals(smaller).real > 0).double().sum(1) / max(jf.shape[1], 1)
     return Spectrum(positive.mean().item(), smaller.diagonal(dim1=1, dim2=2).sum(1).mean().item())
 
 

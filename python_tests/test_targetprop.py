@@ -1,6 +1,7 @@
 """Target propagation against back-propagation, closed forms and the equations written out layer by layer."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -421,6 +422,46 @@ def test_compiled_step(variant: str) -> None:
     torch.compile(step, backend="aot_eager", fullgraph=variant == "sdtp")().backward()
     for name, grad in gradients(tp).items():
         torch.testing.assert_close(grad, want[name], rtol=1e-9, atol=1e-12)
+
+
+def losses(tp: TargetProp, x: Tensor, y: Tensor) -> Tensor:
+    """All of a step's losses, the inverses' after the targets have used them without recording."""
+    h = tp.activations(x)
+    total = tp.forward_loss(h, tp.targets(h, y), y)
+    return total if tp.inverse_objective is None else total + tp.inverse_loss(h)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_autocast(variant: str) -> None:
+    # Its cache of casted weights must not hand out one that was made where nothing is recorded.
+    x, y = batch()
+    found = []
+    for cache in (True, False):
+        torch.manual_seed(3)
+        tp = make(variant).float()
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
+            loss = losses(tp, x.float(), y)
+        loss.backward()
+        found.append(gradients(tp))
+        assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in tp.layers.parameters())
+    for name, grad in found[0].items():
+        assert (grad is None) == (found[1][name] is None) == (not tp.get_parameter(name).requires_grad), name
+        assert grad is None or torch.equal(grad, found[1][name]), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_copies_meta_modules_and_an_empty_batch(variant: str) -> None:
+    x, y = batch()
+    tp = make(variant)
+    meta = copy.deepcopy(tp).to("meta").to_empty(device="cpu")
+    meta.load_state_dict(tp.state_dict())
+    found = []
+    for twin in (tp, meta, pickle.loads(pickle.dumps(tp))):
+        torch.manual_seed(3)
+        found.append(losses(twin, x, y))
+    assert found[0] == found[1] == found[2]
+    losses(tp, x[:0], y[:0]).backward()
+    assert all(g is None or not g.any() for g in gradients(tp).values())
 
 
 ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
