@@ -227,39 +227,49 @@ void store(const Chunk<float>& c, int64_t skip, void* out) {
   }
 }
 
-// --- the whole of s·sign(W), for W of the output's dtype and adjacent elements: one pass over bits ---
+// --- s·sign(W) and sign(W)∘|M| whole, of operands of the output's dtype with adjacent elements: one pass over bits ---
 
-bool sign_of_weight(const FeedbackParams& p) {
-  return p.entries == Entries::Constant && p.signs == nullptr && p.weight.data && p.weight.dense &&
-         p.weight.dtype == p.out.dtype;
+bool by_bits(const FeedbackParams& p) {
+  const auto ready = [&](const Operand& x) { return x.data && x.dense && x.dtype == p.out.dtype; };
+  return p.signs == nullptr && ready(p.weight) &&
+         (p.entries == Entries::Constant || (p.entries == Entries::Stored && p.scale == 1 && ready(p.magnitude)));
 }
 
 template <typename T, typename acc_t, typename U>
-void scaled_signs(const FeedbackParams& p, U infinity, const void* weight, int64_t n, void* out) {
+void run_by_bits(const FeedbackParams& p, U infinity, int64_t row, int64_t first, int64_t n, void* out) {
   constexpr U kSign = static_cast<U>(U(1) << (8 * sizeof(U) - 1));
-  T scale;
-  round_to(static_cast<acc_t>(p.scale), scale);
-  U s;
-  __builtin_memcpy(&s, &scale, sizeof s);
-  const U* w = static_cast<const U*>(weight);
+  const U* w = static_cast<const U*>(p.weight.data) + row * p.weight.row_stride + first;
   U* to = static_cast<U*>(out);
+  if (p.entries == Entries::Constant) {
+    T scale;
+    round_to(static_cast<acc_t>(p.scale), scale);
+    U s;
+    __builtin_memcpy(&s, &scale, sizeof s);
+    for (int64_t t = 0; t < n; ++t) {
+      const U below = static_cast<U>((w[t] & static_cast<U>(~kSign)) - 1);  // of 0 the largest number
+      to[t] = below < infinity ? static_cast<U>((w[t] & kSign) ^ s) : static_cast<U>(s & kSign);
+    }
+    return;
+  }
+  const U* m = static_cast<const U*>(p.magnitude.data) + row * p.magnitude.row_stride + first;
   for (int64_t t = 0; t < n; ++t) {
-    const U below = static_cast<U>((w[t] & static_cast<U>(~kSign)) - 1);  // of 0 the largest number
-    to[t] = below < infinity ? static_cast<U>((w[t] & kSign) ^ s) : static_cast<U>(s & kSign);
+    const U below = static_cast<U>((w[t] & static_cast<U>(~kSign)) - 1);
+    const U size = static_cast<U>(m[t] & static_cast<U>(~kSign));
+    const U none = size < infinity ? U(0) : static_cast<U>(~kSign);  // ∞·0 and NaN·0 are NaN
+    to[t] = below < infinity ? static_cast<U>((w[t] & kSign) | size) : none;
   }
 }
 
-void scaled_signs(const FeedbackParams& p, int64_t row, int64_t first, int64_t n, void* out) {
-  const char* w = static_cast<const char*>(p.weight.data) + (row * p.weight.row_stride + first) * size_of(p.out.dtype);
+void run_by_bits(const FeedbackParams& p, int64_t row, int64_t first, int64_t n, void* out) {
   switch (p.out.dtype) {
     case DType::Float32:
-      return scaled_signs<float, float, uint32_t>(p, 0x7F800000u, w, n, out);
+      return run_by_bits<float, float, uint32_t>(p, 0x7F800000u, row, first, n, out);
     case DType::Float64:
-      return scaled_signs<double, double, uint64_t>(p, 0x7FF0000000000000u, w, n, out);
+      return run_by_bits<double, double, uint64_t>(p, 0x7FF0000000000000u, row, first, n, out);
     case DType::BFloat16:
-      return scaled_signs<BF16, float, uint16_t>(p, 0x7F80u, w, n, out);
+      return run_by_bits<BF16, float, uint16_t>(p, 0x7F80u, row, first, n, out);
     case DType::Float16:
-      return scaled_signs<FP16, float, uint16_t>(p, 0x7C00u, w, n, out);
+      return run_by_bits<FP16, float, uint16_t>(p, 0x7C00u, row, first, n, out);
   }
 }
 
@@ -272,8 +282,8 @@ void form(const FeedbackParams& p, int64_t begin, int64_t end) {
     c.first = unit % chunks * kChunk;
     c.n = p.cols - c.first < kChunk ? p.cols - c.first : kChunk;
     char* to = static_cast<char*>(p.out.data) + (c.row * p.out.row_stride + c.first) * size_of(p.out.dtype);
-    if (p.out.dense && sign_of_weight(p)) {
-      scaled_signs(p, c.row, c.first, c.n, to);
+    if (p.out.dense && by_bits(p)) {
+      run_by_bits(p, c.row, c.first, c.n, to);
       continue;
     }
     magnitudes(c);
@@ -308,8 +318,8 @@ void form_run(const FeedbackParams& p, int64_t row, int64_t first, int64_t n, vo
 }  // namespace
 
 void feedback_run(const FeedbackParams& p, int64_t row, int64_t first, int64_t n, void* out) {
-  if (sign_of_weight(p)) {
-    scaled_signs(p, row, first, n, out);
+  if (by_bits(p)) {
+    run_by_bits(p, row, first, n, out);
   } else if (p.out.dtype == DType::Float64) {
     form_run<double>(p, row, first, n, out);
   } else {
