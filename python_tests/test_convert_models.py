@@ -73,9 +73,8 @@ def vit(**kwargs: Any) -> nn.Module:
 
 def test_a_traced_model_converts() -> None:
     model = torchvision.models.resnet18()
-    features = pytest.importorskip("torchvision.models.feature_extraction").create_feature_extractor(
-        model, ["layer1.0.conv2"]
-    )
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    features = extraction.create_feature_extractor(model, ["layer1.0.conv2"])
     assert bk.convert_(features, "fa").converted == ["conv1", "layer1.0.conv1", "layer1.0.conv2"]
     assert bk.check(features, torch.randn(1, 3, 16, 16)).called == ["conv1", "layer1.0.conv1", "layer1.0.conv2"]
 

@@ -158,6 +158,14 @@ LAYER_CALLS: list[Wrong] = [
         ValueError,
         r"input: expected 4 features in the last dimension, got shape \(2, 5\)",
     ),
+    (
+        "nested tensor",
+        lambda: nn.Linear(4, 3, feedback="usf")(
+            torch.nested.nested_tensor([x(2, 4), x(3, 4)], layout=torch.jagged, requires_grad=True)
+        ),
+        TypeError,
+        r"input: expected a dense tensor, such as the values\(\) of a nested one, got a nested tensor",
+    ),
     ("linear scalar", lambda: nn.Linear(4, 3, feedback="usf")(x()), ValueError, r"input: expected 4 features.*\(\)"),
     (
         "conv rank",

@@ -214,6 +214,13 @@ def test_reset_parameters_draws_again(layer: str, rule: str) -> None:
     call(module, x).sum().backward()
 
 
+def test_a_pickle_names_functions_by_where_users_find_them() -> None:
+    for name in ("linear", "conv2d", "conv_transpose3d", "locally_connected1d"):
+        function = getattr(bk.functional, name)
+        assert pickle.dumps(function, protocol=0).startswith(f"cbioplaus_kernels.functional\n{name}\n".encode())
+        assert pickle.loads(pickle.dumps(function)) is function
+
+
 def test_a_rule_in_repr() -> None:
     assert repr(bk.nn.Linear(2, 3, feedback="usf")) == (
         "Linear(in_features=2, out_features=3, bias=True, feedback=SignSymmetry(scale='xiao'))"

@@ -179,6 +179,8 @@ def check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def explain(input: Tensor, weight: Tensor, bias: Tensor | None, out: int | None = None) -> None:
+    if input.is_nested:
+        checks.fail("input", "a dense tensor, such as the values() of a nested one", "a nested tensor", TypeError)
     checks.floating("input", input)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
