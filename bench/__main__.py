@@ -13,14 +13,15 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 import torch
 from tqdm import tqdm
 
-from . import machine, registry, report, runner
+from . import device, machine, registry, report, runner
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def _results() -> list[Path]:
-    # The best level first.
-    return sorted(RESULTS.glob("cpu*.json"), key=lambda path: (len(path.name), path.name))
+    # The best level first, then GPUs.
+    levels = sorted(RESULTS.glob("cpu*.json"), key=lambda path: (len(path.name), path.name))
+    return levels + sorted(RESULTS.glob("cuda*.json"))
 
 
 def main() -> None:
@@ -28,12 +29,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure; writes one JSON file")
+    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     run.add_argument("--op", action="append", help="only this op; repeat for several")
     run.add_argument("--quick", action="store_true", help="a few small cases")
     run.add_argument("--match", default="", help="only cases whose label matches this regular expression")
     run.add_argument("--seconds", type=float, default=1.0, help="timing of each variant (default 1)")
     run.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
-    run.add_argument("--out", type=Path, default=RESULTS / "cpu.json", help="default: bench/results/cpu.json")
+    run.add_argument("--out", type=Path, help="default: bench/results/DEVICE.json")
     show = commands.add_parser("report", help="write the Markdown tables and pictures from result files")
     show.add_argument("--results", type=Path, nargs="+", default=_results(), help="the first one's pictures are drawn")
     show.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
@@ -60,22 +62,30 @@ def main() -> None:
         parser.error("--seconds and --threads: expected more than 0")
     torch.set_num_threads(args.threads)
     try:
+        where = device.Cuda() if args.device == "cuda" else device.Cpu()
+    except RuntimeError as error:
+        parser.error(f"--device {args.device}: {error}")
+    try:
         cases = [c for c in registry.cases(args.op, args.quick) if re.search(args.match, c.label)]
     except ValueError as error:
         parser.error(str(error))
     if not cases:
         parser.error(f"--match: no label matches {args.match!r}")
-    result: dict[str, Any] = {"machine": machine.header(), "roofline": machine.roofline(), "rows": []}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_suffix(".tmp")
+    result: dict[str, Any] = {"machine": machine.header(where), "roofline": machine.roofline(where), "rows": []}
+    if isinstance(where, device.Cuda):
+        # Once it has worked.
+        result["machine"] |= machine.driver_and_clocks(where)
+    out = args.out or RESULTS / f"{args.device}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_suffix(".tmp")
     for case in tqdm(cases, unit="case", disable=None):
-        result["rows"] += runner.run(case, args.seconds)
+        result["rows"] += runner.run(case, args.seconds, where)
         # After every case, so that an interrupted run keeps what it has measured.
         rows = ",\n".join(json.dumps(row) for row in result["rows"])
         temporary.write_text(f"{json.dumps(result | {'rows': []})[:-2]}\n{rows}\n]}}\n")
-        temporary.replace(args.out)
+        temporary.replace(out)
     print(report.table(result))
-    print(args.out)
+    print(out)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """dX = dY B for a linear layer, against dY @ W and against forming B and multiplying."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from bioplaus_kernels import ops
 from bioplaus_kernels.feedback import feedback_key
 
+from .device import Device, ways
 from .gate import mm_gate
 from .registry import Bench, Case, Run, Work, register
 
@@ -24,7 +26,7 @@ def cases() -> Iterator[Case]:
                 yield Case(
                     "feedback_mm",
                     label,
-                    lambda m=m, out=out, n=n, dtype=dtype: build(m, out, n, dtype),
+                    lambda device, m=m, out=out, n=n, dtype=dtype: build(device, m, out, n, dtype),
                     quick=(out, n) == (1024, 4096) and m in (8, 128) and dtype == torch.float32,
                     cold=(out, n) == (4096, 4096) and m in (8, 128),
                 )
@@ -42,7 +44,7 @@ def magnitude_then_matmul(g: torch.Tensor, w: torch.Tensor, magnitude: torch.Ten
 
 def draw_then_matmul(g: torch.Tensor, w: torch.Tensor, s: float) -> torch.Tensor:
     """The plain-torch way of seeded feedback that keeps no tensor."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(w.device).manual_seed(0)
     return g @ torch.empty_like(w).uniform_(-s, s, generator=generator)
 
 
@@ -55,11 +57,23 @@ def bf16_parts(g: torch.Tensor, w: torch.Tensor, s: float) -> torch.Tensor:
     return ((low @ sign).float() + (middle @ sign).float() + (high @ sign).float()) * s
 
 
-def build(m: int, out: int, n: int, dtype: torch.dtype) -> Bench:
-    """All rules on one shape."""
+def form_then_matmul(g: torch.Tensor, *feedback: Any) -> torch.Tensor:
+    """B by its own kernel, then the vendor's product."""
+    b = ops.feedback_weight(*feedback[:-1], (g.shape[1], feedback[-1]), dtype=g.dtype)
+    return g @ b
+
+
+def products(device: Device) -> dict[str, Callable[..., torch.Tensor]]:
+    """dY B as a layer makes it, and where there is a choice of ways by each of them."""
+    found = {way: backend.feedback_mm for way, backend in ways(device).items()}
+    return found | {", feedback_weight + cuBLAS": form_then_matmul} if device.backends else found
+
+
+def build(device: Device, m: int, out: int, n: int, dtype: torch.dtype) -> Bench:
+    """All rules on one shape, by every way there is."""
     torch.manual_seed(0)
     g, w = torch.randn(m, out).to(dtype), (torch.randn(out, n) / out**0.5).to(dtype)
-    s, key, signs = n**-0.5, feedback_key(0), ops.pack_signs(w)
+    s, key, signs = n**-0.5, feedback_key(0).to(w.device), ops.pack_signs(w)
     torch._dynamo.reset()
     compiled = torch.compile(sign_then_matmul, dynamic=False)
     magnitudes = torch.compile(magnitude_then_matmul, dynamic=False)
@@ -82,14 +96,15 @@ def build(m: int, out: int, n: int, dtype: torch.dtype) -> Bench:
         "draw uniform, then matmul": lambda: draw_then_matmul(g, w, s),
     }
     gate = {}
-    # Without the instructions it takes minutes.
-    if dtype == torch.float32 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    # Without the instructions a processor takes minutes.
+    if dtype == torch.float32 and (w.is_cuda or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         variants["three bf16 parts x sign"] = lambda: bf16_parts(g, w, s)
         gate["three bf16 parts x sign"] = lambda: mm_gate(bf16_parts(g, w, s), g, torch.sign(w) * s)
     for name, feedback in arguments.items():
-        variants[name] = lambda f=feedback: ops.feedback_mm(g, *f, n)
-        gate[name] = lambda f=feedback: mm_gate(
-            ops.feedback_mm(g, *f, n), g, ops.feedback_weight(*f, w.shape, dtype=torch.float64)
-        )
+        for way, product in products(device).items():
+            variants[name + way] = lambda f=feedback, product=product: product(g, *f, n)
+            gate[name + way] = lambda f=feedback, product=product: mm_gate(
+                product(g, *f, n), g, ops.feedback_weight(*f, w.shape, dtype=torch.float64)
+            )
     traffic = (g.numel() + w.numel() + m * n) * g.element_size()
     return Bench(variants, gate, (Work(2.0 * m * out * n, traffic),), str(dtype).removeprefix("torch."))

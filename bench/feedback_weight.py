@@ -7,20 +7,24 @@ import torch
 from bioplaus_kernels import ops
 from bioplaus_kernels.feedback import feedback_key
 
+from .device import Device
 from .registry import Bench, Case, Work, register
 
 
 @register("feedback_weight")
 def cases() -> Iterator[Case]:
     """4096 x 4096 and a convolution's channels-last weight."""
-    yield Case("feedback_weight", "4096x4096 float32", lambda: build(torch.randn(4096, 4096)), quick=True)
-    conv = torch.randn(512, 512, 3, 3).contiguous(memory_format=torch.channels_last)
-    yield Case("feedback_weight", "512x512x3x3 channels-last float32", lambda: build(conv))
+    yield Case("feedback_weight", "4096x4096 float32", lambda device: build(device, (4096, 4096)), quick=True)
+    conv = "512x512x3x3 channels-last float32"
+    yield Case("feedback_weight", conv, lambda device: build(device, (512, 512, 3, 3)))
 
 
-def build(w: torch.Tensor) -> Bench:
-    """All cells of the table."""
-    key, signs, s = feedback_key(0), ops.pack_signs(w), 0.01
+def build(device: Device, size: tuple[int, ...]) -> Bench:
+    """All cells of the table, by the device's own kernels."""
+    w = torch.randn(size)
+    if len(size) == 4:
+        w = w.contiguous(memory_format=torch.channels_last)
+    key, signs, s = feedback_key(0).to(w.device), ops.pack_signs(w), 0.01
     cells = {
         "usf": (w, None, None, None, "constant", s),
         "usf, packed signs": (None, signs, None, None, "constant", s),

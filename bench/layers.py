@@ -14,8 +14,8 @@ def cases() -> Iterator[Case]:
     """1 x 8 x 8 problems, forward alone and forward with backward."""
     for backward in (False, True):
         what = "forward + backward" if backward else "forward"
-        yield Case("overhead", f"Linear 1x8x8 {what}", lambda b=backward: linear(b), quick=True)
-        yield Case("overhead", f"Conv2d 1x8x8 {what}", lambda b=backward: conv(b), quick=True)
+        yield Case("overhead", f"Linear 1x8x8 {what}", lambda device, b=backward: linear(b), quick=True)
+        yield Case("overhead", f"Conv2d 1x8x8 {what}", lambda device, b=backward: conv(b), quick=True)
 
 
 def _variants(make: object, x: torch.Tensor, backward: bool) -> dict[str, Run]:

@@ -11,9 +11,11 @@ from torch import Tensor
 import bioplaus_kernels as bk
 from bioplaus_kernels import ops
 
+from .device import Device, ways
 from .gate import relative_gate
 from .registry import Bench, Case, Run, Work, register
 
+Layer = tuple[int, int, int, int, int]
 # in_channels, out_channels, kernel, stride, input size: the layers of MNIST's, CIFAR-10's and ImageNet's networks.
 LAYERS = {
     "MNIST 1": (1, 32, 3, 2, 28),
@@ -39,8 +41,9 @@ def cases() -> Iterator[Case]:
             for part in ("forward", "backward input", "backward weight", "forward + backward"):
                 label = f"{name} N={n} {part}"
                 quick = name == "CIFAR 3" and n == 16
-                yield Case("locally_connected", label, lambda a=layer, n=n, p=part: build(n, *a, p), quick)
-            half = functools.partial(build, n, *layer, part, torch.bfloat16)
+                build_part = functools.partial(build, n=n, layer=layer, part=part)
+                yield Case("locally_connected", label, build_part, quick)
+            half = functools.partial(build_part, dtype=torch.bfloat16)
             yield Case("locally_connected", f"{label} bfloat16", half, quick)
     yield Case("locally_connected", "building the ImageNet network's layers", construction)
 
@@ -82,32 +85,32 @@ def operands(
     )
 
 
-def build(
-    n: int, c: int, o: int, kernel: int, stride: int, size: int, part: str, dtype: torch.dtype = torch.float32
-) -> Bench:
-    """One layer, one batch, one part of the training step."""
-    shape = (c, o, kernel, stride, size, dtype)
-    x, w, g, pairs, geometry = operands(n, *shape)
+def build(device: Device, n: int, layer: Layer, part: str, dtype: torch.dtype = torch.float32) -> Bench:
+    """One layer, one batch, one part of the training step, by every way there is."""
+    _, o, kernel, stride, size = layer
+    x, w, g, pairs, geometry = operands(n, *layer, dtype)
     oh, ow = w.shape[:2]
     taps_first = _taps_first(w)
 
-    def ours() -> list[Tensor]:
+    def ours(backend: Any) -> list[Tensor]:
         results = []
         if part in ("forward", "forward + backward"):
-            results.append(ops.lc_forward(x, w, None, *geometry))
+            results.append(backend.lc_forward(x, w, None, *geometry))
         if part in ("backward input", "forward + backward"):
             results.append(
-                ops.lc_backward_input(g, None, None, w, None, "stored", 1.0, w.shape, (size, size), *geometry)
+                backend.lc_backward_input(g, None, None, w, None, "stored", 1.0, w.shape, (size, size), *geometry)
             )
         if part in ("backward weight", "forward + backward"):
-            results.append(ops.lc_backward_weight(g, x, (kernel, kernel), *geometry))
+            results.append(backend.lc_backward_weight(g, x, (kernel, kernel), *geometry))
         return results
 
-    def usf() -> list[Tensor]:
-        results = [] if part == "backward input" else [ops.lc_forward(x, w, None, *geometry)]
-        results.append(ops.lc_backward_input(g, w, None, None, None, "constant", 0.1, w.shape, (size, size), *geometry))
+    def usf(backend: Any) -> list[Tensor]:
+        results = [] if part == "backward input" else [backend.lc_forward(x, w, None, *geometry)]
+        results.append(
+            backend.lc_backward_input(g, w, None, None, None, "constant", 0.1, w.shape, (size, size), *geometry)
+        )
         if part == "forward + backward":
-            results.append(ops.lc_backward_weight(g, x, (kernel, kernel), *geometry))
+            results.append(backend.lc_backward_weight(g, x, (kernel, kernel), *geometry))
         return results
 
     def torchs(composition: object) -> Run:
@@ -124,24 +127,27 @@ def build(
     variants: dict[str, Run] = {
         "unfold + bmm": torchs(unfold_bmm),
         "unfold + einsum": torchs(unfold_einsum),
-        "bioplaus, backprop": ours,
     }
-    if part in ("backward input", "forward + backward"):
-        variants["bioplaus, usf"] = usf
+    gate = {}
+    for way, backend in ways(device).items():
+        found = functools.partial(errors, device, way, n, layer, dtype)
+        variants["bioplaus, backprop" + way] = functools.partial(ours, backend)
+        gate["bioplaus, backprop" + way] = lambda found=found: max(
+            e for p, e in found().items() if p in part or " + " in part
+        )
+        if part in ("backward input", "forward + backward"):
+            variants["bioplaus, usf" + way] = functools.partial(usf, backend)
+            gate["bioplaus, usf" + way] = lambda found=found: found()["usf"]
     flops = 2.0 * n * w.numel()
     passes = {
         "forward": (Work(flops, read=w.nbytes),),
         "backward input": (Work(flops, read=w.nbytes),),
         "backward weight": (Work(flops, written=w.nbytes),),
     }
-    gate = {
-        "bioplaus, backprop": lambda: max(e for p, e in errors(n, *shape).items() if p in part or " + " in part),
-        "bioplaus, usf": lambda: errors(n, *shape)["usf"],
-    }
-    results = sum(t.nbytes for t in ours())
+    results = sum(t.nbytes for t in ours(ops))
     return Bench(
         variants,
-        {name: gate[name] for name in variants if name in gate},
+        gate,
         passes.get(part) or tuple(work for pair in passes.values() for work in pair),
         inputs=w.nbytes
         + (x.nbytes if part in ("forward", "backward weight") else 0)
@@ -151,10 +157,11 @@ def build(
     )
 
 
-@functools.lru_cache(maxsize=1)
-def errors(n: int, c: int, o: int, kernel: int, stride: int, size: int, dtype: torch.dtype) -> dict[str, float]:
+@functools.lru_cache(maxsize=3)
+def errors(device: Device, way: str, n: int, layer: Layer, dtype: torch.dtype) -> dict[str, float]:
     """Error over bound of each product and of usf's input gradient, once for the four cases of a layer and batch."""
-    x, w, g, pairs, geometry = operands(n, c, o, kernel, stride, size, dtype)
+    backend, (_, o, kernel, stride, size) = ways(device)[way], layer
+    x, w, g, pairs, geometry = operands(n, *layer, dtype)
     oh, ow = w.shape[:2]
     grad, found = g.reshape(n, o, oh * ow), {}
     for name, b in (("usf", torch.sign(w) * 0.1), ("backward input", w)):
@@ -166,25 +173,25 @@ def errors(n: int, c: int, o: int, kernel: int, stride: int, size: int, dtype: t
             results.append((y.detach(), *torch.autograd.grad(y, (xs, ws), grad.to(precision))))
         exact, torchs = results
         feedback = (w, None, None, None, "constant", 0.1) if name == "usf" else (None, None, w, None, "stored", 1.0)
-        ours = ops.lc_backward_input(g, *feedback, w.shape, (size, size), *geometry)
+        ours = backend.lc_backward_input(g, *feedback, w.shape, (size, size), *geometry)
         found[name] = relative_gate(ours, exact[1], torchs[1])
-    y = ops.lc_forward(x, w, None, *geometry).flatten(2)
+    y = backend.lc_forward(x, w, None, *geometry).flatten(2)
     found["forward"] = relative_gate(y, exact[0], torchs[0])
-    dw = _taps_first(ops.lc_backward_weight(g, x, (kernel, kernel), *geometry))
+    dw = _taps_first(backend.lc_backward_weight(g, x, (kernel, kernel), *geometry))
     found["backward weight"] = relative_gate(dw, exact[2], torchs[2])
     return found
 
 
-def construction() -> Bench:
+def construction(device: Device) -> Bench:
     """torch.empty and torch's own initialisation of as many weights, against the layers."""
     layers = [LAYERS[f"ImageNet {i}"] for i in range(1, 8)]
 
     def layer(c: int, o: int, kernel: int, stride: int, size: int) -> torch.nn.Module:
-        return bk.nn.LocallyConnected2d(c, o, kernel, stride, "same", input_size=size)
+        return bk.nn.LocallyConnected2d(c, o, kernel, stride, "same", input_size=size, device=device.device)
 
     shapes = [(p.shape, layer_[0] * layer_[2] ** 2) for layer_ in layers for p in layer(*layer_).parameters()]
 
     def plain() -> list[Tensor]:
-        return [torch.empty(shape).uniform_(-(fan**-0.5), fan**-0.5) for shape, fan in shapes]
+        return [torch.empty(shape, device=device.device).uniform_(-(fan**-0.5), fan**-0.5) for shape, fan in shapes]
 
     return Bench({"torch.empty and uniform_": plain, "LocallyConnected2d": lambda: [layer(*a) for a in layers]})

@@ -1,11 +1,11 @@
 """The machine's header, and its roofline measured in the same run."""
 
+import importlib.metadata
 import os
 import platform
 import subprocess
-import time
-from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import torch
 import bioplaus_kernels as bk
 from bioplaus_kernels.backends import native
 
+from .device import Cuda, Device, best
 
-def header() -> dict[str, Any]:
+
+def header(device: Device) -> dict[str, Any]:
     """What a reader needs to judge the numbers."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {
+    common = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit or "unknown",
         "processor": _processor(),
@@ -33,6 +35,49 @@ def header() -> dict[str, Any]:
         "bioplaus_kernels": bk.__version__,
         "load_at_start": round(os.getloadavg()[0], 2),
     }
+    return common | _gpu(device) if isinstance(device, Cuda) else common
+
+
+def _gpu(device: Cuda) -> dict[str, Any]:
+    properties = device.cuda.get_device_properties()
+    capability = f"sm_{properties.major}{properties.minor}"
+    reasons = {name: bk.backends.unavailable(name) for name in device.backends}
+    return {
+        "gpu": properties.name,
+        "library_level": f"CUDA {capability}",
+        "processors": properties.multi_processor_count,
+        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_cache_mib": round(properties.L2_cache_size / 2**20, 1),
+        "cuda": torch.version.cuda,
+        "triton": importlib.metadata.version("triton") if find_spec("triton") else "not installed",
+        "tf32": f"matmul {torch.backends.cuda.matmul.allow_tf32}, cudnn {torch.backends.cudnn.allow_tf32}",
+        "backends": ", ".join(f"{name}: {reason}" if reason else name for name, reason in reasons.items()),
+    }
+
+
+# Of nvidia-smi; clocks in MHz and power in W, with their units.
+_ASKED = {
+    "driver": "driver_version",
+    "clock": "clocks.current.sm",
+    "clock_most": "clocks.max.sm",
+    "memory_clock": "clocks.current.memory",
+    "memory_clock_most": "clocks.max.memory",
+    "power_limit": "power.limit",
+    "temperature": "temperature.gpu",
+}
+
+
+def driver_and_clocks(device: Cuda) -> dict[str, str]:
+    """The driver, and the GPU's clocks as they are now."""
+    uuid = str(device.cuda.get_device_properties().uuid)
+    which = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+    command = ["nvidia-smi", f"--id={which}", f"--query-gpu={','.join(_ASKED.values())}", "--format=csv,noheader"]
+    try:
+        # The program is not everywhere that the driver is.
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"driver": f"unknown: {type(error).__name__} of nvidia-smi"}
+    return dict(zip(_ASKED, (value.strip() for value in done.stdout.strip().split(",")), strict=True))
 
 
 def _processor() -> str:
@@ -42,34 +87,25 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def best(function: Callable[[], object], seconds: float = 0.5) -> float:
-    """Shortest of the calls that fit in `seconds`, after a warm-up."""
-    function()
-    times, end = [], time.perf_counter() + seconds
-    while not times or time.perf_counter() < end:
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def roofline() -> dict[str, float]:
+def roofline(device: Device) -> dict[str, float]:
     """Peak products (flop/s by dtype) and memory bandwidths (byte/s: read, copy, write in place, write to a
     fresh tensor)."""
     peaks = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(2, 2048, 2048).to(dtype)
-        peaks[str(dtype).removeprefix("torch.")] = 2 * 2048**3 / best(lambda a=a, b=b: a @ b)
-    a8 = torch.randint(-127, 127, (2048, 2048), dtype=torch.int8)
-    try:
-        peaks["int8"] = 2 * 2048**3 / best(lambda: torch._int_mm(a8, a8))
-    except RuntimeError:
-        peaks["int8"] = 0.0
-    big = torch.ones(2**26)
+    n = device.product
+    with device.device:
+        for dtype in device.dtypes:
+            a, b = torch.randn(2, n, n).to(dtype)
+            peaks[str(dtype).removeprefix("torch.")] = 2 * n**3 / best(device, lambda a=a, b=b: a @ b)
+        a8 = torch.randint(-127, 127, (n, n), dtype=torch.int8)
+        try:
+            peaks["int8"] = 2 * n**3 / best(device, lambda: torch._int_mm(a8, a8))
+        except RuntimeError:
+            peaks["int8"] = 0.0
+        big = torch.ones(device.numbers)
     target = torch.empty_like(big)
     size = big.numel() * 4
-    peaks["read"] = size / best(lambda: big.sum())
-    peaks["copy"] = 2 * size / best(lambda: target.copy_(big))
-    peaks["write"] = size / best(lambda: target.fill_(1.0))
-    peaks["write_fresh"] = size / best(lambda: torch.full((2**26,), 1.0))
+    peaks["read"] = size / best(device, lambda: big.sum())
+    peaks["copy"] = 2 * size / best(device, lambda: target.copy_(big))
+    peaks["write"] = size / best(device, lambda: target.fill_(1.0))
+    peaks["write_fresh"] = size / best(device, lambda: torch.full_like(big, 1.0))
     return peaks

@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from .device import Device
 
 Run = Callable[[], object]
 
@@ -35,11 +38,14 @@ class Bench:
 
 @dataclass
 class Case:
-    """One row group of the report: built only when it runs, so that one case's memory is held at a time."""
+    """One row group of the report: built only when it runs, so that one case's memory is held at a time.
+
+    build: called with the device as torch's default for new tensors.
+    """
 
     op: str
     label: str
-    build: Callable[[], Bench]
+    build: Callable[["Device"], Bench]
     quick: bool = False
     cold: bool = False
 

@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tabulate import tabulate
 
+_STATES = {"warm": "", "cold": " (cold)", "graph": " (cold, CUDA graph)"}
 _COLUMNS = ("variant", "ms (p20–p80)", "ratio", "share of roofline", "peak MiB", "error / bound")
 
 
@@ -27,13 +28,14 @@ def _cells(row: dict[str, Any], roofline: dict[str, float]) -> list[str]:
     error = row["error_over_bound"]
     error_cell = "" if error is None else f"{error:.2g}"
     if "ms" not in row:
-        return [row["variant"], "not timed", "", "", "", f"{error_cell}: over the bound"]
+        reason = row.get("failed") or f"{error_cell}: over the bound"
+        return [row["variant"], "not timed", "", "", "", reason]
     least = least_seconds(row, roofline)
     peak = row["peak_bytes"]
     return [
         row["variant"],
         f"{row['ms']:.3g} ({row['ms_p20']:.3g}–{row['ms_p80']:.3g})",
-        f"{row['ratio']:.2f}",
+        "" if row["ratio"] is None else f"{row['ratio']:.2f}",
         "" if least is None else f"{least / (row['ms'] / 1e3):.0%}",
         "" if peak is None else f"{peak / 2**20:.3g}",
         error_cell,
@@ -55,7 +57,7 @@ def table(result: dict[str, Any]) -> str:
         if op != last:
             lines += [f"## {op}", ""]
             last = op
-        lines += [f"**{case}**{' (cold)' if state == 'cold' else ''}, ratio to {rows[0]['variant']}", ""]
+        lines += [f"**{case}**{_STATES[state]}, ratio to {rows[0]['variant']}", ""]
         cells = [_cells(row, result["roofline"]) for row in rows]
         lines += [tabulate(cells, _COLUMNS, tablefmt="pipe", disable_numparse=True), ""]
     return "\n".join(lines)
@@ -63,12 +65,12 @@ def table(result: dict[str, Any]) -> str:
 
 def _picture(op: str, result: dict[str, Any], path: Path) -> None:
     chosen = {key: rows for key, rows in groups(result).items() if key[0] == op and key[2] == "warm"}
-    variants = list(dict.fromkeys(row["variant"] for rows in chosen.values() for row in rows if "ratio" in row))
+    variants = list(dict.fromkeys(row["variant"] for rows in chosen.values() for row in rows if row.get("ratio")))
     labels = [key[1] for key in chosen]
     figure, axes = plt.subplots(figsize=(max(6.0, 0.35 * len(labels) + 3), 4.5), layout="constrained")
     for variant in variants:
         found = [
-            next((r["ratio"] for r in rows if r["variant"] == variant and "ratio" in r), None)
+            next((r["ratio"] for r in rows if r["variant"] == variant and r.get("ratio")), None)
             for rows in chosen.values()
         ]
         axes.plot(
@@ -88,6 +90,10 @@ def _properties(title: str, values: dict[str, Any]) -> str:
     return tabulate(values.items(), (title, ""), tablefmt="pipe", disable_numparse=True)
 
 
+def _rates(result: dict[str, Any]) -> dict[str, str]:
+    return {key: f"{value / 1e9:.4g}" for key, value in result["roofline"].items()}
+
+
 def write(results: list[Path], out: Path) -> None:
     """Write `out` and a picture for each op of the first result beside it; the goals are looked up in all results."""
     from . import goals
@@ -100,7 +106,6 @@ def write(results: list[Path], out: Path) -> None:
         picture = out.parent / f"{out.stem}-{op}.png"
         _picture(op, result, picture)
         pictures.append(f"![{op}]({picture.name})")
-    roof = {key: f"{value / 1e9:.4g}" for key, value in result["roofline"].items()}
     notes = out.with_name(f"{out.stem}-notes.md")
     text = f"""# Benchmarks
 
@@ -108,12 +113,13 @@ Written by `python -m bench report` from `python -m bench run`. Times are median
 variants of a case interleaved in one process. A variant whose error is over its bound (twice torch's own in the same
 dtype plus one rounding, against float64) is not timed. Ratios are to the first row of a case; rows that lose are here
 too. The roofline's share is max(flops / product rate, bytes / rate of memory), pass by pass and from the rates below,
-over the time taken; a product by int8 digits can pass 100 % of the float32 rate. Peak is what torch's CPU allocator
-held for one call, results included.
+over the time taken; a product by int8 digits can pass 100 % of the float32 rate. Peak is what torch's allocator held
+for one call, results included. On a GPU calls are timed by CUDA events, eager with a warm and a cold L2 cache, and cold
+as the replay of a CUDA graph.
 
 {_properties("machine", result["machine"])}
 
-{_properties("measured in this run, 1e9 flop/s or byte/s", roof)}
+{_properties("measured in this run, 1e9 flop/s or byte/s", _rates(result))}
 
 ## Goals
 
@@ -126,10 +132,14 @@ held for one call, results included.
 
 {table(result)}"""
     for other in loaded[1:]:
+        machine = other["machine"]
+        where = f"{machine['gpu']}, " if "gpu" in machine else "Level "
         text += f"""
-# Level {other["machine"]["library_level"]}
+# {where}{machine["library_level"]}
 
-{_properties("machine", other["machine"])}
+{_properties("machine", machine)}
+
+{_properties("measured in this run, 1e9 flop/s or byte/s", _rates(other))}
 
 {table(other)}"""
     temporary = out.with_suffix(".tmp")

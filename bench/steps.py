@@ -18,11 +18,11 @@ RULES = ("usf", "frsf", "brsf", "fa", bk.FeedbackAlignment(stored=True))
 def cases() -> Iterator[Case]:
     """The models and batches of the issue; --quick keeps the small multilayer perceptron."""
     for n in (64, 512):
-        yield Case("training_step", f"MLP 5x2048 N={n}", lambda n=n: build(mlp, (n, 2048)))
-    yield Case("training_step", "LeNet N=64", lambda: build(lenet, (64, 1, 32, 32)), quick=True)
+        yield Case("training_step", f"MLP 5x2048 N={n}", lambda device, n=n: build(mlp, (n, 2048)))
+    yield Case("training_step", "LeNet N=64", lambda device: build(lenet, (64, 1, 32, 32)), quick=True)
     for size in (64, 224):
-        yield Case("training_step", f"ResNet-18 N=16 {size}", lambda s=size: build(resnet, (16, 3, s, s)))
-    yield Case("training_step", "CIFAR LC net N=16", lambda: build(cifar_lc, (16, 3, 32, 32)))
+        yield Case("training_step", f"ResNet-18 N=16 {size}", lambda device, s=size: build(resnet, (16, 3, s, s)))
+    yield Case("training_step", "CIFAR LC net N=16", lambda device: build(cifar_lc, (16, 3, 32, 32)))
 
 
 def mlp() -> torch.nn.Module:

@@ -4,15 +4,22 @@
 """
 
 import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import machine, registry, report, runner
+from bench import __main__ as command
+from bench import device, machine, registry, report, runner
 from bench.gate import mm_gate
+from bioplaus_kernels.backends import native
 
 ROOT = Path(__file__).parents[1]
 QUICK = [case for case in registry.cases(quick=True) if case.op != "training_step"]
@@ -21,7 +28,7 @@ QUICK = [case for case in registry.cases(quick=True) if case.op != "training_ste
 @pytest.mark.slow
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: f"{case.op} {case.label}")
 def test_quick_case(case: registry.Case, benchmark) -> None:
-    bench = case.build()
+    bench = case.build(device.Cpu())
     # torch's bf16 parts are there to be seen failing.
     for name, gate in bench.gate.items():
         assert name.startswith("three bf16 parts") == (gate() > 1), name
@@ -43,7 +50,7 @@ def test_rows_hold_what_the_report_shows() -> None:
         {"wrong": lambda: 2.0},
         work=(registry.Work(flops=1e3, read=x.nbytes, written=x.nbytes),),
     )
-    rows = runner.run(registry.Case("op", "label", lambda: bench), seconds=0.01)
+    rows = runner.run(registry.Case("op", "label", lambda _: bench), 0.01, device.Cpu())
     assert [row["variant"] for row in rows] == ["copy", "wrong"]
     assert rows[0]["ratio"] == 1 and rows[0]["peak_bytes"] == x.numel() * 4
     assert rows[0]["ms_p20"] <= rows[0]["ms"] <= rows[0]["ms_p80"]
@@ -53,7 +60,7 @@ def test_rows_hold_what_the_report_shows() -> None:
 
 
 def test_header_names_the_machine() -> None:
-    header = machine.header()
+    header = machine.header(device.Cpu())
     assert header["torch"] == torch.__version__ and header["processor"] and header["commit"]
 
 
@@ -77,3 +84,180 @@ def test_command_line(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Linear 1x8x8 forward" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "report-overhead.png").stat().st_size > 10_000
+
+
+class Gpu:
+    """What bench.device asks of torch.cuda: a clock that `work` moves, a cache, and graphs of captured work."""
+
+    L2 = 2**20
+
+    def __init__(self) -> None:
+        self.now = self.allocated = self.peak = 0.0
+        self.capturing: list[Callable[[], None]] | None = None
+        self.cached: object = None
+        self.read: list[int] = []
+
+    def is_available(self) -> bool:
+        return True
+
+    def get_device_properties(self) -> SimpleNamespace:
+        numbers = {"multi_processor_count": 4, "total_memory": 2**34, "L2_cache_size": self.L2}
+        return SimpleNamespace(name="Test GPU", major=8, minor=0, uuid="1-2", **numbers)
+
+    def work(self, name: str, seconds: float) -> None:
+        """A kernel: ten times as fast where its operands are in the cache."""
+
+        def run() -> None:
+            self.now += seconds / 10 if self.cached == name else seconds
+            self.cached = name
+
+        run() if self.capturing is None else self.capturing.append(run)
+
+    def Event(self, enable_timing: bool) -> SimpleNamespace:
+        assert enable_timing
+        event = SimpleNamespace(at=None, synchronize=lambda: None)
+        event.record = lambda: setattr(event, "at", self.now + time.perf_counter())
+        event.elapsed_time = lambda end: 1e3 * (end.at - event.at)
+        return event
+
+    def Stream(self) -> SimpleNamespace:
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    current_stream = Stream
+
+    @contextmanager
+    def stream(self, stream: SimpleNamespace) -> Iterator[None]:
+        yield
+
+    def CUDAGraph(self) -> SimpleNamespace:
+        graph = SimpleNamespace(launches=[])
+        graph.replay = lambda: [launch() for launch in graph.launches]
+        return graph
+
+    @contextmanager
+    def graph(self, graph: SimpleNamespace) -> Iterator[None]:
+        self.capturing = graph.launches
+        try:
+            yield
+        finally:
+            self.capturing = None
+
+    def synchronize(self) -> None:
+        if self.capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def memory_allocated(self) -> float:
+        return self.allocated
+
+    def reset_peak_memory_stats(self) -> None:
+        self.peak = self.allocated
+
+    def max_memory_allocated(self) -> float:
+        return self.peak
+
+
+class OnTestGpu(device.Cuda):
+    """Tensors lie on the CPU, small ones, and its kernels are the backend to compare."""
+
+    device, backends, product, numbers = torch.device("cpu"), ("cpu",), 64, 2**10
+
+    def __init__(self, gpu: Gpu | None = None) -> None:
+        super().__init__(gpu or Gpu())
+
+    def flusher(self) -> Callable[[], object]:
+        flush = super().flusher()
+
+        def noted() -> None:
+            self.cuda.cached = None
+            self.cuda.read.append(flush.__self__.nbytes)
+            flush()
+
+        return noted
+
+
+def test_gpu_states_and_failures() -> None:
+    gpu = Gpu()
+
+    def fails() -> None:
+        raise MemoryError("out of memory\nand more")
+
+    def waits() -> None:
+        gpu.work("waits", 1e-2)
+        gpu.synchronize()
+
+    def grows() -> None:
+        gpu.work("grows", 2e-2)
+        gpu.peak = max(gpu.peak, gpu.allocated + 4096)
+
+    variants = {"base": lambda: gpu.work("base", 4e-2), "waits": waits, "fails": fails, "grows": grows, "wrong": grows}
+    bench = registry.Bench(variants, {"wrong": lambda: 3.0})
+    rows = runner.run(registry.Case("op", "label", lambda _: bench), 0.0, OnTestGpu(gpu))
+    found = {(row["state"], row["variant"]): row for row in rows}
+    assert list(found) == [(state, name) for state in ("warm", "cold", "graph") for name in variants]
+    for state, seconds in (("warm", 4e-3), ("cold", 4e-2), ("graph", 4e-2)):
+        base = found[state, "base"]
+        assert base["ms"] == pytest.approx(seconds * 1e3, rel=0.3) and base["ratio"] == 1
+        assert found[state, "grows"]["ratio"] == pytest.approx(0.5, rel=0.3)
+        assert found[state, "fails"]["failed"] == "MemoryError: out of memory"
+        assert "ms" not in found[state, "wrong"] and "failed" not in found[state, "wrong"]
+    assert found["warm", "grows"]["peak_bytes"] == 4096
+    # What waits for the GPU cannot be captured; nothing but that is lost.
+    assert "ms" in found["cold", "waits"] and "capturing" in found["graph", "waits"]["failed"]
+    assert gpu.read and min(gpu.read) > gpu.L2
+    text = report.table({"rows": rows, "roofline": {}})
+    assert "(cold, CUDA graph)" in text and "MemoryError" in text and "3: over the bound" in text
+
+
+def test_gpu_without_its_baseline() -> None:
+    gpu = Gpu()
+    variants = {"base": gpu.synchronize, "other": lambda: gpu.work("other", 1e-2)}
+    rows = runner.run(registry.Case("op", "label", lambda _: registry.Bench(variants)), 0.0, OnTestGpu(gpu))
+    other = next(row for row in rows if row["state"] == "graph" and row["variant"] == "other")
+    assert other["ratio"] is None and other["ms"] > 1
+    assert "capturing" in report.table({"rows": rows, "roofline": {}})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(native.library is None, reason="it is the backend to compare")
+def test_gpu_from_the_command_line_to_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows by each backend, and the GPU under a header of its own."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/sh\necho "$@" > $0.asked\necho "580.1, 1410 MHz, 1980 MHz, 2619 MHz, 2619 MHz, 700 W, 41"\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(device, "Cuda", OnTestGpu)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    out, cpu = tmp_path / "cuda.json", tmp_path / "cpu.json"
+    ops = ("overhead", "locally_connected", "feedback_mm")
+    for where, path, match in (
+        ("cpu", cpu, "^Linear 1x8x8 forward$"),
+        ("cuda", out, "^Linear.*forward$|M=8|N=16 backward input"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["bench", "run", "--device", where, "--quick", "--match", match])
+        sys.argv += ["--seconds", "0.001", "--threads", "1", "--out", str(path), *(f"--op={op}" for op in ops)]
+        command.main()
+    result = json.loads(out.read_text())
+    header = result["machine"]
+    assert header["gpu"] == "Test GPU" and header["library_level"] == "CUDA sm_80"
+    assert header["driver"] == "580.1" and header["clock"] == "1410 MHz" and header["power_limit"] == "700 W"
+    assert header["triton"] and header["cuda"] == torch.version.cuda
+    assert "--id=GPU-1-2 " in (tmp_path / "nvidia-smi.asked").read_text()
+    assert {"float16", "int8", "read", "write"} <= result["roofline"].keys()
+    assert {row["op"] for row in result["rows"]} == set(ops)
+    assert not [row for row in result["rows"] if "failed" in row]
+    timed = {row["variant"] for row in result["rows"] if "ms" in row and row["state"] == "graph"}
+    for name in ("usf, packed signs", "fa seeded, uniform", "frsf stored", "bioplaus, usf", "bioplaus, backprop"):
+        assert {name, f"{name}, cpu"} <= timed
+    assert {"usf, packed signs, feedback_weight + cuBLAS", "torch dY @ W"} <= timed
+    report.write([cpu, out], tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
+    first, second = text.split("# Test GPU, CUDA sm_80")
+    assert "Test GPU" not in first and "(cold, CUDA graph)" in second and "| driver " in second
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "run", "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "--device cuda: no CUDA device in this machine (torch " in capsys.readouterr().err
