@@ -32,7 +32,7 @@ def cases() -> Iterator[Case]:
     """Batch 16; --quick keeps a small one."""
     for c, o, size in LAYERS:
         label = f"1x1 {c} to {o}, {size}x{size}, N=16"
-        yield Case("convolution", label, lambda a=(c, o, size): build(16, *a), quick=size == 2)
+        yield Case("convolution", label, lambda device, a=(c, o, size): build(16, *a), quick=size == 2)
 
 
 def build(n: int, c: int, o: int, size: int) -> Bench:
