@@ -36,7 +36,7 @@ endif
 .PHONY: train test test-all check lint format build clean FORCE
 
 train: build
-	$(PY) -m recipes.train --model lenet --data digits --rule backprop,usf,fa --epochs 20
+	$(PY) -m recipes run recipes/experiments/digits/*.toml
 
 test: lint
 	$(PY) -m pytest -m "not exhaustive" $(PYTEST_ARGS)

@@ -1,13 +1,15 @@
 """`python -m recipes run`: every experiment's file, running, going on, and what a wrong key is answered."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from recipes import __main__ as cli
-from recipes import experiment
+from recipes import experiment, learn, report
 
 FILES = sorted((Path(experiment.__file__).parent / "experiments").glob("*/*.toml"))
 
@@ -119,6 +121,122 @@ def test_a_folder_of_another_experiment_is_left_alone(tmp_path, capsys):
     assert "optimizer.lr: got 0.5, " in capsys.readouterr().err
 
 
+# Images on which the networks are small: for the locally-connected ones a position costs as many weights as a kernel.
+SIZES = {"lenet-mnist": 32, "lenet-cifar": 32, "resnet18": 32, "alexnet-bn": 63, "retinanet": 64, "retinanet-small": 64}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_files_load(path):
-    assert experiment.load(path).row
+    e = experiment.load(path)
+    for trial in range(3):
+        drawn = e.draw(trial)
+        assert drawn == e.draw(trial) and drawn.keys() == e.search.keys()
+        experiment.load(path, drawn)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_files_take_a_step(path):
+    """Two batches of noise through the network of each file, small images: every weight moves and stays finite."""
+    e = experiment.load(path)
+    size = SIZES.get(e.model.name, 28 if e.model.name == "lenet" else 8)
+    shape = (1 if e.data.name in ("digits", "mnist", "fashion-mnist") else 3, size, size)
+    trained = learn.build(e, shape, 10, 0, "cpu")
+    x, y = torch.randn(4, *shape), torch.arange(4)
+    if e.detects:
+        boxes = torch.tensor([[8.0, 8.0, 40.0, 48.0]])
+        x, y = list(x.sigmoid()), [{"boxes": boxes, "labels": label.view(1)} for label in y + 1]
+    elif e.reconstructs:
+        y = x.flatten(1)
+    weights = {n: p for n, p in trained.model.named_parameters() if p.requires_grad and p.ndim > 1}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    assert math.isfinite(trained.epoch([(x, y)] * 2))
+    for name, weight in weights.items():
+        assert weight.isfinite().all() and not torch.equal(weight, before[name]), name
+
+
+def test_last_layers_own_rate():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 4))
+    options = {"name": "manhattan", "lr": 1e-3, "last_layer": {"lr": 0.5, "manhattan": False}}
+    body, head = learn.optimizer(options, model).param_groups
+    assert [p.shape for p in head["params"]] == [(4, 3), (4,)] and (head["lr"], head["manhattan"]) == (0.5, False)
+    assert [p.shape for p in body["params"]] == [(3, 2), (3,)] and (body["lr"], body["manhattan"]) == (1e-3, True)
+
+
+def test_draws_are_in_the_ranges():
+    search = {"optimizer.lr": {"low": 1e-5, "high": 3e-4, "log": True}, "algorithm.scale": {"choices": [1.0, 2.0]}}
+    content = {"algorithm": {"name": "usf"}, "optimizer": {"name": "adam"}, "search": search}
+    e = experiment.check(content)
+    drawn = [e.draw(trial, seed=1) for trial in range(4000)]
+    rates = torch.tensor([d["optimizer.lr"] for d in drawn])
+    assert 1e-5 <= rates.min() < 1.2e-5 and 2.6e-4 < rates.max() <= 3e-4
+    # Log-uniform: the median is the geometric mean of the ends.
+    assert rates.median().item() == pytest.approx((1e-5 * 3e-4) ** 0.5, rel=0.1)
+    assert {d["algorithm.scale"] for d in drawn} == {1.0, 2.0}
+    for space in ({"low": 1}, {"low": 2, "high": 1}, {"choices": []}, 3):
+        with pytest.raises(ValueError, match=r"search\.optimizer\.lr: got .*, want"):
+            experiment.check({**content, "search": {"optimizer.lr": space}})
+
+
+SEARCH = """
+[search]
+"optimizer.lr" = { low = 1e-4, high = 1e-2, log = true }
+"""
+
+
+def test_search_goes_on_with_the_best_and_report_shows_it(tmp_path, capsys):
+    path = write(tmp_path, "usf")
+    path.write_text(path.read_text() + SEARCH)
+    arguments = ["search", str(path), "--trials", "3", "--first", "1", "--keep", "1", "--device", "cpu"]
+    cli.main([*arguments, "--out", str(tmp_path / "out")])
+    (table,) = report.collect([tmp_path / "out"]).values()
+    (trials,) = table
+    assert sorted(len(r.rows) for r in trials) == [2, 2, 3]
+    first = {r.header["seed"]: None for r in trials}
+    assert list(first) == [0] and len({r.header["drawn"]["optimizer.lr"] for r in trials}) == 3
+    errors = [r.rows[1]["test_error"] for r in trials]
+    assert len(trials[errors.index(min(errors))].rows) == 3
+    before = [r.folder.joinpath("log.jsonl").stat().st_mtime_ns for r in trials]
+    cli.main([*arguments, "--out", str(tmp_path / "out")])
+    assert before == [r.folder.joinpath("log.jsonl").stat().st_mtime_ns for r in trials]
+    cli.main(["report", str(tmp_path / "out"), "--to", str(tmp_path / "page.md")])
+    assert "3 trials, best test error" in (tmp_path / "page.md").read_text()
+    assert (tmp_path / "page" / path.parent.name / "usf-search.png").stat().st_size > 5000
+
+
+def test_report_has_the_papers_figures_beside_ours(tmp_path):
+    published = "published = { test_error = 3.5 }\n"
+    for name in ("usf", "fa", "backprop"):
+        path = write(tmp_path, name)
+        path.write_text(published.replace("3.5", str(len(name))) + path.read_text())
+        cli.main(["run", str(path), "--out", str(tmp_path / "out"), "--seeds", "0,1", "--device", "cpu"])
+    place = tmp_path / "page" / path.parent.name
+    place.mkdir(parents=True)
+    (place / "notes.md").write_text("A note.\n")
+    cli.main(["report", str(tmp_path / "out"), "--to", str(tmp_path / "page.md")])
+    page = (tmp_path / "page.md").read_text()
+    (line,) = (line for line in page.splitlines() if "8.00" in line)
+    found = [report.read(tmp_path / "out" / path.parent.name / "backprop" / f"seed-{seed}") for seed in (0, 1)]
+    errors = [min(row["test_error"] for row in r.rows) * 100 for r in found]
+    assert f"{sum(errors) / 2:.2f} ± {abs(errors[0] - errors[1]) / 2**0.5:.2f}" in line
+    assert "Paper: small < small < small." in page and "Kendall's τ" in page
+    assert "A note." in page and "python -m recipes run recipes/experiments/" in page
+    assert str(tmp_path / "out") not in page
+    # The page's own folder gives it again.
+    before = page
+    cli.main(["report", str(tmp_path / "page"), "--to", str(tmp_path / "page.md")])
+    assert (tmp_path / "page.md").read_text() == before
+
+
+@pytest.mark.parametrize(("here", "tau"), [([0, 1, 2, 3], 1), ([3, 2, 1, 0], -1), ([1, 0, 2, 3], 2 / 3)])
+def test_kendalls_tau(here, tau):
+    assert report._kendall(here) == pytest.approx(tau)
+
+
+def test_autoencoder_reconstructs(tmp_path):
+    path = write(tmp_path, "sdtp", inverse=INVERSE)
+    _, rows, _ = run(path, tmp_path, "--set", "model.name=autoencoder")
+    assert rows[2]["test_loss"] < 0.8 * rows[0]["test_loss"] and "test_error" not in rows[0]
+    image = Image.open(tmp_path / tmp_path.name / "sdtp" / "seed-0" / "reconstructions.png")
+    # Ten images of 8 x 8 in two rows, with a frame of 2.
+    assert image.size == (10 * 10 + 2, 2 * 10 + 2)

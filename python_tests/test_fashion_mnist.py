@@ -3,7 +3,8 @@
 import pytest
 
 import bioplaus_kernels as bk
-from recipes import data, report, train
+from recipes import data, experiment, report
+from recipes.run import run
 
 # Highest test error, and between what the mean angles of W to B and of the gradients lie after the epoch, in degrees.
 EXPECTED = {
@@ -25,10 +26,20 @@ EXPECTED = {
 )
 @pytest.mark.usefixtures("one_thread")
 def test_lenet_learns_fashion_mnist(tmp_path):
-    args = ["--model", "lenet", "--data", "fashion-mnist", "--data-root", str(tmp_path / "data"), "--epochs", "1"]
-    runs = train.main([*args, "--rule", ",".join(bk.feedback.RULES), "--out", str(tmp_path / "out"), "--device", "cpu"])
-    assert runs.keys() == EXPECTED.keys()
-    for rule, (before, after) in runs.items():
+    assert EXPECTED.keys() == bk.feedback.RULES.keys()
+    runs = {}
+    for rule in EXPECTED:
+        optimizer = {"name": "sgd", "lr": 0.03, "momentum": 0.9, "weight_decay": 1e-4}
+        e = experiment.check(
+            {
+                "data": {"name": "fashion-mnist"},
+                "model": {"name": "lenet"},
+                "algorithm": {"name": rule},
+                "optimizer": optimizer,
+                "train": {"epochs": 1},
+            }
+        )
+        runs[rule] = before, after = run(e, 0, tmp_path / rule, data_root=tmp_path / "data")
         highest, weight, grad = EXPECTED[rule]
         assert after["train_loss"] < 0.4 * before["test_loss"], rule
         assert after["test_loss"] < after["train_loss"], rule

@@ -1,18 +1,25 @@
-"""The papers' experiments.
+"""The papers' experiments: train them, search their hyperparameters, report.
 
-python -m recipes run recipes/experiments/biotorch-fashion-mnist/*.toml
+    python -m recipes run recipes/experiments/biotorch-fashion-mnist/*.toml
+    python -m recipes search recipes/experiments/bartunov-mnist-fc/fa.toml --set train.epochs=10 --trials 60
+    python -m recipes report runs --to docs/results.md
+
+Every command goes on where it was stopped. A row's runs are in OUT/TABLE/ROW/seed-N, after the TOML file's folder and
+name; recipes/experiment.py says what may be in such a file.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from recipes import experiment
+from recipes import experiment, report
 from recipes.run import run
 
 
@@ -21,15 +28,25 @@ def parser() -> argparse.ArgumentParser:
         "python -m recipes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = p.add_subparsers(dest="command", required=True)
-    r = commands.add_parser("run", help="train experiments, or go on with them")
-    r.add_argument("files", nargs="+", type=Path, metavar="FILE.toml", help="experiments, one a row of a table")
-    r.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="(default: %(default)s)")
-    r.add_argument("--set", action="append", default=[], type=_assignment, metavar="KEY=VALUE", help="train.epochs=5")
+    r = commands.add_parser("run", help="train experiments, or go on with them, then print their table")
     r.add_argument("--seeds", type=_seeds, metavar="N[,N...]", help="in place of the files' own")
-    r.add_argument("--data-root", default="data", metavar="DIR", help="where data sets are (default: %(default)s)")
-    r.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    r.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load images of folders")
-    r.add_argument("--no-measure", action="store_true", help="leave out the angles after every epoch")
+    s = commands.add_parser("search", help="random search in the files' own ranges")
+    s.add_argument("--trials", type=int, default=60, metavar="N", help="(default: %(default)s)")
+    s.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
+    s.add_argument("--first", type=int, metavar="N", help="epochs after which only the best trials go on")
+    s.add_argument("--keep", type=int, default=1, metavar="N", help="how many go on (default: %(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for c in (r, s):
+        c.add_argument("files", nargs="+", type=Path, metavar="FILE.toml", help="experiments, one a row of a table")
+        c.add_argument("--set", action="append", default=[], type=_assignment, metavar="KEY=VALUE", dest="changes")
+        c.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="(default: %(default)s)")
+        c.add_argument("--data-root", default="data", metavar="DIR", help="where data sets are (default: %(default)s)")
+        c.add_argument("--device", type=_device, default=device, help="(default: %(default)s)")
+        c.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load images of folders")
+        c.add_argument("--no-measure", action="store_true", help="leave out the angles after every epoch")
+    t = commands.add_parser("report", help="tables and pictures as a Markdown page, from runs or their copied logs")
+    t.add_argument("roots", nargs="+", type=Path, metavar="DIR", help="what --out was, or the page's own folder")
+    t.add_argument("--to", type=Path, default=Path("docs/results.md"), metavar="FILE.md", help="(default: %(default)s)")
     return p
 
 
@@ -37,20 +54,65 @@ def main(argv: list[str] | None = None) -> None:
     p = parser()
     args = p.parse_args(argv)
     try:
-        experiments = [(path, experiment.load(path, dict(args.set))) for path in args.files]
-        for path, e in experiments:
-            for seed in args.seeds or e.seeds:
-                run(
-                    e,
-                    seed,
-                    args.out / path.parent.name / path.stem / f"seed-{seed}",
-                    data_root=args.data_root,
-                    device=args.device,
-                    workers=args.workers,
-                    measure=not args.no_measure,
-                )
-    except (ValueError, TypeError, OSError) as error:
+        {"run": _run, "search": _search, "report": _report}[args.command](args)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         p.error(str(error))
+
+
+def _run(args: argparse.Namespace) -> None:
+    experiments = [(path, experiment.load(path, dict(args.changes))) for path in args.files]
+    for path, e in experiments:
+        for seed in args.seeds or e.seeds:
+            run(e, seed, args.out / path.parent.name / path.stem / f"seed-{seed}", **_options(args, path))
+    for name in dict.fromkeys(path.parent.name for path in args.files):
+        rows = report.collect([args.out])[name]
+        image = args.out / name / "curves.png"
+        report.picture(rows, name, image)
+        print(f"\n{report.table(rows)}\n\ncurves: {image}")
+
+
+def _search(args: argparse.Namespace) -> None:
+    for path in args.files:
+        e = experiment.load(path, dict(args.changes))
+        if not e.search:
+            raise ValueError(f"{path}: search: got none, want keys and their ranges")
+        trials = range(args.trials)
+        for epochs in dict.fromkeys((args.first or e.train.epochs, e.train.epochs)):
+            scores = {}
+            for trial in tqdm(trials, f"{e.row}, {epochs} epochs", leave=False, disable=None, unit="trial"):
+                drawn = e.draw(trial, args.seed)
+                one = experiment.load(path, dict(args.changes) | drawn | {"train.epochs": epochs})
+                folder = args.out / path.parent.name / f"{path.stem}-search" / f"trial-{trial}"
+                run(one, args.seed, folder, **_options(args, path, drawn=drawn))
+                trained = report.read(folder)
+                trained.rows = trained.rows[: epochs + 1]
+                scores[trial] = trained.rank
+            trials = sorted(scores, key=scores.__getitem__)[: args.keep]
+        print(f"{e.row}: best trial {trials[0]}, {abs(scores[trials[0]]):.4f}, {e.draw(trials[0], args.seed)}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    report.write(args.roots, args.to)
+    print(args.to)
+
+
+def _options(args: argparse.Namespace, path: Path, **about: Any) -> dict[str, Any]:
+    # What changes a result, without where it is kept and computed.
+    changes = [part for key, value in args.changes for part in ("--set", f"{key}={value}")]
+    for name in ("seeds", "trials", "seed", "first", "keep"):
+        if getattr(args, name, None) is not None:
+            value = getattr(args, name)
+            changes += [f"--{name}", ",".join(map(str, value)) if name == "seeds" else str(value)]
+    command = shlex.join(
+        ["python", "-m", "recipes", args.command, f"recipes/experiments/{path.parent.name}/{path.name}", *changes]
+    )
+    return {
+        "data_root": args.data_root,
+        "device": args.device,
+        "workers": args.workers,
+        "measure": not args.no_measure,
+        "about": {"command": command, **about},
+    }
 
 
 def _assignment(text: str) -> tuple[str, Any]:
@@ -61,6 +123,16 @@ def _assignment(text: str) -> tuple[str, Any]:
         return key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return key, value
+
+
+def _device(text: str) -> str:
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}, want cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"got {text!r}, and torch sees {torch.cuda.device_count()} GPUs; try cpu")
+    return text
 
 
 def _seeds(text: str) -> list[int]:

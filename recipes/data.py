@@ -19,6 +19,8 @@ from torchvision.transforms import v2
 # Channels and height = width of the images as they are.
 NATIVE = {"digits": (1, 8), "mnist": (1, 28), "fashion-mnist": (1, 28), "cifar10": (3, 32), "imagefolder": (3, 224)}
 
+AUGMENT = ("standard", "vertical", "none")
+
 # Loader, mean and standard deviation of the grey sets in MNIST's format.
 _GREY = {"mnist": (datasets.MNIST, 0.1307, 0.3081), "fashion-mnist": (datasets.FashionMNIST, 0.2860, 0.3530)}
 
@@ -40,6 +42,7 @@ class Batches:
 
     shuffle: a generator, for a new order each time and no last batch of fewer images, which would stop batch norm.
     only: indices of the images to take. Images in memory are indexed there, others come from a DataLoader.
+    reconstruct: targets are the images' numbers, (N, channels · height · width).
     """
 
     def __init__(
@@ -52,8 +55,10 @@ class Batches:
         collate: Callable[[list[Any]], Any] | None = None,
         device: torch.device | str = "cpu",
         workers: int = 0,
+        reconstruct: bool = False,
     ) -> None:
         self.dataset, self.size, self.shuffle, self.device = dataset, size, shuffle, torch.device(device)
+        self.reconstruct = reconstruct
         self.loader: DataLoader | None = None
         if isinstance(dataset, TensorDataset):
             self.tensors = dataset.tensors if only is None else [t[only] for t in dataset.tensors]
@@ -77,7 +82,8 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         for batch in self.loader or self._in_memory():
-            yield tree_map_only(torch.Tensor, lambda t: t.to(self.device, non_blocking=True), batch)
+            x, y = tree_map_only(torch.Tensor, lambda t: t.to(self.device, non_blocking=True), batch)
+            yield x, x.flatten(1) if self.reconstruct else y
 
     def _in_memory(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         images, targets = self.tensors
@@ -96,8 +102,15 @@ def kind(spec: str) -> str:
     return name
 
 
-def load(spec: str, root: str | Path, size: int, channels: int) -> Data:
+def load(spec: str, root: str | Path, size: int, channels: int, augment: str = "standard") -> Data:
     """The data set ``spec`` with images of ``channels`` x ``size`` x ``size``; downloads go into ``root``.
+
+    augment, of training images in colour; grey ones are never changed:
+
+    * "standard": cifar10, random crops of 32 from a margin of 4 and horizontal flips; imagefolder, random resized crops
+      and horizontal flips, and the middle of test images (Xiao et al. 2018)
+    * "vertical": the same with vertical flips for horizontal ones (Bartunov et al. 2018, CIFAR-10)
+    * "none": the whole image, resized (Bartunov et al. 2018, ImageNet)
 
     Raises ValueError for an unknown ``spec`` or images of too few channels, and RuntimeError or OSError where the files
     cannot be had.
@@ -123,11 +136,12 @@ def load(spec: str, root: str | Path, size: int, channels: int) -> Data:
             raise
         prepared = [_in_memory(part.data.unsqueeze(1), part.targets, shape, (mean,), (std,)) for part in raw]
         return Data(prepared[0], prepared[1], shape, 10)
+    flips = {"standard": [v2.RandomHorizontalFlip()], "vertical": [v2.RandomVerticalFlip()], "none": []}[augment]
     if name == "cifar10":
-        augment = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
+        crops = [v2.RandomCrop(32, padding=4), *flips] if augment != "none" else []
         normalise = _normalise(size, channels, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
         return Data(
-            datasets.CIFAR10(root, train=True, download=True, transform=v2.Compose([*augment, *normalise])),
+            datasets.CIFAR10(root, train=True, download=True, transform=v2.Compose([*crops, *normalise])),
             datasets.CIFAR10(root, train=False, download=True, transform=v2.Compose(normalise)),
             shape,
             10,
@@ -137,12 +151,11 @@ def load(spec: str, root: str | Path, size: int, channels: int) -> Data:
     if held_out is None or not (folder / "train").is_dir():
         raise FileNotFoundError(f"{folder} must hold the folders train and val (or test), each with a folder per class")
     normalise = _normalise(size, channels, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    crops = [v2.RandomResizedCrop(size), *flips] if augment != "none" else []
     # The usual margin: 256 for 224.
-    crop = [v2.Resize(round(size * 8 / 7)), v2.CenterCrop(size)]
-    train_set = datasets.ImageFolder(
-        str(folder / "train"), v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *normalise])
-    )
-    test_set = datasets.ImageFolder(str(held_out), v2.Compose([*crop, *normalise]))
+    middle = [v2.Resize(round(size * 8 / 7)), v2.CenterCrop(size)] if augment != "none" else []
+    train_set = datasets.ImageFolder(str(folder / "train"), v2.Compose([*crops, *normalise]))
+    test_set = datasets.ImageFolder(str(held_out), v2.Compose([*middle, *normalise]))
     if train_set.classes != test_set.classes:
         raise ValueError(f"{folder}: train and {held_out.name} do not hold the same classes")
     return Data(train_set, test_set, shape, len(train_set.classes))

@@ -27,6 +27,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import math
+import random
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +56,7 @@ class Data:
     name: str = "mnist"
     path: str = ""  # of an image folder, below the data root
     size: int = 0  # height and width of the images; 0: as they are, or the smallest the model takes
-    augment: str = "standard"
+    augment: str = "standard"  # as in recipes.data.load
 
     def spec(self, root: str | Path) -> str:
         """What `recipes.data.load` takes; `root` is where the data sets are."""
@@ -103,8 +105,27 @@ class Experiment:
 
     @property
     def detects(self) -> bool:
-        """Whether the task is detection; it is classification otherwise."""
+        """Whether the task is detection; it is classification otherwise, or reconstruction."""
         return self.data.name in detection.KINDS
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether the network is to give its input back, with squared error."""
+        return self.model.name == "autoencoder"
+
+    def draw(self, trial: int, seed: int = 0) -> dict[str, Any]:
+        """Overrides for a trial of a random search: of each key of `search` a uniform or log-uniform number in
+        [low, high], or one of its choices. A function of (seed, trial)."""
+        source = random.Random(f"{seed} {trial}")
+        drawn: dict[str, Any] = {}
+        for key, space in self.search.items():
+            if "choices" in space:
+                drawn[key] = source.choice(space["choices"])
+            elif space.get("log", False):
+                drawn[key] = float(f"{math.exp(source.uniform(math.log(space['low']), math.log(space['high']))):.4g}")
+            else:
+                drawn[key] = float(f"{source.uniform(space['low'], space['high']):.4g}")
+        return drawn
 
 
 def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Experiment:
@@ -173,11 +194,19 @@ def _check_values(e: Experiment) -> None:
     else:
         _wrap("data.name", data.kind, e.data.spec("."))
         _wrap("model.name", models.check_name, e.model.name)
+    _one_of("data.augment", e.data.augment, data.AUGMENT)
     _one_of("model.init", e.model.init, ("model", "xavier"))
     _one_of("train.amp", e.train.amp, AMP)
     _least("train.epochs", e.train.epochs, 1)
     _least("train.batch_size", e.train.batch_size, 1)
     _least("data.size", e.data.size, 0)
+    for key, space in e.search.items():
+        good = isinstance(space, dict) and (
+            (set(space) == {"choices"} and isinstance(space["choices"], list) and space["choices"])
+            or ({"low", "high"} <= set(space) <= {"low", "high", "log"} and space["low"] < space["high"])
+        )
+        if not good:
+            raise ValueError(f"search.{key}: got {space!r}, want {{choices = [...]}} or {{low, high, log = true}}")
     for epoch in e.train.milestones:
         _typed("train.milestones", epoch, int)
     if e.train.cosine and e.train.milestones:

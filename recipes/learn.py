@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import bioplaus_kernels as bk
 from bioplaus_kernels import metrics
-from recipes import data, detection, measure, models, schedules
+from recipes import data, detection, models, schedules
 from recipes.experiment import AMP, DIRECT, OPTIMIZERS, RULES, Experiment
 from recipes.models import bartunov
 
@@ -24,6 +24,7 @@ class Learner:
         self, experiment: Experiment, model: nn.Module, shape: tuple[int, ...], seed: int, device: Any
     ) -> None:
         self.experiment, self.device = experiment, torch.device(device)
+        self.criterion = squared_error if experiment.reconstructs else nn.functional.cross_entropy
         options = dict(experiment.algorithm)
         name = options.pop("name")
         if experiment.family == "rule":
@@ -65,33 +66,34 @@ class Learner:
         return total.item() / count
 
     def loss(self, model: nn.Module, x: Any, y: Any) -> Tensor:
+        # DRTP projects the targets.
         options = {"targets": y, "loss_scale": self.scaler.get_scale()} if self.labelled else {}
-        return nn.functional.cross_entropy(model(x, **options), y)
+        return self.criterion(model(x, **options), y)
 
     @torch.no_grad()
     def evaluate(self, batches: data.Batches) -> dict[str, float]:
-        """Mean loss, top-1 and (of more than 10 classes) top-5 error over `batches`."""
+        """Mean loss over `batches`, and of classes top-1 and (of more than 10) top-5 error."""
         self.network.eval()
         total = torch.zeros(3, device=self.device)
-        count = 0
         for x, y in batches:
             with self._autocast():
                 outputs = self.network(x).float()
-            total += torch.stack(
-                [
-                    nn.functional.cross_entropy(outputs, y, reduction="sum"),
-                    (outputs.argmax(1) != y).sum(),
-                    (outputs.topk(min(5, outputs.shape[1])).indices != y[:, None]).all(1).sum(),
-                ]
-            )
-            count += len(y)
-        loss, top1, top5 = (total / count).tolist()
+            total[0] += self.criterion(outputs, y) * len(y)
+            if not self.experiment.reconstructs:
+                total[1] += (outputs.argmax(1) != y).sum()
+                total[2] += (outputs.topk(min(5, outputs.shape[1])).indices != y[:, None]).all(1).sum()
+        loss, top1, top5 = (total / batches.count).tolist()
+        if self.experiment.reconstructs:
+            return {"loss": loss}
         return {"loss": loss, "error": top1} | ({"top5": top5} if outputs.shape[1] > 10 else {})
 
     def measure(self, x: Any, y: Any) -> dict[str, float]:
-        if self.labelled:
-            return {}
-        return measure.angles(self.model, x, y, self.loss)
+        """`bioplaus_kernels.metrics.row` on one batch, in training mode; the model's state stays as it is."""
+        self.model.train()
+        # The gradients do not depend on what came before, and neither do dropout masks.
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            return metrics.row(self.model, lambda: self.loss(self.model, x, y))
 
     def _autocast(self) -> torch.autocast:
         dtype = AMP[self.experiment.train.amp]
@@ -105,9 +107,12 @@ class TargetLearner(Learner):
         self, experiment: Experiment, model: nn.Module, shape: tuple[int, ...], seed: int, device: Any
     ) -> None:
         self.experiment, self.device = experiment, torch.device(device)
+        self.criterion = squared_error if experiment.reconstructs else nn.functional.cross_entropy
         options = dict(experiment.algorithm)
         variant = options.pop("name")
         self.schedule = options.pop("schedule", "parallel")
+        if experiment.reconstructs:
+            options |= {"loss": squared_error, "output": nn.Identity()}
         self.model = self.network = bartunov.target_prop(model, shape, variant, **options).to(self.device)
         self.optimizers = [optimizer(experiment.optimizer, self.model.layers)]
         if experiment.inverse_optimizer:
@@ -124,18 +129,25 @@ class TargetLearner(Learner):
         return schedules.train_epoch(self.model, batches, self.optimizers[0], inverse, self.schedule)
 
     def measure(self, x: Tensor, y: Tensor) -> dict[str, float]:
-        """`angle_grad/<layer>`, and `inverse_loss/<layer>` of every learned inverse."""
+        """Of every layer `angle_grad/<layer>`; of every learned inverse its loss and its angle to the transposed W."""
         tp = self.model
         weights = metrics.trained(tp.layers)
+        found = {}
+        for k, inverse in enumerate(tp.inverses):
+            v = next((p for p in inverse.parameters() if p.ndim > 1), None) if inverse is not None else None
+            w = next((p for p in tp.layers[k].parameters() if p.ndim > 1), None)
+            if v is not None and w is not None:
+                # That of a linear inverse is transposed, and may have columns for auxiliary units.
+                v = v[:, : len(w)].T if v.ndim == 2 else v
+                if v.shape == w.shape:
+                    found[f"angle_weight/{k + 1}"] = metrics.compare(w, v).angle
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
             torch.manual_seed(0)
             h = tp.activations(x)
             ours = torch.autograd.grad(tp.forward_loss(h, tp.targets(h, y), y), list(weights.values()))
             exact = torch.autograd.grad(tp.loss(tp(x), y), list(weights.values()))
-            found = {
-                f"angle_grad/{name.removesuffix('.weight')}": metrics.compare(g, e).angle
-                for name, g, e in zip(weights, ours, exact, strict=True)
-            }
+            for name, g, e in zip(weights, ours, exact, strict=True):
+                found[f"angle_grad/{name.removesuffix('.weight')}"] = metrics.compare(g, e).angle
             if tp.inverse_objective is not None:
                 with torch.no_grad():
                     losses = [loss.item() for loss in tp.inverse_losses(h)]
@@ -158,10 +170,24 @@ class Detector(Learner):
         return detection.average_precision(batches.dataset.coco, found)
 
 
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """‖output − target‖², summed over units and averaged over the batch (Bartunov et al. 2018, 5.5)."""
+    return (outputs - targets).square().flatten(1).sum(1).mean()
+
+
 def build(experiment: Experiment, shape: Shape, classes: int, seed: int, device: Any) -> Learner:
     torch.manual_seed(seed)
     name = experiment.model.name
-    model = models.DETECTORS[name](classes, shape[1]) if experiment.detects else models.build(name, shape, classes)
+    if experiment.detects:
+        model = models.DETECTORS[name](classes, shape[1])
+    else:
+        try:
+            model = models.build(name, shape, classes)
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, *shape))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            size = " x ".join(map(str, shape))
+            raise ValueError(f"data.size: {name} takes no images of {size}: {str(error).splitlines()[0]}") from error
     if experiment.model.init == "xavier":
         bartunov._glorot(model)
     kind = Detector if experiment.detects else TargetLearner if experiment.family == "targets" else Learner

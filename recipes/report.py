@@ -1,8 +1,18 @@
-"""A run's metrics as a table and as a picture. A run is a list of rows, one per epoch, the first before training."""
+"""Tables and pictures of runs, the papers' figures beside ours.
+
+A run's folder is TABLE/ROW/seed-N, or TABLE/ROW/trial-N of a search, with the log.jsonl that `recipes.run` writes: a
+header, then a row an epoch, the first before training.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import shutil
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,69 +20,216 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 Row = dict[str, Any]
+MEASURES = {"angle_weight": "angle, W to B", "angle_grad": "angle to BP's gradient"}
+
+
+@dataclass
+class Run:
+    folder: Path
+    header: dict[str, Any]
+    rows: list[Row]
+
+    @property
+    def score(self) -> str:
+        """What its best epoch is best in: test error, average precision where objects are detected, or test loss."""
+        return next(name for name in ("test_error", "test_AP", "test_loss") if name in self.rows[0])
+
+    @property
+    def best(self) -> Row:
+        """The best epoch on the test set, as both papers and BioTorch report it."""
+        return min(self.rows, key=self._rank)
+
+    @property
+    def rank(self) -> float:
+        """The best epoch's score, lower is better."""
+        return self._rank(self.best)
+
+    def _rank(self, row: Row) -> float:
+        value = row[self.score]
+        return math.inf if value is None else -value if self.score == "test_AP" else value
+
+
+def read(folder: Path) -> Run:
+    header, *rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return Run(folder, header, rows)
+
+
+def collect(roots: Iterable[Path]) -> dict[str, list[list[Run]]]:
+    """Runs below `roots` by table, in each by row its seeds, rows in the order of their files' names."""
+    tables: dict[str, dict[str, list[Run]]] = {}
+    for root in roots:
+        for log in sorted(root.glob("*/*/*/log.jsonl")):
+            table, row, _ = log.relative_to(root).parts[:3]
+            tables.setdefault(table, {}).setdefault(row, []).append(read(log.parent))
+    return {table: list(rows.values()) for table, rows in sorted(tables.items())}
 
 
 def columns(row: Row, kind: str) -> list[str]:
-    """The columns of ``kind`` ("angle_weight" or "angle_grad") that say something about the feedback.
+    """The columns of `kind` ("angle_weight" or "angle_grad") that say something about the feedback.
 
     That leaves out the first layer's weight angle, as nothing uses its feedback, and the last layer's gradient angle,
     which is 0 by definition.
     """
     found = [name for name in row if name.startswith(kind + "/")]
-    return found[1:] if kind == "angle_weight" else found[:-1]
+    return found if len(found) < 2 else found[1:] if kind == "angle_weight" else found[:-1]
 
 
 def mean_angle(row: Row, kind: str) -> float:
-    """Mean over :func:`columns`; layers left to back-propagation, whose weight angle is 0, do not count."""
-    angles = [row[name] for name in columns(row, kind)]
-    if kind == "angle_weight":
-        angles = [value for value in angles if value != 0] or [0.0]
-    return sum(angles) / len(angles) if angles else math.nan
+    """Mean over `columns`, nan where there are none."""
+    angles = [row[name] for name in columns(row, kind) if row[name] is not None]
+    return statistics.fmean(angles) if angles else math.nan
 
 
-def table(runs: dict[str, list[Row]]) -> str:
-    rows = []
-    for rule, run in runs.items():
-        last = run[-1]
-        seconds = [row["seconds"] for row in run[1:]]
-        rows.append(
-            [
-                rule,
-                100 * last["test_error"],
-                mean_angle(last, "angle_weight"),
-                mean_angle(last, "angle_grad"),
-                sum(seconds) / len(seconds),
-            ]
-        )
-    headers = ["rule", "test error %", "angle W to B °", "angle to BP's gradient °", "s/epoch"]
-    return tabulate(rows, headers, floatfmt=("", ".2f", ".1f", ".1f", ".2f"))
+def table(rows: list[list[Run]], style: str = "simple") -> str:
+    """A line for each row: the published figures, then ours, each at the best epoch and as a mean over seeds."""
+    lines, score = [], rows[0][0].score
+    percent = score != "test_loss"
+    names = ["train_error", "test_error", "test_top5", "test_AP", "test_AP50", "test_AP75"]
+    names = names if percent else ["train_loss", "test_loss"]
+    names = [n for n in names if any(n in r.rows[0] or n in r.header["published"] for runs in rows for r in runs)]
+    for runs in rows:
+        published = {k: float(v) for k, v in runs[0].header["published"].items()}
+        line: list[Any] = [runs[0].header["row"], *(published.get(name) for name in names)]
+        line += [_mean([r.best.get(name) for r in runs], 100 if percent else 1) for name in names]
+        line += [max(len(r.rows) for r in runs) - 1, statistics.fmean(r.best["epoch"] for r in runs), len(runs)]
+        line += [statistics.fmean(mean_angle(r.rows[-1], kind) for r in runs) for kind in MEASURES]
+        line.append(statistics.fmean(row["seconds"] for r in runs for row in r.rows[1:]) if runs[0].rows[1:] else None)
+        lines.append(["" if isinstance(cell, float) and math.isnan(cell) else cell for cell in line])
+    short = [name.replace("_", " ") + (" %" if percent else "") for name in names]
+    headers = ["row", *(f"paper: {name}" for name in short), *short]
+    headers += ["epochs", "best epoch", "seeds", "W to B °", "to BP °", "s/epoch"]
+    used = [i for i in range(len(headers)) if any(line[i] not in (None, "") for line in lines)]
+    formats = [""] + [".2f"] * (2 * len(names)) + [".0f", ".0f", ".0f", ".1f", ".1f", ".1f"]
+    return tabulate(
+        [[line[i] for i in used] for line in lines],
+        [headers[i] for i in used],
+        tablefmt=style,
+        floatfmt=[formats[i] for i in used],
+        disable_numparse=[0],
+        missingval="",
+    )
 
 
-def picture(runs: dict[str, list[Row]], title: str, path: Path) -> None:
-    figure = Figure(figsize=(14, 4.2), layout="constrained")
+def order(rows: list[list[Run]]) -> str:
+    """The rows from the lowest test error up, in the paper and here; empty where nothing is to compare."""
+    known = [runs for runs in rows if "test_error" in runs[0].header["published"] and runs[0].score == "test_error"]
+    if len(known) < 3:
+        return ""
+    paper = sorted(known, key=lambda runs: runs[0].header["published"]["test_error"])
+    ours = sorted(known, key=lambda runs: statistics.fmean(r.best["test_error"] for r in runs))
+    tau = _kendall([paper.index(runs) for runs in ours])
+    lists = (" < ".join(runs[0].header["row"] for runs in part) for part in (paper, ours))
+    return "Paper: {}.  \nHere: {}.  \nKendall's τ between the two orders: {:.2f}.".format(*lists, tau)
+
+
+def picture(rows: list[list[Run]], title: str, path: Path) -> None:
+    """Errors (or losses) and, where they were measured, angles over the epochs."""
+    kinds = [kind for kind in MEASURES if any(columns(runs[0].rows[0], kind) for runs in rows)]
+    figure = Figure(figsize=(5 + 4.5 * len(kinds), 4.2), layout="constrained")
     figure.suptitle(title)
-    error, weight, grad = figure.subplots(1, 3)
-    for number, (rule, run) in enumerate(runs.items()):
-        colour = f"C{number}"
-        epochs = [row["epoch"] for row in run]
-        error.plot(epochs, _percent(run, "test_error"), color=colour, linewidth=2, label=rule)
-        error.plot(epochs, _percent(run, "train_error"), color=colour, linestyle=":")
-        for axes, kind in ((weight, "angle_weight"), (grad, "angle_grad")):
-            for name in columns(run[0], kind):
-                axes.plot(epochs, [row[name] for row in run], color=colour, alpha=0.3, linewidth=0.7)
-            axes.plot(epochs, [mean_angle(row, kind) for row in run], color=colour, linewidth=2)
-    error.set(title="test error (dotted: training)", ylabel="%", yscale="log")
-    weight.set(title="angle, W to B (thin: each layer)", ylabel="degrees")
-    grad.set(title="angle to BP's gradient (thin: each layer)", ylabel="degrees")
-    for axes in (error, weight, grad):
+    first, *others = figure.subplots(1, 1 + len(kinds), squeeze=False)[0]
+    score = rows[0][0].score
+    scale = 1 if score == "test_loss" else 100
+    for number, runs in enumerate(rows):
+        for r in runs:
+            style = {"color": f"C{number % 10}", "label": r.header["row"] if r is runs[0] else None}
+            epochs = [row["epoch"] for row in r.rows]
+            for name, line in ((score, "-"), (score.replace("test", "train"), ":")):
+                # Gaps where it is 0, which a logarithmic axis has no place for.
+                values = [scale * row[name] if row.get(name) else math.nan for row in r.rows]
+                first.plot(epochs, values, line, linewidth=1.5, **(style if line == "-" else {"color": style["color"]}))
+            for axes, kind in zip(others, kinds, strict=True):
+                for name in columns(r.rows[0], kind):
+                    values = [math.nan if row[name] is None else row[name] for row in r.rows]
+                    axes.plot(epochs, values, color=style["color"], alpha=0.3, linewidth=0.7)
+                axes.plot(epochs, [mean_angle(row, kind) for row in r.rows], color=style["color"], linewidth=2)
+    first.set(title=f"{score.replace('_', ' ')} (dotted: training)", ylabel="%" if scale == 100 else "", yscale="log")
+    for axes, kind in zip(others, kinds, strict=True):
+        axes.set(
+            title=f"{MEASURES[kind]} (thin: each layer)", ylabel="degrees", ylim=(-3, 123), yticks=range(0, 121, 15)
+        )
+    for axes in (first, *others):
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-    for axes in (weight, grad):
-        axes.set(ylim=(-3, 123), yticks=range(0, 121, 15))
     figure.legend(loc="outside right center")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
 
 
-def _percent(run: list[Row], name: str) -> list[float]:
-    """With gaps where it is 0, which a logarithmic axis has no place for."""
-    return [100 * row[name] or math.nan for row in run]
+def histogram(runs: list[Run], path: Path) -> None:
+    """How many of a search's trials came to which score (Bartunov et al. 2018, figure 5)."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.hist([abs(r.rank) for r in runs if math.isfinite(r.rank)], bins=20)
+    score = runs[0].score.replace("_", " ")
+    axes.set(title=f"{runs[0].header['row']}, {len(runs)} trials", xlabel=f"best {score}", ylabel="trials")
+    figure.savefig(path, dpi=100)
+
+
+def write(roots: list[Path], to: Path) -> None:
+    """Write the Markdown page `to`, and beside it a folder of its name with the logs it is made of and the pictures.
+
+    Without the logs' folders, that folder as the only root gives the same page again. A file notes.md in the folder of
+    a table goes into the page below that table.
+    """
+    folder = to.with_suffix("")
+    parts = [HEAD.format(folder=folder.name)]
+    for name, rows in collect(roots).items():
+        place = folder / name
+        for r in (r for runs in rows for r in runs):
+            kept = place / r.folder.parent.name / r.folder.name
+            for file in ("log.jsonl", "reconstructions.png"):
+                if (r.folder / file).exists() and kept.resolve() != r.folder.resolve():
+                    kept.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(r.folder / file, kept / file)
+        searches = [runs for runs in rows if runs[0].folder.name.startswith("trial-")]
+        rows = [runs for runs in rows if runs not in searches]
+        parts.append(f"## {name}\n")
+        if rows:
+            title = f"{name}, trained on {rows[0][0].header['experiment']['data']['name']}"
+            picture(rows, title, place / "curves.png")
+            parts += [f"{title}.\n", table(rows, "github") + "\n", order(rows) + "\n", _made(rows)]
+            parts.append(f"![curves]({folder.name}/{name}/curves.png)\n")
+            for runs in rows:
+                image = place / runs[0].folder.parent.name / runs[0].folder.name / "reconstructions.png"
+                if image.exists():
+                    parts.append(f"{runs[0].header['row']}: ![reconstructions]({image.relative_to(to.parent)})\n")
+        for runs in searches:
+            row = runs[0].folder.parent.name
+            histogram(runs, place / f"{row}.png")
+            best = min(runs, key=lambda r: r.rank)
+            drawn = ", ".join(f"{key} = {value}" for key, value in best.header["drawn"].items())
+            text = f"{len(runs)} trials, best {best.score.replace('_', ' ')} {abs(best.rank):.4f} with {drawn}."
+            parts.append(f"### {row}\n\n{text}\n\n![histogram]({folder.name}/{name}/{row}.png)\n")
+        if (place / "notes.md").exists():
+            parts.append((place / "notes.md").read_text())
+    to.write_text("\n".join(part for part in parts if part.strip()))
+
+
+HEAD = """# Results
+
+Made by `python -m recipes report`, from the logs in [{folder}]({folder}). Errors are those of the epoch with the lowest
+test error, "train error" on as many training images as there are test images, after that epoch. "W to B" is the angle
+of the weights to the feedback at the end of training, "to BP" that of the weights' gradient to back-propagation's on
+one batch, both as a mean over layers. Seconds are of shared cores and compare nothing.
+"""
+
+
+def _made(rows: list[list[Run]]) -> str:
+    headers = [r.header for runs in rows for r in runs]
+    facts = [", ".join(sorted({h[key] for h in headers})) for key in ("processor", "versions", "commit")]
+    commands = "\n".join(sorted({re.sub(r"[\w-]+\.toml", "*.toml", h["command"]) for h in headers}))
+    return "{}; {}; commit {}.\n\n```\n{}\n```\n".format(*facts, commands)
+
+
+def _mean(values: list[float | None], scale: float) -> Any:
+    known = [scale * value for value in values if value is not None]
+    if not known:
+        return None
+    if len(known) == 1:
+        return known[0]
+    return f"{statistics.fmean(known):.2f} ± {statistics.stdev(known):.2f}"
+
+
+def _kendall(ranks: list[int]) -> float:
+    pairs = [(a, b) for i, a in enumerate(ranks) for b in ranks[i + 1 :]]
+    return sum(1 if a < b else -1 for a, b in pairs) / len(pairs)

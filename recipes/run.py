@@ -11,7 +11,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from tqdm import tqdm
 
 from recipes import data as datasets
@@ -37,10 +37,11 @@ def run(
     device: str = "cpu",
     workers: int = 0,
     measure: bool = True,
+    about: dict[str, Any] | None = None,
 ) -> list[Row]:
     """Train one seed of `experiment` into `folder`, or go on with it; the rows of log.jsonl without its header.
 
-    measure: angles and inverse losses after every epoch.
+    measure: angles and inverse losses after every epoch. about: more for the header.
     Raises ValueError where `folder` holds a run of another experiment.
     """
     content = {k: v for k, v in experiment.resolved.items() if k not in ("seeds", "search", "published", "row", "note")}
@@ -48,7 +49,7 @@ def run(
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None
     if saved is not None:
         _same(json.loads(saved["experiment"]), content, checkpoint)
-        if len(saved["rows"]) > experiment.train.epochs or _diverged(saved["rows"]):
+        if len(saved["rows"]) > experiment.train.epochs or diverged(saved["rows"]):
             return saved["rows"]
 
     spec, size = experiment.data.spec(data_root), experiment.data.size
@@ -56,12 +57,13 @@ def run(
         data = detection.load(spec, data_root, size)
     else:
         channels, native = models.input_for(experiment.model.name, *datasets.NATIVE[experiment.data.name])
-        data = datasets.load(spec, data_root, size or native, channels)
+        data = datasets.load(spec, data_root, size or native, channels, experiment.data.augment)
     if experiment.train.batch_size > len(data.train):
         raise ValueError(f"train.batch_size: got {experiment.train.batch_size}, there are {len(data.train)} images")
     learner = learn.build(experiment, data.shape, data.classes, seed, device)
     shuffle = torch.Generator().manual_seed(seed)
-    options = {"device": torch.device(device), "workers": workers, "collate": data.collate}
+    options: dict[str, Any] = {"device": device, "workers": workers, "collate": data.collate}
+    options["reconstruct"] = experiment.reconstructs
     batches = datasets.Batches(data.train, experiment.train.batch_size, shuffle, **options)
     # Of the training images as many as there are test images, evenly spread.
     part = torch.linspace(0, len(data.train) - 1, min(len(data.train), len(data.test))).long()
@@ -81,12 +83,13 @@ def run(
         torch.set_rng_state(saved["rng"])
         if torch.cuda.is_available() and "cuda_rng" in saved:
             torch.cuda.set_rng_state_all(saved["cuda_rng"])
-    header = {"row": experiment.row, "seed": seed, "published": experiment.published, "experiment": content} | machine()
+    header = {"row": experiment.row, "seed": seed, "published": experiment.published, "experiment": content}
+    header |= machine() | (about or {})
     folder.mkdir(parents=True, exist_ok=True)
 
     epochs = experiment.train.epochs
     for epoch in range(len(rows), epochs + 1):
-        if _diverged(rows):
+        if diverged(rows):
             tqdm.write(f"{folder}: stopped, the loss is {rows[-1]['train_loss']}; try a smaller rate")
             break
         row: Row = {"epoch": epoch, "lr": learner.optimizers[0].param_groups[0]["lr"], "seconds": 0.0}
@@ -106,18 +109,25 @@ def run(
         _save(checkpoint, {"rows": rows, "experiment": json.dumps(content)}, state, shuffle)
         _write(folder / "log.jsonl", "".join(json.dumps(_short(r)) + "\n" for r in (header, *rows)).encode())
         if epoch > 0:
-            scores = [name for name in ("test_error", "train_error", "test_AP", "test_AP50") if name in row]
-            tqdm.write(
-                f"{experiment.row} seed {seed} {epoch}/{epochs}: "
-                + "".join(f"{name.replace('_', ' ')} {row[name]:.2%}, " for name in scores)
-                + f"loss {row['train_loss']:.4f}, {row['seconds']:.1f} s"
-            )
+            shown = ", ".join(f"{name} {row[name]:.4f}" for name in row if name.startswith(("train_", "test_")))
+            tqdm.write(f"{experiment.row} seed {seed} {epoch}/{epochs}: {shown}, {row['seconds']:.1f} s")
             sys.stdout.flush()
+    if experiment.reconstructs:
+        images = next(iter(held["test"]))[0][:10]
+        with torch.no_grad():
+            reconstructions(images, learner.model(images).view_as(images), folder / "reconstructions.png")
     return rows
 
 
+def reconstructions(images: torch.Tensor, made: torch.Tensor, path: Path) -> None:
+    """Images above, what the autoencoder made of them below, in one scale of grey."""
+    both = torchvision.utils.make_grid(torch.cat([images, made]).cpu(), len(images))
+    low, high = images.min().item(), images.max().item()
+    torchvision.utils.save_image((both - low).div_(high - low).clamp_(0, 1), path)
+
+
 def machine() -> dict[str, str]:
-    """Where and how a run was made: processor, versions, commit and command."""
+    """Where a run was made, and with what: processor, versions, commit."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
@@ -136,7 +146,6 @@ def machine() -> dict[str, str]:
         "processor": f"{processor}, {torch.get_num_threads()} thread(s)",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
         "commit": commit,
-        "command": f"python -m recipes {shlex.join(sys.argv[1:])}",
     }
 
 
@@ -147,7 +156,7 @@ def _scheduler(experiment: Experiment, optimizer: torch.optim.Optimizer) -> Any:
     return torch.optim.lr_scheduler.MultiStepLR(optimizer, train.milestones, train.gamma)
 
 
-def _diverged(rows: list[Row]) -> bool:
+def diverged(rows: list[Row]) -> bool:
     return len(rows) > 1 and not math.isfinite(rows[-1]["train_loss"])
 
 

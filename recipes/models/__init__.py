@@ -30,6 +30,7 @@ class Model(NamedTuple):
 MODELS = {
     "mlp": Model(lambda channels, size, classes: bartunov.fc(channels * size**2, [256] * 5, classes), 1),
     "cifar-fc": Model(lambda channels, size, classes: bartunov.fc(channels * size**2, [1024] * 3, classes), 1),
+    "autoencoder": Model(lambda c, s, n: bartunov.autoencoder((c * s**2, 512, 64, 512, c * s**2)), 1),
     "lenet": Model(lenet.lenet5, 28),
     "lenet-mnist": Model(lenet.biotorch_mnist, 32),
     "lenet-cifar": Model(lenet.biotorch_cifar, 32),

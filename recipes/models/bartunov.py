@@ -139,5 +139,6 @@ def _glorot(model: nn.Module) -> Any:
             nn.init.xavier_uniform_(layer.weight)
         else:
             continue
-        nn.init.zeros_(layer.bias)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
     return model
