@@ -1,0 +1,202 @@
+// Digits of feedback_mm_product_kernel.cpp: a row of dY as fixed point, cut into the tiles of the left operand; and the
+// sizes of tiles that all of that file shares.
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../common/packed_signs.h"
+#include "convert.h"
+#include "draw.h"
+#include "feedback_mm.h"
+#include "strided.h"
+
+namespace bioplaus {
+namespace BK_LEVEL {
+namespace {
+
+// Where one factor of the byte product is unsigned the operand holds σ + 1, and Σd is taken off at the end.
+#if defined(__AMX_INT8__)
+using Digit = int8_t;
+constexpr int kBias = 0;
+#elif defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+using Digit = int8_t;
+constexpr int kBias = 1;
+#else
+using Digit = int16_t;
+constexpr int kBias = 0;
+#endif
+
+constexpr int kDigitBits = 8 * sizeof(Digit);
+constexpr int kDepth = 64 / sizeof(Digit);  // entries along K in a tile
+constexpr int kSteps = 16;                  // groups of 4 bytes along K in a tile
+constexpr int kGroup = kDepth / kSteps;     // entries in a group
+constexpr int kColumns = 16;                // of dX in a tile of the operand
+constexpr int kGroups = 32 / kColumns;      // tiles of the operand side by side: the columns of a word of signs
+constexpr int kTileInts = kTileBytes / 4;   // 16 rows × 16 columns of sums
+
+// The operand is formed for kFormBlocks tiles along K; sums stay int32 for kPassBlocks tiles; kRowTiles tiles of dY's
+// digits of that depth stay in the L2 cache.
+constexpr int64_t kFormBlocks = 8;
+constexpr int64_t kPassBlocks = 4096 / kDepth;
+constexpr int64_t kRowTiles = 16;
+
+int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+float power_of_two(int e) { return float_of(static_cast<uint32_t>(e + 127) << 23); }
+
+double double_power_of_two(int e) {
+  const uint64_t bits = static_cast<uint64_t>(e + 1023) << 52;
+  double x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// The row as adjacent floats.
+template <typename T>
+void to_floats(const T* x, int64_t n, int64_t stride, float* to) {
+  if (stride == 1) {
+    for (int64_t t = 0; t < n; ++t) {
+      to[t] = to_float(x[t]);
+    }
+  } else {
+    for (int64_t t = 0; t < n; ++t) {
+      to[t] = to_float(x[t * stride]);
+    }
+  }
+}
+
+const float* row_floats(const SignProduct& p, int64_t row, float* scratch) {
+  const char* x = static_cast<const char*>(p.grad) + row * p.row_stride * size_of(p.dtype);
+  switch (p.dtype) {
+    case DType::BFloat16:
+      to_floats(reinterpret_cast<const BF16*>(x), p.depth, p.column_stride, scratch);
+      return scratch;
+    case DType::Float16:
+      to_floats(reinterpret_cast<const FP16*>(x), p.depth, p.column_stride, scratch);
+      return scratch;
+    default:
+      if (p.column_stride == 1) {
+        return reinterpret_cast<const float*>(x);
+      }
+      to_floats(reinterpret_cast<const float*>(x), p.depth, p.column_stride, scratch);
+      return scratch;
+  }
+}
+
+// Sums in a fixed order of 16 lanes, so that every level comes to the same answer.
+struct Lanes {
+  float square[16];
+  float lost[16];
+};
+
+void measure(const float* y, const int32_t* q, Lanes& lanes) {
+  float square[32];
+  float lost[32];
+  for (int t = 0; t < 32; ++t) {
+    const float r = y[t] - static_cast<float>(q[t]);
+    square[t] = y[t] * y[t];
+    lost[t] = r * r;
+  }
+  for (int l = 0; l < 16; ++l) {
+    lanes.square[l] += square[l] + square[l + 16];
+    lanes.lost[l] += lost[l] + lost[l + 16];
+  }
+}
+
+template <int BYTES>
+void cut(const float* x, float up, float more, Digit* to, int64_t& sum, Lanes& lanes) {
+  constexpr int kCount = BYTES / sizeof(Digit);
+  int32_t q[kDepth];
+  float y[kDepth];
+  for (int t = 0; t < kDepth; ++t) {
+    y[t] = x[t] * up * more;
+  }
+  for (int t = 0; t < kDepth; ++t) {
+    q[t] = static_cast<int32_t>(__builtin_rintf(y[t]));
+  }
+  if (BYTES == 2) {
+    for (int b = 0; b < kDepth; b += 32) {
+      measure(y + b, q + b, lanes);
+    }
+  }
+  if (kBias) {
+    for (int t = 0; t < kDepth; ++t) {
+      sum += q[t];
+    }
+  }
+  for (int d = 0; d < kCount; ++d) {
+    for (int t = 0; t < kDepth; ++t) {
+      to[d * kDepth + t] = static_cast<Digit>(q[t]);
+    }
+    for (int t = 0; t < kDepth; ++t) {
+      q[t] = (q[t] + (1 << (kDigitBits - 1))) >> kDigitBits;
+    }
+  }
+}
+
+// One row of dY: `to` is the row's place in its first tile.
+template <int BYTES>
+void quantise_row(const SignProduct& p, const float* x, int8_t* to, FixedPoint& fixed) {
+  uint32_t top = 0;
+  for (int64_t t = 0; t < p.depth; ++t) {
+    const uint32_t a = bits_of(x[t]) & 0x7FFFFFFFu;
+    top = top < a ? a : top;
+  }
+  const bool finite = top < 0x7F800000u;
+  // |x| < 2^e, and balanced digits reach 0x7F7F… only: one bit less where the largest entry would exceed it.
+  const float largest = finite ? float_of(top) : 0.0f;
+  int e = static_cast<int>(top >> 23) - 126;
+  if (top < (1u << 23)) {
+    e = -126 - (top ? __builtin_clz(top) - 9 : 0);
+  }
+  e = finite ? e : 0;
+  constexpr double kLimit = BYTES == 2 ? 0x7F7F.0p0 : 0x7F7F7F00.0p0;
+  int shift = 8 * BYTES - 1 - e;
+  if (static_cast<double>(largest) * double_power_of_two(shift) > kLimit) {
+    --shift;
+  }
+  // 2^shift can exceed a float's range, as rows can be subnormal: in two steps, both exact for what stays above 1/2.
+  const int first = shift < 127 ? shift : 127;
+  const float up = finite ? power_of_two(first) : 0.0f;
+  const float more = power_of_two(shift - first);
+
+  Lanes lanes = {};
+  int64_t sum = 0;
+  const int64_t blocks = divide_up(p.depth, kDepth);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t left = p.depth - b * kDepth;
+    Digit* digits = reinterpret_cast<Digit*>(to + b * kTileBytes);
+    if (left >= kDepth && finite) {
+      cut<BYTES>(x + b * kDepth, up, more, digits, sum, lanes);
+    } else {
+      float padded[kDepth] = {};
+      for (int64_t t = 0; finite && t < min(left, kDepth); ++t) {
+        padded[t] = x[b * kDepth + t];
+      }
+      cut<BYTES>(padded, up, more, digits, sum, lanes);
+    }
+  }
+  fixed.unit = finite ? double_power_of_two(-shift) : __builtin_nan("");
+  fixed.sum = static_cast<double>(sum);
+  fixed.lossy = false;
+  if (BYTES == 4) {
+    return;
+  }
+  double square = 0;
+  double lost = 0;
+  for (int l = 0; l < 16; ++l) {
+    square += static_cast<double>(lanes.square[l]);
+    lost += static_cast<double>(lanes.lost[l]);
+  }
+  // The errors of a row add up to about √lost; a rounding of the output is 2^-9 (bf16) or 2^-12 (fp16) of √square on
+  // average. An eighth and a quarter of that may be lost.
+  const double allowed = p.dtype == DType::BFloat16 ? 0x1p-24 : 0x1p-28;
+  fixed.lossy = !(lost <= allowed * square);
+}
+
+}  // namespace
+}  // namespace BK_LEVEL
+}  // namespace bioplaus

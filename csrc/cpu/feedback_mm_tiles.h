@@ -1,0 +1,238 @@
+// The tile product of feedback_mm_product_kernel.cpp: sums of digits in int32, by the instructions of the level.
+#pragma once
+
+#include "feedback_mm_digits.h"
+
+namespace bioplaus {
+namespace BK_LEVEL {
+namespace {
+
+// c (+)= a · b for `tiles` tiles of digits (a_stride bytes apart) over `blocks` tiles along K, and a panel of the
+// operand (runs group_stride bytes apart). c: kGroups tiles of sums per tile of digits. Only the first `rows` rows of
+// the last tile matter.
+struct Panel {
+  const int8_t* a;
+  int64_t a_stride;
+  int64_t tiles;
+  int rows;
+  const int8_t* b;
+  int64_t group_stride;
+  int64_t blocks;
+  int32_t* c;
+  bool add;
+};
+
+#if defined(__AMX_INT8__)
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Sums in 0 … 3, digits in 4 and 5: `rows` rows. The operand in 6 and 7.
+void configure(int rows) {
+  TileConfig config;
+  for (int t = 0; t < 8; ++t) {
+    config.row_bytes[t] = 64;
+    config.rows[t] = t < 6 ? static_cast<uint8_t>(rows) : 16;
+  }
+  _tile_loadconfig(&config);
+}
+
+void two_tiles(const Panel& p, const int8_t* a, const int8_t* b, int32_t* c) {
+  int32_t* below = c + kGroups * kTileInts;
+  if (p.add) {
+    _tile_loadd(0, c, 64);
+    _tile_loadd(1, c + kTileInts, 64);
+    _tile_loadd(2, below, 64);
+    _tile_loadd(3, below + kTileInts, 64);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < p.blocks * kTileBytes; k += kTileBytes) {
+    _tile_loadd(6, b + k, 64);
+    _tile_loadd(4, a + k, 64);
+    _tile_loadd(7, b + p.group_stride + k, 64);
+    _tile_loadd(5, a + p.a_stride + k, 64);
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+  }
+  _tile_stored(0, c, 64);
+  _tile_stored(1, c + kTileInts, 64);
+  _tile_stored(2, below, 64);
+  _tile_stored(3, below + kTileInts, 64);
+}
+
+void one_tile(const Panel& p, const int8_t* a, const int8_t* b, int32_t* c) {
+  if (p.add) {
+    _tile_loadd(0, c, 64);
+    _tile_loadd(1, c + kTileInts, 64);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+  }
+  for (int64_t k = 0; k < p.blocks * kTileBytes; k += kTileBytes) {
+    _tile_loadd(4, a + k, 64);
+    _tile_loadd(6, b + k, 64);
+    _tile_loadd(7, b + p.group_stride + k, 64);
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+  }
+  _tile_stored(0, c, 64);
+  _tile_stored(1, c + kTileInts, 64);
+}
+
+void multiply_panel(const Panel& p) {
+  for (int64_t t = 0; t + 2 <= p.tiles; t += 2) {
+    two_tiles(p, p.a + t * p.a_stride, p.b, p.c + t * kGroups * kTileInts);
+  }
+  if (p.tiles % 2) {
+    one_tile(p, p.a + (p.tiles - 1) * p.a_stride, p.b, p.c + (p.tiles - 1) * kGroups * kTileInts);
+  }
+}
+
+#elif defined(__AVX2__)
+#define BK_MEMBER __attribute__((always_inline))
+
+#if defined(__AVX512BW__)
+using Sums = __m512i;
+constexpr int kMaxRows = 8;
+Sums load_sums(const int32_t* c) { return _mm512_load_si512(c); }
+void store_sums(int32_t* c, Sums x) { _mm512_store_si512(c, x); }
+Sums zero_sums() { return _mm512_setzero_si512(); }
+Sums digits_of(const int8_t* a) {
+  int32_t group;
+  __builtin_memcpy(&group, a, 4);
+  return _mm512_set1_epi32(group);
+}
+#if defined(__AVX512VNNI__)
+Sums multiply_add(Sums c, Sums a, Sums b) { return _mm512_dpbusd_epi32(c, b, a); }
+#else
+Sums multiply_add(Sums c, Sums a, Sums b) { return _mm512_add_epi32(c, _mm512_madd_epi16(a, b)); }
+#endif
+#else
+using Sums = __m256i;
+Sums load_sums(const int32_t* c) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(c)); }
+void store_sums(int32_t* c, Sums x) { _mm256_store_si256(reinterpret_cast<__m256i*>(c), x); }
+Sums zero_sums() { return _mm256_setzero_si256(); }
+Sums digits_of(const int8_t* a) {
+  int32_t group;
+  __builtin_memcpy(&group, a, 4);
+  return _mm256_set1_epi32(group);
+}
+#if defined(__AVXVNNI__)
+constexpr int kMaxRows = 6;
+Sums multiply_add(Sums c, Sums a, Sums b) { return _mm256_dpbusd_avx_epi32(c, b, a); }
+#else
+constexpr int kMaxRows = 4;
+Sums multiply_add(Sums c, Sums a, Sums b) { return _mm256_add_epi32(c, _mm256_madd_epi16(a, b)); }
+#endif
+#endif
+
+// Sums of ROWS rows of digits by two vectors of the operand. A struct of structs, as compilers keep an array in memory.
+template <int ROWS>
+struct Block {
+  Sums left, right;
+  Block<ROWS - 1> below;
+
+  BK_MEMBER void load(const int32_t* c, int64_t second, bool add) {
+    left = add ? load_sums(c) : zero_sums();
+    right = add ? load_sums(c + second) : zero_sums();
+    below.load(c + kColumns, second, add);
+  }
+  BK_MEMBER void step(const int8_t* a, Sums b0, Sums b1) {
+    const Sums d = digits_of(a);
+    left = multiply_add(left, d, b0);
+    right = multiply_add(right, d, b1);
+    below.step(a + 64, b0, b1);
+  }
+  BK_MEMBER void store(int32_t* c, int64_t second) const {
+    store_sums(c, left);
+    store_sums(c + second, right);
+    below.store(c + kColumns, second);
+  }
+};
+
+template <>
+struct Block<0> {
+  BK_MEMBER void load(const int32_t*, int64_t, bool) {}
+  BK_MEMBER void step(const int8_t*, Sums, Sums) {}
+  BK_MEMBER void store(int32_t*, int64_t) const {}
+};
+
+// ROWS rows of digits by b and by b + second; their sums lie c_second apart.
+template <int ROWS>
+__attribute__((noinline)) void rows_by_two(const Panel& p, const int8_t* a, const int8_t* b, int64_t second, int32_t* c,
+                                           int64_t c_second) {
+  Block<ROWS> sums;
+  sums.load(c, c_second, p.add);
+  // One loop and not two: the sums would be copied between the loops' registers at every step.
+  for (int64_t i = 0; i < p.blocks * kSteps; ++i) {
+    const int8_t* at = b + 64 * i;
+    sums.step(a + i / kSteps * kTileBytes + i % kSteps * 4, load_sums(reinterpret_cast<const int32_t*>(at)),
+              load_sums(reinterpret_cast<const int32_t*>(at + second)));
+  }
+  sums.store(c, c_second);
+}
+
+template <int ROWS>
+void some_rows(int64_t rows, const Panel& p, const int8_t* a, const int8_t* b, int64_t second, int32_t* c,
+               int64_t c_second) {
+  if (rows >= ROWS) {
+    rows_by_two<ROWS>(p, a, b, second, c, c_second);
+  } else if constexpr (ROWS > 1) {
+    some_rows<ROWS - 1>(rows, p, a, b, second, c, c_second);
+  }
+}
+
+void multiply_panel(const Panel& p) {
+  constexpr bool kTwoGroups = sizeof(Sums) == 64;
+  const int64_t second = kTwoGroups ? p.group_stride : 32;
+  const int64_t c_second = kTwoGroups ? kTileInts : kColumns / 2;
+  for (int g = 0; g < kGroups; g += kTwoGroups ? 2 : 1) {
+    for (int64_t t = 0; t < p.tiles; ++t) {
+      const int64_t rows = t + 1 < p.tiles ? 16 : p.rows;
+      for (int64_t r = 0; r < rows; r += kMaxRows) {
+        some_rows<kMaxRows>(rows - r, p, p.a + t * p.a_stride + 64 * r, p.b + g * p.group_stride, second,
+                            p.c + (t * kGroups + g) * kTileInts + r * kColumns, c_second);
+      }
+    }
+  }
+}
+
+#else
+void multiply_panel(const Panel& p) {
+  for (int g = 0; g < kGroups; ++g) {
+    for (int64_t t = 0; t < p.tiles; ++t) {
+      const int rows = t + 1 < p.tiles ? 16 : p.rows;
+      for (int r = 0; r < rows; ++r) {
+        int32_t* c = p.c + (t * kGroups + g) * kTileInts + r * kColumns;
+        int32_t sums[kColumns * kGroup] = {};
+        for (int64_t k = 0; k < p.blocks * kTileBytes; k += kTileBytes) {
+          const Digit* a = reinterpret_cast<const Digit*>(p.a + t * p.a_stride + k + 64 * r);
+          const Digit* b = reinterpret_cast<const Digit*>(p.b + g * p.group_stride + k);
+          for (int step = 0; step < kSteps; ++step) {
+            for (int x = 0; x < kColumns * kGroup; ++x) {
+              sums[x] += a[step * kGroup + x % kGroup] * b[step * kColumns * kGroup + x];
+            }
+          }
+        }
+        for (int j = 0; j < kColumns; ++j) {
+          c[j] = (p.add ? c[j] : 0) + sums[kGroup * j] + sums[kGroup * j + 1];
+        }
+      }
+    }
+  }
+}
+#endif
+
+}  // namespace
+}  // namespace BK_LEVEL
+}  // namespace bioplaus
