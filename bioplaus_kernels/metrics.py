@@ -150,7 +150,8 @@ def gauss_newton_targets(tp: TargetProp, h: Sequence[Tensor], y: Tensor, damping
     pseudo-inverse J_l⁺, and math.inf the limit of λ (h_l − ĥ_l), h_l − α J_lᵀ ∂L/∂h_L, which is back-propagation's.
 
     h, y: as `TargetProp.targets` takes them. In float64, with N · classes · n_l numbers for J_l. The Jacobians are
-    exact whatever rules the layers have, and taken in eval mode, so that no sample sees another.
+    exact whatever rules the layers have, and taken in eval mode, so that no sample sees another. Raises ValueError or
+    TypeError for a damping that is no number of at least 0, and for h of another length.
     """
     if isinstance(damping, bool) or not isinstance(damping, int | float):
         checks.fail("damping", "a number", repr(damping), TypeError)
