@@ -107,7 +107,7 @@ def test_models_on_image_folder(tmp_path, images, name):
 
 def test_image_folder_and_workers(tmp_path, images):
     """The images' class is easy to see; two processes load them."""
-    changes = of(images) | {"data__size": 8, "train__epochs": 8, "train__batch_size": 4}
+    changes = of(images) | {"data__size": 8, "train__epochs": 4, "train__batch_size": 4}
     rows = run(tmp_path, workers=2, model__name="mlp", **changes)
     assert rows[-1]["test_error"] == 0
 
@@ -259,7 +259,7 @@ def test_resume_is_exact(tmp_path, monkeypatch, fewer_digits, images, model, rul
 
 
 def test_same_seed_same_run(tmp_path, fewer_digits):
-    losses = [run(tmp_path / str(n), seed, model__name="mlp")[1]["train_loss"] for n, seed in enumerate((3, 3, 4))]
+    losses = [run(tmp_path / str(n), seed, model__name="lenet")[1]["train_loss"] for n, seed in enumerate((3, 3, 4))]
     assert losses[0] == losses[1] != losses[2]
 
 
