@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from recipes import __main__ as cli
-from recipes import experiment, learn, report
+from recipes import data, experiment, learn, report
 
 FILES = sorted((Path(experiment.__file__).parent / "experiments").glob("*/*.toml"))
 
@@ -153,6 +153,24 @@ def test_files_take_a_step(path):
     assert math.isfinite(trained.epoch([(x, y)] * 2))
     for name, weight in weights.items():
         assert weight.isfinite().all() and not torch.equal(weight, before[name]), name
+
+
+def test_top_1_and_top_5_error():
+    e = experiment.check({"model": {"name": "mlp"}, "algorithm": {"name": "usf"}})
+    trained = learn.build(e, (1, 2, 2), 12, 0, "cpu")
+    trained.network = torch.nn.Identity()
+    scores = torch.arange(12.0).repeat(4, 1)
+    # The label is first, fifth, sixth and last of the scores.
+    dataset = torch.utils.data.TensorDataset(scores, torch.tensor([11, 7, 6, 0]))
+    found = trained.evaluate(data.Batches(dataset, 3))
+    assert found["error"] == 0.75 and found["top5"] == 0.5
+    assert found["loss"] == pytest.approx((4 * scores[0].logsumexp(0).item() - 24) / 4)
+
+
+def test_one_key_of_choices_is_gone_through_in_turn():
+    space = {"choices": [16, 64, 1000]}
+    e = experiment.check({"algorithm": {"name": "usf"}, "search": {"algorithm.auxiliary": space}})
+    assert [e.draw(trial)["algorithm.auxiliary"] for trial in range(4)] == [16, 64, 1000, 16]
 
 
 def test_last_layers_own_rate():

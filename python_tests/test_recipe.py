@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import math
 import pickle
+import socket
 import struct
 import subprocess
 import sys
@@ -23,6 +24,19 @@ RULES = list(bk.feedback.RULES)
 
 # The networks are too small for a second thread to help.
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Where the files are there no loader asks for more."""
+    connect = socket.socket.connect
+
+    def local(self, address):
+        if self.family != socket.AF_UNIX:
+            raise AssertionError(f"a connection to {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local)
 
 
 def run(folder, seed=0, *, root="data", workers=0, **changes):

@@ -115,12 +115,13 @@ class Experiment:
 
     def draw(self, trial: int, seed: int = 0) -> dict[str, Any]:
         """Overrides for a trial of a random search: of each key of `search` a uniform or log-uniform number in
-        [low, high], or one of its choices. A function of (seed, trial)."""
+        [low, high], or one of its choices, of a single key in turn. A function of (seed, trial)."""
         source = random.Random(f"{seed} {trial}")
         drawn: dict[str, Any] = {}
         for key, space in self.search.items():
             if "choices" in space:
-                drawn[key] = source.choice(space["choices"])
+                choices = space["choices"]
+                drawn[key] = choices[trial % len(choices)] if len(self.search) == 1 else source.choice(choices)
             elif space.get("log", False):
                 drawn[key] = float(f"{math.exp(source.uniform(math.log(space['low']), math.log(space['high']))):.4g}")
             else:

@@ -140,7 +140,7 @@ def picture(rows: list[list[Run]], title: str, path: Path) -> None:
                 first.plot(epochs, values, line, linewidth=1.5, **(style if line == "-" else {"color": style["color"]}))
             for axes, kind in zip(others, kinds, strict=True):
                 for name in columns(r.rows[0], kind):
-                    values = [math.nan if row[name] is None else row[name] for row in r.rows]
+                    values = [math.nan if row.get(name) is None else row[name] for row in r.rows]
                     axes.plot(epochs, values, color=style["color"], alpha=0.3, linewidth=0.7)
                 axes.plot(epochs, [mean_angle(row, kind) for row in r.rows], color=style["color"], linewidth=2)
     first.set(title=f"{score.replace('_', ' ')} (dotted: training)", ylabel="%" if scale == 100 else "", yscale="log")
@@ -156,12 +156,22 @@ def picture(rows: list[list[Run]], title: str, path: Path) -> None:
 
 
 def histogram(runs: list[Run], path: Path) -> None:
-    """How many of a search's trials came to which score (Bartunov et al. 2018, figure 5)."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.hist([abs(r.rank) for r in runs if math.isfinite(r.rank)], bins=20)
-    score = runs[0].score.replace("_", " ")
-    axes.set(title=f"{runs[0].header['row']}, {len(runs)} trials", xlabel=f"best {score}", ylabel="trials")
+    """How many of a search's trials came to which score, and the score by each number that was drawn.
+
+    Bartunov et al. 2018, figure 5, and with the number of auxiliary units as the one thing drawn figure 4.
+    """
+    runs = [r for r in runs if math.isfinite(r.rank)]
+    drawn = [r.header["drawn"] for r in runs]
+    keys = [key for key in drawn[0] if all(isinstance(d[key], int | float) for d in drawn)]
+    figure = Figure(figsize=(4 * (1 + len(keys)), 3.6), layout="constrained")
+    figure.suptitle(f"{runs[0].header['row']}, {len(runs)} trials")
+    first, *others = figure.subplots(1, 1 + len(keys), squeeze=False)[0]
+    score, scores = f"best {runs[0].score.replace('_', ' ')}", [abs(r.rank) for r in runs]
+    first.hist(scores, bins=20)
+    first.set(xlabel=score, ylabel="trials")
+    for axes, key in zip(others, keys, strict=True):
+        axes.plot([d[key] for d in drawn], scores, ".")
+        axes.set(xlabel=key, ylabel=score, xscale="log" if key.endswith("lr") else "linear")
     figure.savefig(path, dpi=100)
 
 
