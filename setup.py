@@ -73,18 +73,20 @@ def default_archs(nvcc_version):
 
 
 def parse_archs(text):
-    """Torch's arch list: names for people ("sm_90", "sm_100+PTX") and CMake's ("90-real", "100")."""
-    people, cmake = [], []
+    """Torch's arch list: names for people ("sm_90", "sm_100+PTX") and nvcc's codes ("sm_100", "compute_80").
+
+    No kernel uses what an arch has over sm_80 (Triton's do), so that all have sm_80's PTX; a and f change nothing.
+    """
+    people, codes = [], []
     for arch in text.replace(";", " ").split():
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
         if not match:
             stop(f"TORCH_CUDA_ARCH_LIST: expected entries such as 8.0, 9.0a or 10.0+PTX, got {arch!r}.")
-        number = match[1] + match[2] + match[3]
-        people.append(f"sm_{number}{match[4] or ''}")
-        cmake.append(number if match[4] else f"{number}-real")
+        people.append(f"sm_{match[1]}{match[2]}{match[4] or ''}")
+        codes += [f"sm_{match[1]}{match[2]}"] + ["compute_80"] * bool(match[4])
     if not people:
         stop(f"TORCH_CUDA_ARCH_LIST: expected entries such as 8.0, 9.0a or 10.0+PTX, got {text!r}.")
-    return people, cmake
+    return people, list(dict.fromkeys(codes))
 
 
 def decide_cuda(torch):
@@ -158,12 +160,13 @@ class CMakeBuild(build_ext):
                 stop(f"BK_CUDA=1, but the CUDA part cannot be built: {found}.")
             say(f"CPU only: {found}")
         else:
-            people, archs = parse_archs(os.environ.get("TORCH_CUDA_ARCH_LIST") or default_archs(found))
+            people, codes = parse_archs(os.environ.get("TORCH_CUDA_ARCH_LIST") or default_archs(found))
             defines |= {
                 "BK_CUDA_ARCHS": " ".join(people),
                 "CMAKE_CUDA_COMPILER": nvcc,
                 "CMAKE_CUDA_HOST_COMPILER": cxx,
-                "CMAKE_CUDA_ARCHITECTURES": ";".join(archs),
+                "CMAKE_CUDA_ARCHITECTURES": "OFF",
+                "BK_CUDA_CODES": ",".join(codes),
             }
             say(f"CPU and CUDA {found} ({', '.join(people)})")
 

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from bioplaus_kernels.backends import triton as backend
 from bioplaus_kernels.backends.triton import configs, feedback_mm, lc
 
-from .gpu_static import Row, cached, occupancy
+from .gpu_static import RESERVED_SHARED, VECTOR_LOAD, Row, cached, hot_loop, occupancy
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -30,10 +30,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TENSOR_CORE = {"cuda": r"\b[IH]G?MMA\b|\bUTC[IHQO]?\w*MMA\b", "hip": r"\bv_mfma"}
-VECTOR_LOAD = {
-    "cuda": r"\bLDG(?:STS)?\.\S*128\b|\bUTMALDG",
-    "hip": r"\b(?:global|buffer)_load_(?:dwordx4|b128)",
-}
+FMA = {"cuda": r"\bFFMA2?\b", "hip": r"\bv_(?:pk_|dual_)?fma"}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -162,12 +159,24 @@ def _row(variant: Variant, target: str, tile: configs.Tile) -> Row:
             said = _run(_TOOLS / f"ptxas{tools}", "-v", f"--gpu-name={arch[1]}", ptx, "-o", "/dev/null")
             used = _run(_TOOLS / "cuobjdump", "--dump-resource-usage", cubin)
             code = _run(_TOOLS / "nvdisasm", "-c", cubin)
-        registers, static = _number(r"REG:(\d+)", used), _number(r"SHARED:(\d+)", used)
+        # From sm_90 on this counts what every block pays.
+        static = _number(r"SHARED:(\d+)", used) - (0 if target == "sm_80" else RESERVED_SHARED)
+        registers = _number(r"REG:(\d+)", used)
         figures = registers, _number(r"(\d+) bytes spill stores", said), static
         blocks = occupancy(target, registers, threads, shared + static)
+    tensor_core = _count(TENSOR_CORE[maker], code)
+    product = (TENSOR_CORE if tensor_core else FMA)[maker]
     return Row(
-        *named, *figures, shared, threads, blocks, _count(TENSOR_CORE[maker], code), _count(VECTOR_LOAD[maker], code)
-    )  # fmt: skip
+        *named,
+        *figures,
+        shared,
+        threads,
+        blocks,
+        0,
+        tensor_core,
+        _count(VECTOR_LOAD[maker], code),
+        *(hot_loop(code, product) if variant.kind else (0, 0)),
+    )
 
 
 @cache
@@ -180,7 +189,7 @@ def _sources() -> str:
 def measure(variant: Variant, target: str, tile: configs.Tile) -> Row:
     """The row, compiled only if sources or Triton changed."""
     key = " ".join((_sources(), target, variant.kind, variant.name(tile), str(tile)))
-    return cached(key, lambda: _row(variant, target, tile))
+    return cached(key, lambda: [_row(variant, target, tile)])[0]
 
 
 def tiles(variant: Variant, target: str) -> tuple[configs.Tile, ...]:

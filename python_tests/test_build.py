@@ -97,16 +97,16 @@ def setup_py(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    ("text", "people", "cmake"),
+    ("text", "people", "codes"),
     [
-        ("8.0;9.0;10.0+PTX", ["sm_80", "sm_90", "sm_100+PTX"], ["80-real", "90-real", "100"]),
-        ("8.0 9.0a", ["sm_80", "sm_90a"], ["80-real", "90a-real"]),
-        (" 8.6+PTX ;", ["sm_86+PTX"], ["86"]),
+        ("8.0;9.0;10.0+PTX", ["sm_80", "sm_90", "sm_100+PTX"], ["sm_80", "sm_90", "sm_100", "compute_80"]),
+        ("8.0 9.0a", ["sm_80", "sm_90"], ["sm_80", "sm_90"]),
+        (" 8.6+PTX 9.0+PTX;", ["sm_86+PTX", "sm_90+PTX"], ["sm_86", "compute_80", "sm_90"]),
     ],
 )
-def test_arch_list(setup_py: ModuleType, text: str, people: list[str], cmake: list[str]) -> None:
+def test_arch_list(setup_py: ModuleType, text: str, people: list[str], codes: list[str]) -> None:
     """TORCH_CUDA_ARCH_LIST in torch's own syntax."""
-    assert setup_py.parse_archs(text) == (people, cmake)
+    assert setup_py.parse_archs(text) == (people, codes)
 
 
 def test_default_archs(setup_py: ModuleType) -> None:

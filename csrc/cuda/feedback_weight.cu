@@ -49,8 +49,10 @@ __device__ void store(const FeedbackParams& p, const Chunk<float>& c) {
   }
 }
 
+// 4 blocks a multiprocessor, or 2 where numbers are double, hide the latency of memory.
 template <typename acc_t>
-__global__ void __launch_bounds__(kThreads) feedback_weight_kernel(const __grid_constant__ FeedbackParams p) {
+__global__ void __launch_bounds__(kThreads, sizeof(acc_t) == 8 ? 2 : 4)
+    feedback_weight_kernel(const __grid_constant__ FeedbackParams p) {
   const int64_t row_step = static_cast<int64_t>(gridDim.y) * blockDim.y;
   const int64_t column_step = static_cast<int64_t>(gridDim.x) * blockDim.x * kColumns;
   Chunk<acc_t> c;

@@ -1,0 +1,179 @@
+"""The CUDA kernels as nvcc compiles them: no spills, the occupancy they claim, tensor cores, 16-byte loads, and no
+figure worse than that in bench/gpu_static.csv of the same compiler."""
+
+import itertools
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench import gpu_static, gpu_static_cuda
+from bench.gpu_static import Row
+
+needs_nvcc = pytest.mark.skipif(
+    gpu_static_cuda.tools() is None, reason="nvcc, ptxas, c++filt or Triton's nvdisasm is not here"
+)
+# Kernels that move 16 bytes at once where rows allow it.
+WIDE_LOADS = "feedback_weight|quantise|multiply|half_kernel|float_kernel|lc_kernel<\\w+, (forward|input)"
+
+
+def check(rows: list[Row], table: Path = gpu_static.TABLE, every: bool = False) -> None:
+    committed = gpu_static.read(table)
+    # The table has what `make test` compiles.
+    known = {row.name for row in committed}
+    wrong = gpu_static.worse((row for row in rows if not every or row.name in known), committed)
+    assert rows
+    for row in rows:
+        name = " ".join(row.name)
+        if row.spill_bytes > 0:
+            wrong.append(f"{name}: {row.spill_bytes} bytes spilled")
+        if row.occupancy_blocks < max(row.claimed_blocks, 1):
+            wrong.append(f"{name}: {row.occupancy_blocks} blocks fit on a processor, {row.claimed_blocks} claimed")
+        products = [p for kernels, p in gpu_static_cuda.PRODUCTS.items() if re.match(kernels, row.kernel)]
+        if gpu_static_cuda.TENSOR_CORE in products and row.tensor_core_instructions == 0:
+            wrong.append(f"{name}: no tensor-core instruction")
+        if products and row.loop_products == 0:
+            wrong.append(f"{name}: no loop with products")
+        if re.match(WIDE_LOADS, row.kernel) and row.vector_global_loads == 0:
+            wrong.append(f"{name}: no 128-bit load")
+    assert not wrong, "\n".join(wrong)
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_kernels() -> None:
+    """All for sm_80, one of those that differ in the dtype alone for sm_90 and sm_100."""
+    rows = gpu_static_cuda.rows()
+    check(rows)
+    files = {(row.source, row.target) for row in rows}
+    assert files == {(f"csrc/cuda/{s.name}", t) for s in gpu_static_cuda.sources() for t in gpu_static_cuda.TARGETS}
+
+
+@needs_nvcc
+@pytest.mark.exhaustive
+def test_every_kernel() -> None:
+    check(gpu_static_cuda.rows(every=True), every=True)
+
+
+GOOD = Row("csrc/cuda/a.cu", "multiply_kernel<4>", "sm_80", "nvcc 1", 40, 0, 1024, 0, 128, 4, 4, 8, 2, 90, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"registers": 41}, "registers 40 -> 41"),
+        ({"spill_bytes": 4}, "4 bytes spilled"),
+        ({"static_shared": 1040}, "static_shared 1024 -> 1040"),
+        ({"dynamic_shared": 16}, "dynamic_shared 0 -> 16"),
+        ({"occupancy_blocks": 3}, "3 blocks fit on a processor, 4 claimed"),
+        ({"tensor_core_instructions": 0}, "no tensor-core instruction"),
+        ({"vector_global_loads": 0}, "no 128-bit load"),
+        ({"loop_instructions": 91}, "instructions a product 90 / 8 -> 91 / 8"),
+        ({"loop_products": 0}, "no loop with products"),
+        ({"kernel": "another"}, "not in the table"),
+    ],
+)
+def test_a_worse_row_fails(tmp_path: Path, change: dict[str, int | str], message: str) -> None:
+    """By the same function as the real rows, against a table made up here."""
+    table = tmp_path / "t.csv"
+    gpu_static.write([GOOD], table)
+    check([GOOD], table)
+    check([replace(GOOD, registers=39, loop_instructions=180, loop_products=16)], table)
+    with pytest.raises(AssertionError, match=message):
+        check([replace(GOOD, **change)], table)
+
+
+def test_other_compilers_are_not_compared(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    gpu_static.write([GOOD], table)
+    check([replace(GOOD, toolchain="nvcc 2", registers=99)], table)
+
+
+def test_names() -> None:
+    mangled = "_ZN8bioplaus12_GLOBAL__N_19lc_kernelI13__nv_bfloat16LNS0_7ProductE1ELi64EEEvNS_8LcParamsEl"
+    assert gpu_static_cuda.readable([mangled]) == {mangled: "lc_kernel<bfloat16, input, 64>"}
+    names = {"a": "k<float, 8>", "b": "k<bfloat16, 8>", "c": "k<half, 8>", "d": "k<half, 64>", "e": "plain"}
+    assert gpu_static_cuda.one_of_each(names) == ["b", "e", "d"]
+
+
+def test_the_hot_loop() -> None:
+    """The innermost loop with products, of two such the one with the larger share."""
+    code = """
+.L_x_0:
+        /*0000*/                   MOV R1, R2 ;
+.L_x_1:
+        /*0010*/              @!P0 BRA `(.L_x_2) ;
+        /*0020*/                   IMMA.16832.S8.S8 R4, R4, R6, R8 ;
+.L_x_2:
+        /*0030*/               @P1 BRA `(.L_x_1) ;
+.L_x_3:
+        /*0040*/                   LDG.E.128 R4, [R2.64] ;
+        /*0050*/                   IMMA.16832.S8.S8 R4, R4, R6, R8 ;
+        /*0060*/                   IMMA.16832.S8.S8 R4, R4, R6, R8 ;
+        /*0070*/               @P1 BRA `(.L_x_3) ;
+        /*0080*/               @P2 BRA `(.L_x_0) ;
+.L_x_4:
+        /*0090*/                   BRA `(.L_x_4) ;
+"""
+    assert gpu_static.hot_loop(code, gpu_static_cuda.TENSOR_CORE) == (4, 2)
+    assert gpu_static.hot_loop(code, r"\bFFMA\b") == (0, 0)
+    assert gpu_static.hot_loop("\n.LBB0_1:\n\tv_mfma_f32 v0\n\ts_cbranch_scc1 .LBB0_1\n", r"\bv_mfma") == (2, 1)
+
+
+@pytest.mark.parametrize("m", [1, 8, 9, 17, 130])
+def test_bytes_of_a_product_are_those_of_its_tiles(m: int) -> None:
+    """Counted tile by tile, against the report's closed form."""
+    pytest.importorskip("triton")
+    from bench import gpu_report
+
+    n, k, element = 200, 96, 4
+    rows, columns = (16, 256) if m <= 16 else (128, 32)
+    moved = 0
+    for i, j in itertools.product(range(0, m, rows), range(0, n, columns)):
+        height, width = min(rows, m - i), min(columns, n - j)
+        moved += element * (height * k + k * width + height * width)
+    assert gpu_report.cuda_formed(m, n, k, element, element) == (
+        element * (m * k + k * n + m * n),
+        moved,
+        element * (m * k + k * n + m * n),
+    )
+
+
+def test_bytes_of_a_locally_connected_product_are_those_of_its_tiles() -> None:
+    pytest.importorskip("triton")
+    from bench import gpu_report
+
+    c, o, kernel, stride, size = 3, 70, 3, 2, 8
+    n, samples, rows = 65, 64, 64
+    moved = dict.fromkeys(("forward", "backward input", "backward weight"), 0)
+    for _ in range((size // stride) ** 2):
+        for i, j in itertools.product(range(0, n, samples), range(0, o, rows)):
+            batch, outputs = min(samples, n - i), min(rows, o - j)
+            moved["forward"] += 4 * (outputs * kernel**2 * c + batch * kernel**2 * c + batch * outputs)
+        # Without padding every tap of every position belongs to one pixel, whose tile reads its column of weights.
+        for i in range(0, n, samples):
+            moved["backward input"] += 4 * kernel**2 * (o * c + min(samples, n - i) * o)
+        for i, j in itertools.product(range(0, kernel**2 * c, samples), range(0, o, rows)):
+            columns, outputs = min(samples, kernel**2 * c - i), min(rows, o - j)
+            moved["backward weight"] += 4 * (n * outputs + n * columns + outputs * columns)
+    moved["backward input"] += 4 * n * c * size**2
+    for part, bytes_ in moved.items():
+        assert gpu_report.locally_connected((c, o, kernel, stride, size), n, part, samples, rows).tiles == bytes_
+
+
+def test_tiles_of_the_report_are_the_kernels() -> None:
+    """The report's arithmetic knows the tiles by number."""
+    digits, formed = ((gpu_static_cuda.CUDA / f"feedback_mm{x}.cu").read_text() for x in ("_digits", ""))
+    for line in ("using Small = Tile<2, 1, 4>;", "using Middle = Tile<4, 1, 4>;", "using Large = Tile<4, 2, 2>;"):
+        assert line in digits
+    for line in ("int kRows = 128;", "int kCols = 64;", "Low = FloatTile<2, 64, 16>;", "High = FloatTile<16, 8, 16>;"):
+        assert line in formed
+    assert "kRows = 64;" in (source := (gpu_static_cuda.CUDA / "lc.cu").read_text()) and "kFewSamples = 8;" in source
+
+
+def test_report_is_of_this_table() -> None:
+    pytest.importorskip("triton")
+    from bench import gpu_report
+
+    assert gpu_report.text() == gpu_report.REPORT.read_text(), "run python -m bench gpu-report"
