@@ -13,7 +13,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 import torch
 from tqdm import tqdm
 
-from . import device, machine, registry, report, runner
+from . import device, instructions, machine, registry, report, runner
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,6 +35,7 @@ def main() -> None:
     run.add_argument("--match", default="", help="only cases whose label matches this regular expression")
     run.add_argument("--seconds", type=float, default=1.0, help="timing of each variant (default 1)")
     run.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
+    run.add_argument("--instructions", action="store_true", help="count those of overhead in valgrind too (minutes)")
     run.add_argument("--out", type=Path, help="default: bench/results/DEVICE.json")
     show = commands.add_parser("report", help="write the Markdown tables and pictures from result files")
     show.add_argument("--results", type=Path, nargs="+", default=_results(), help="the first one's pictures are drawn")
@@ -58,6 +59,8 @@ def main() -> None:
         report.write(args.results, args.out)
         print(args.out)
         return
+    if args.instructions and args.device != "cpu":
+        parser.error("--instructions: expected --device cpu, valgrind counts no GPU's")
     if args.seconds <= 0 or args.threads < 1:
         parser.error("--seconds and --threads: expected more than 0")
     torch.set_num_threads(args.threads)
@@ -77,15 +80,28 @@ def main() -> None:
         result["machine"] |= machine.driver_and_clocks(where)
     out = args.out or RESULTS / f"{args.device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".tmp")
     for case in tqdm(cases, unit="case", disable=None):
         result["rows"] += runner.run(case, args.seconds, where)
         # After every case, so that an interrupted run keeps what it has measured.
-        rows = ",\n".join(json.dumps(row) for row in result["rows"])
-        temporary.write_text(f"{json.dumps(result | {'rows': []})[:-2]}\n{rows}\n]}}\n")
-        temporary.replace(out)
+        _save(result, out)
+    if args.instructions:
+        try:
+            counted = instructions.count("overhead")
+        except (FileNotFoundError, RuntimeError) as error:
+            parser.error(str(error))
+        for row in result["rows"]:
+            if (row["case"], row["variant"]) in counted:
+                row["instructions"] = counted[row["case"], row["variant"]]
+        _save(result, out)
     print(report.table(result))
     print(out)
+
+
+def _save(result: dict[str, Any], out: Path) -> None:
+    rows = ",\n".join(json.dumps(row) for row in result["rows"])
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(f"{json.dumps(result | {'rows': []})[:-2]}\n{rows}\n]}}\n")
+    temporary.replace(out)
 
 
 if __name__ == "__main__":

@@ -58,8 +58,11 @@ def table(result: dict[str, Any]) -> str:
             lines += [f"## {op}", ""]
             last = op
         lines += [f"**{case}**{_STATES[state]}, ratio to {rows[0]['variant']}", ""]
-        cells = [_cells(row, result["roofline"]) for row in rows]
-        lines += [tabulate(cells, _COLUMNS, tablefmt="pipe", disable_numparse=True), ""]
+        cells, columns = [_cells(row, result["roofline"]) for row in rows], _COLUMNS
+        if any("instructions" in row for row in rows):
+            cells = [[*row, f"{r['instructions']:,.0f}"] for row, r in zip(cells, rows, strict=True)]
+            columns = (*_COLUMNS, "instructions")
+        lines += [tabulate(cells, columns, tablefmt="pipe", disable_numparse=True), ""]
     return "\n".join(lines)
 
 
