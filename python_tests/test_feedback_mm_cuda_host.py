@@ -96,6 +96,19 @@ def test_planted_bug_is_found(bug: str) -> None:
     assert re.search(words, done.stdout), done.stdout[-4000:]
 
 
+# Without parts of K, sums of 4096 products are one.
+ONE_PART = (TILES, "  return most <= 1 || wanted <= 1 ? 1 : wanted < most ? wanted : most;", "  return 1;")
+
+
+@pytest.mark.parametrize("promotes", [True, False])
+def test_second_sum(promotes: bool) -> None:
+    """What truncating tensor cores lose in a long sum stays within the bound by the second sum, and only by it."""
+    patches = [ONE_PART] if promotes else [ONE_PART, (TILES, "kPromote = 64", "kPromote = 1 << 30")]
+    done = run(CASES, build.library(patches), "-k", "test_small_terms and truncating and float16")
+    assert (done.returncode == 0) == promotes, done.stdout[-4000:]
+    assert promotes or re.search("[Aa]ssert", done.stdout), done.stdout[-4000:]
+
+
 def test_constant_entries_in_tiles() -> None:
     """Beyond 2²⁰ along K constant entries take the way of the others; here they do from the start."""
     done = run(

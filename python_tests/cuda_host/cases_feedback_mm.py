@@ -129,17 +129,26 @@ def test_empty(dtype: torch.dtype) -> None:
             assert torch.equal(result, torch.zeros(m, n, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: str(dtype)[6:])
+def apart(near: Tensor) -> Tensor:
+    """The same values in rows 2³⁰ elements apart. The memory between them is never touched, so it costs nothing."""
+    rows, columns = near.shape
+    storage = torch.UntypedStorage(near.element_size() * ((rows - 1) * 2**30 + columns))
+    return torch.empty(0, dtype=near.dtype).set_(storage, 0, near.shape, (2**30, 1)).copy_(near)
+
+
+@dtypes
 def test_offsets_beyond_32_bits(dtype: torch.dtype) -> None:
-    """Rows of dY 2³⁰ elements apart. The memory between them is never touched, so it costs nothing."""
     k, n = 64, 40
-    far = torch.UntypedStorage(2 * (2 * 2**30 + k))
-    grad = torch.empty(0, dtype=dtype).set_(far, 0, (3, k), (2**30, 1))
     near = torch.randn(3, k).to(dtype)
-    grad.copy_(near)
     for cell in ("none constant", "none uniform"):
         feedback = contract.operands(cell, k, n, dtype)
-        assert_same_bits(ops.feedback_mm(grad, *feedback, n), ops.feedback_mm(near, *feedback, n))
+        assert_same_bits(ops.feedback_mm(apart(near), *feedback, n), ops.feedback_mm(near, *feedback, n))
+    # Rows of B's operands.
+    near = torch.randn(4, 3).to(dtype)
+    for cell in ("weight constant", "weight stored"):
+        weight, _, magnitude, *rest = contract.operands(cell, 3, n, dtype)
+        far = (apart(weight), None, None if magnitude is None else apart(magnitude), *rest)
+        assert_same_bits(ops.feedback_mm(near, *far, n), ops.feedback_mm(near, weight, None, magnitude, *rest, n))
 
 
 @pytest.fixture
@@ -201,6 +210,24 @@ def test_sums_that_grow_and_return(dtype: torch.dtype, truncates: bool, bound: C
     magnitude[k // 2 :] = magnitude[: k // 2].flip(0) + torch.randn(k // 2, 8) / 64
     with truncating(truncates):
         bound(hill.to(dtype), (None, None, magnitude.to(dtype), None, "stored", 1.25), 8)
+
+
+@either
+@dtypes
+def test_small_terms_beside_a_large_sum(dtype: torch.dtype, truncates: bool) -> None:
+    """2048 is the first term and goes with the last: a sum that it stays in drops half a bit of each of 4094 others."""
+    k = 4096
+    grad = ((0.5 + 1.5 * torch.rand(2, k)) * 2**-12).to(dtype)
+    grad[:, 0] = grad[:, -1] = 1024
+    magnitude = torch.ones(k, 8, dtype=dtype)
+    magnitude[-1] = -1
+    with truncating(truncates):
+        actual = ops.feedback_mm(grad, None, None, magnitude, None, "stored", 2.0, 8)
+    exact = 2 * grad.double() @ magnitude.double()
+    # Of the last bit of a float of 2048: 126 terms are in a sum of 64 with it, 64 such sums are rounded to nearest.
+    unit = 2.0**-12
+    allowed = (126 + 64 / 2) * unit + torch.finfo(dtype).eps / 2 * exact.abs()
+    assert ((actual.double() - exact).abs() <= allowed).all()
 
 
 @dtypes

@@ -130,11 +130,15 @@ def test_a_non_finite_sample_stays_alone() -> None:
 def test_offsets_beyond_32_bits() -> None:
     """Samples 2³¹ elements apart. The memory between them is never touched, so it costs nothing."""
     layer = Layer((4, 8), (3,), (2,), (1,), (0, 0), (1,))
+
+    def apart(near: torch.Tensor) -> torch.Tensor:
+        storage = torch.UntypedStorage(2 * (2**31 + 64))
+        strides = (2**31, *near.stride()[1:])
+        return torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, near.shape, strides).copy_(near)
+
     x, w, _, g = layer.tensors(2, torch.bfloat16)
-    far = torch.UntypedStorage(2 * (2**31 + 64))
-    far_x = torch.empty(0, dtype=torch.bfloat16).set_(far, 0, x.shape, (2**31, 3, 1)).copy_(x)
     expected = products(ops, layer, x, w, None, g)
-    for a, e in zip(products(ops, layer, far_x, w, None, g), expected, strict=True):
+    for a, e in zip(products(ops, layer, apart(x), w, None, apart(g)), expected, strict=True):
         assert torch.equal(a, e)
 
 
