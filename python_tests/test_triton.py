@@ -4,9 +4,12 @@ The contracts are those of test_feedback_mm.py, run with `use("triton")`; here i
 constant entries have the CPU's own bits. Other tests of the same kernels: test_triton_lc.py, test_triton_static.py.
 """
 
+import importlib.util
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -20,6 +23,8 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 import test_feedback_mm as contract  # noqa: E402
 from interpreter import OutOfBounds, checked  # noqa: E402
+
+from bioplaus_kernels.backends.triton import configs, feedback_mm, lc  # noqa: E402
 
 pytestmark = pytest.mark.slow
 interpreted = bk.backends.interpreted()
@@ -272,3 +277,79 @@ def test_places_beyond_32_bits() -> None:
     far = torch.empty(0).as_strided((0, 1), (2**27, 1))
     assert _index(far) == tl.int64
     assert _index(torch.empty(4, 5), None) == tl.int32
+
+
+def apart(near: Tensor, step: int = 2**30) -> Tensor:
+    """The same values in rows so many elements apart. The memory between them is never touched, so it costs nothing."""
+    storage = torch.UntypedStorage(near.element_size() * ((len(near) - 1) * step + near[0].numel()))
+    return torch.empty(0, dtype=near.dtype).set_(storage, 0, near.shape, (step, *near.stride()[1:])).copy_(near)
+
+
+@needs_interpreter
+def test_strides_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    near = torch.randn(3, 40).half()
+    for cell in ("none constant", "none uniform"):
+        feedback = contract.operands(cell, 40, 34, torch.float16)
+        assert torch.equal(ops.feedback_mm(apart(near), *feedback, 34), ops.feedback_mm(near, *feedback, 34))
+    far_operands = []
+    for cell in ("weight constant", "weight stored"):
+        weight, _, magnitude, *rest = contract.operands(cell, 3, 34, torch.float16)
+        far = (apart(weight), None, None if magnitude is None else apart(magnitude), *rest)
+        expected = ops.feedback_mm(near[:, :3], weight, None, magnitude, *rest, 34)
+        assert torch.equal(ops.feedback_mm(near[:, :3], *far, 34), expected)
+        far_operands.append(far)
+    # Where they are computed in 32 bits, each of them is noticed.
+    monkeypatch.setattr(feedback_mm, "_index", lambda *tensors: tl.int32)
+    for far in far_operands:
+        with pytest.raises(Exception, match="load of 2 bytes"):
+            ops.feedback_mm(near[:, :3], *far, 34)
+    with pytest.raises(Exception, match="load of 2 bytes"):
+        ops.feedback_mm(apart(near), *contract.operands("none uniform", 40, 34, torch.float16), 34)
+
+
+def in_32_bits(folder: Path) -> ModuleType:
+    """backends/triton/lc.py with a bug planted: places that are 64 bits wide cut to 32."""
+    text = Path(lc.__file__).read_text()
+    assert text.count("tl.int64") > 5
+    path = folder / "lc_in_32_bits.py"
+    path.write_text(text.replace("tl.int64", "tl.int32").replace('"bioplaus_triton::', '"bioplaus_in_32_bits::'))
+    spec = importlib.util.spec_from_file_location(f"{lc.__package__}.{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_interpreter
+def test_locally_connected_places_beyond_32_bits(tmp_path: Path) -> None:
+    """Three samples of 2^30 pixels each, of which two are read: the last sample's lie beyond 2^31."""
+    pixels, step = 2**30, 2**29
+    near, g, w = torch.randn(3, 1, 2).half(), torch.randn(3, 1, 2).half(), torch.randn(2, 1, 1, 1).half()
+    rest = ((0, 0), (1,), 1)
+    far = torch.empty(0, dtype=torch.float16).set_(torch.UntypedStorage(2 * 3 * pixels), 0, (3, 1, pixels))
+    far[..., ::step] = near
+    expected_y = lc.lc_forward(near, w, None, (1,), *rest)
+    expected_w = lc.lc_backward_weight(g, near, (1,), (1,), *rest)
+    expected_x = lc.lc_backward_input(g, None, None, w, None, "stored", 1.0, w.shape, (2,), (1,), *rest)[..., 0]
+    gradient = torch.empty(0, dtype=torch.float16).set_(torch.UntypedStorage(2 * 3 * pixels), 0, (3, 1, pixels))
+
+    def first_pixel(module: ModuleType) -> Tensor:
+        # The launch of lc_backward_input, but for one pixel.
+        arguments = lc._geometry((pixels,), (2,), (1,), (step,), (0, 0), (1,)) | {
+            "grad": g.movedim(1, -1).contiguous(), "weight": None, "planes": None, "magnitude": w, "key": None,
+            "scale": 1.0, "dx": gradient, "N": 3, "G": 1, "CI": 1, "CO": 1, "J": 1, "P": 2, "ROWS": 2, "COLUMNS": 1,
+            "ENTRIES": "stored",
+        }  # fmt: skip
+        module.backward_input_kernel[(1,)](**arguments, **configs.pick("lc_half", "sm_80", 3).arguments())
+        return gradient[..., 0]
+
+    assert torch.equal(lc.lc_forward(far, w, None, (step,), *rest), expected_y)
+    assert torch.equal(lc.lc_backward_weight(g, far, (1,), (step,), *rest), expected_w)
+    assert torch.equal(first_pixel(lc), expected_x)
+    wrong = in_32_bits(tmp_path)
+    with pytest.raises(Exception, match="load of 2 bytes"):
+        wrong.lc_forward(far, w, None, (step,), *rest)
+    with pytest.raises(Exception, match="load of 2 bytes"):
+        wrong.lc_backward_weight(g, far, (1,), (step,), *rest)
+    with pytest.raises(Exception, match="store of 2 bytes"):
+        first_pixel(wrong)

@@ -324,7 +324,7 @@ def feedback_mm(
         )
         # Half types in two launches, so that each has the registers of its own; the second mostly finds no row.
         for count in (4,) if dtype == torch.float32 else (2, 4):
-            kernel = configs.tunable(digit_product_kernel, f"digits{count}", grad_output, ("M", "N", "K"))
+            kernel = configs.tunable(digit_product_kernel, f"digits{count}", grad_output, ("M", "N", "K", "DIGITS"))
             wrap_triton(kernel)[grid](
                 digits,
                 kind,
