@@ -88,7 +88,7 @@ def test_a_finished_run_is_not_repeated(tmp_path):
         ("train.epoch=3", "train.epoch: no such key, want one of epochs, batch_size"),
         ("train.epochs=many", "train.epochs: got 'many', want a value of type int"),
         ("train.epochs=0", "train.epochs: got 0, want at least 1"),
-        ("trian.epochs=3", "trian: no such key, want one of row, note"),
+        ("trian.epochs=3", "trian: no such key, want one of row, seeds"),
         ("algorithm.name=bp", "algorithm.name: got 'bp', want one of backprop, usf"),
         (
             "algorithm.alpha=0.1",
@@ -173,6 +173,28 @@ def test_one_key_of_choices_is_gone_through_in_turn():
     assert [e.draw(trial)["algorithm.auxiliary"] for trial in range(4)] == [16, 64, 1000, 16]
 
 
+def test_inverses_are_measured_against_the_transposed_weights():
+    content = {"model": {"name": "lc-mnist"}, "algorithm": {"name": "ao_sdtp", "auxiliary": 6}}
+    content |= {"optimizer": {"name": "adam"}, "inverse_optimizer": {"name": "adam"}}
+    trained = learn.build(experiment.check(content), (1, 8, 8), 10, 0, "cpu")
+    x, y = torch.randn(4, 1, 8, 8), torch.arange(4)
+    before = trained.measure(x, y)
+    assert [name for name in before if name.startswith("angle_weight/")] == [f"angle_weight/{k}" for k in (2, 3, 4)]
+    assert all(abs(before[f"angle_weight/{k}"] - 90) < 3 for k in (2, 3, 4))
+    with torch.no_grad():
+        for layer, inverse in zip(trained.model.layers, trained.model.inverses, strict=True):
+            w = next(p for p in layer.parameters() if p.ndim > 1)
+            if inverse is not None:
+                v = next(p for p in inverse.parameters() if p.ndim > 1)
+                v.copy_(w) if v.ndim > 2 else v[:, : len(w)].copy_(w.T)
+    after = trained.measure(x, y)
+    assert all(after[f"angle_weight/{k}"] < 1e-3 for k in (2, 3, 4))
+    assert [after[f"inverse_loss/{k}"] > 0 for k in (2, 3, 4)] == [True] * 3
+    # The output layer learns from the loss itself.
+    *_, last = (name for name in after if name.startswith("angle_grad/"))
+    assert after[last] < 1e-3
+
+
 def test_last_layers_own_rate():
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 4))
     options = {"name": "manhattan", "lr": 1e-3, "last_layer": {"lr": 0.5, "manhattan": False}}
@@ -240,8 +262,13 @@ def test_report_has_the_papers_figures_beside_ours(tmp_path):
     assert "Paper: small < small < small." in page and "Kendall's τ" in page
     assert "A note." in page and "python -m recipes run recipes/experiments/" in page
     assert str(tmp_path / "out") not in page
+    # An unfinished run says so, and is left out of the order.
+    log = tmp_path / "out" / path.parent.name / "backprop" / "seed-0" / "log.jsonl"
+    log.write_text("\n".join(log.read_text().splitlines()[:-1]) + "\n")
+    cli.main(["report", str(tmp_path / "out"), "--to", str(tmp_path / "page.md")])
+    before = (tmp_path / "page.md").read_text()
+    assert "1 of 2" in before and "Kendall's τ" not in before
     # The page's own folder gives it again.
-    before = page
     cli.main(["report", str(tmp_path / "page"), "--to", str(tmp_path / "page.md")])
     assert (tmp_path / "page.md").read_text() == before
 

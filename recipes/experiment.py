@@ -94,7 +94,6 @@ class Experiment:
     search: dict[str, Any]
     published: dict[str, float]
     seeds: list[int]
-    note: str
     resolved: dict[str, Any]
 
     @property
@@ -154,7 +153,6 @@ def check(content: dict[str, Any], overrides: dict[str, Any] | None = None) -> E
         table[last] = value
     found = dict(content)
     row = _typed("row", found.pop("row", "experiment"), str)
-    note = _typed("note", found.pop("note", ""), str)
     seeds = _typed("seeds", found.pop("seeds", [0]), list)
     for seed in seeds:
         _typed("seeds", seed, int)
@@ -163,7 +161,7 @@ def check(content: dict[str, Any], overrides: dict[str, Any] | None = None) -> E
         _typed(f"published.{name}", value, float)
     parts = {part: _typed(part, found.pop(part, {}), dict) for part in _PARTS}
     if found:
-        raise ValueError(_unknown(next(iter(found)), ["row", "note", "seeds", "published", *_PARTS]))
+        raise ValueError(_unknown(next(iter(found)), ["row", "seeds", "published", *_PARTS]))
     experiment = Experiment(
         row,
         _read(Data, parts["data"], "data"),
@@ -175,7 +173,6 @@ def check(content: dict[str, Any], overrides: dict[str, Any] | None = None) -> E
         parts["search"],
         published,
         seeds,
-        note,
         content,
     )
     _check_values(experiment)

@@ -40,6 +40,14 @@ class Run:
         return min(self.rows, key=self._rank)
 
     @property
+    def epochs(self) -> int:
+        return len(self.rows) - 1
+
+    @property
+    def planned(self) -> int:
+        return self.header["experiment"].get("train", {}).get("epochs", self.epochs)
+
+    @property
     def rank(self) -> float:
         """The best epoch's score, lower is better."""
         return self._rank(self.best)
@@ -55,12 +63,14 @@ def read(folder: Path) -> Run:
 
 
 def collect(roots: Iterable[Path]) -> dict[str, list[list[Run]]]:
-    """Runs below `roots` by table, in each by row its seeds, rows in the order of their files' names."""
+    """Runs below `roots` that have had an epoch, by table, in each by row its seeds, rows by their files' names."""
     tables: dict[str, dict[str, list[Run]]] = {}
     for root in roots:
         for log in sorted(root.glob("*/*/*/log.jsonl")):
             table, row, _ = log.relative_to(root).parts[:3]
-            tables.setdefault(table, {}).setdefault(row, []).append(read(log.parent))
+            found = read(log.parent)
+            if len(found.rows) > 1:
+                tables.setdefault(table, {}).setdefault(row, []).append(found)
     return {table: list(rows.values()) for table, rows in sorted(tables.items())}
 
 
@@ -91,7 +101,9 @@ def table(rows: list[list[Run]], style: str = "simple") -> str:
         published = {k: float(v) for k, v in runs[0].header["published"].items()}
         line: list[Any] = [runs[0].header["row"], *(published.get(name) for name in names)]
         line += [_mean([r.best.get(name) for r in runs], 100 if percent else 1) for name in names]
-        line += [max(len(r.rows) for r in runs) - 1, statistics.fmean(r.best["epoch"] for r in runs), len(runs)]
+        epochs, planned = min(r.epochs for r in runs), max(r.planned for r in runs)
+        line.append(epochs if epochs >= planned else f"{epochs} of {planned}")
+        line += [statistics.fmean(r.best["epoch"] for r in runs), len(runs)]
         line += [statistics.fmean(mean_angle(r.rows[-1], kind) for r in runs) for kind in MEASURES]
         line.append(statistics.fmean(row["seconds"] for r in runs for row in r.rows[1:]) if runs[0].rows[1:] else None)
         lines.append(["" if isinstance(cell, float) and math.isnan(cell) else cell for cell in line])
@@ -111,8 +123,9 @@ def table(rows: list[list[Run]], style: str = "simple") -> str:
 
 
 def order(rows: list[list[Run]]) -> str:
-    """The rows from the lowest test error up, in the paper and here; empty where nothing is to compare."""
+    """The finished rows from the lowest test error up, in the paper and here; empty where nothing is to compare."""
     known = [runs for runs in rows if "test_error" in runs[0].header["published"] and runs[0].score == "test_error"]
+    known = [runs for runs in known if all(r.epochs >= r.planned for r in runs)]
     if len(known) < 3:
         return ""
     paper = sorted(known, key=lambda runs: runs[0].header["published"]["test_error"])

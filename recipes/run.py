@@ -44,7 +44,7 @@ def run(
     measure: angles and inverse losses after every epoch. about: more for the header.
     Raises ValueError where `folder` holds a run of another experiment.
     """
-    content = {k: v for k, v in experiment.resolved.items() if k not in ("seeds", "search", "published", "row", "note")}
+    content = {k: v for k, v in experiment.resolved.items() if k not in ("seeds", "search", "published", "row")}
     checkpoint = folder / "checkpoint.pt"
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None
     if saved is not None:
