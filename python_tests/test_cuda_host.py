@@ -114,6 +114,15 @@ BUGS = {
         ("cases_lc.py", "test_geometries and wide_channels and bfloat16 and cut"),
         "[Aa]ssert",
     ),
+    "activations by 32 bits": (
+        (
+            "lc.cu",
+            "T(0.0f) : data[line[l] + depth[k]];",
+            "T(0.0f) : data[static_cast<int>(line[l] + depth[k])];",
+        ),
+        ("cases_lc.py", "test_offsets"),
+        "SEGV|heap-buffer|[Aa]ssert",
+    ),
     "padding read as input": (
         ("lc.cu", "at[d] < 0 || at[d] >= g.in[d]", "at[d] < 0 || at[d] > g.in[d]"),
         ("cases_lc.py", "test_geometries and asymmetric"),

@@ -61,6 +61,10 @@ BUGS = {
         *(QUANTISE, "  __syncthreads();\n  for (int w", "  for (int w"),
         *("test_bits and primes and float32", "[Aa]ssert|runtime error"),
     ),
+    "quantise: rows of dY by 32 bits": (
+        *(QUANTISE, "+ i * p.row_stride", "+ static_cast<int>(i * p.row_stride)"),
+        *("test_offsets and float32", "SEGV|heap-buffer|[Aa]ssert"),
+    ),
     "tiles: wait for cp.async missing": (
         *(TILES, TILE_WAIT, "    __syncthreads();\n"),
         *("test_tiles and whole and float16", "use-after-poison"),
@@ -84,6 +88,14 @@ BUGS = {
     "tiles: last entries of a row of dY dropped": (
         *(TILES, "row < p.rows && k + t < p.b.rows", "row < p.rows && k + N <= p.b.rows"),
         *("test_tiles and wraps and float32", "[Aa]ssert"),
+    ),
+    "tiles: rows of dY by 32 bits": (
+        *(TILES, "+ row * p.row_stride + k * p.column_stride", "+ static_cast<int>(row * p.row_stride) + k"),
+        *("test_offsets and float32", "SEGV|heap-buffer|[Aa]ssert"),
+    ),
+    "tiles: copied rows of dY by 32 bits": (
+        *(TILES, "+ (first + row) * p.row_stride + at", "+ static_cast<int>((first + row) * p.row_stride) + at"),
+        *("test_offsets and float16", "SEGV|heap-buffer|[Aa]ssert"),
     ),
 }
 
