@@ -88,7 +88,7 @@ def tune(name, m=3, entries="stored"):
     def time(call, quantiles):
         timed.append(1)
         return [1.0 / len(timed)] * 3
-    tuner = configs._tuned.__wrapped__(kernel, "half", "sm_80", ("M", "N", "K", "ENTRIES"))
+    tuner = configs._tuned.__wrapped__(kernel, configs.TABLES["sm_80"]["half"], ("M", "N", "K", "ENTRIES"))
     tuner._do_bench = time
     g = torch.ones(1, dtype=torch.float16)
     operands = (g, g, None, None, g, None, 1.0, m, 64, 64, 1, 1, 0, 0, 1, 1)

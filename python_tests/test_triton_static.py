@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from bench import gpu_static
@@ -34,14 +35,19 @@ def compile_all(what: str) -> list[tuple[Row, bool]]:
     return [(Row(**row), product) for row, product in json.loads(done.stdout.splitlines()[-1])]
 
 
-def check(rows: list[tuple[Row, bool]]) -> None:
+def check(rows: list[tuple[Row, bool]], every: bool = False) -> None:
     assert rows
-    wrong = gpu_static.worse((row for row, *_ in rows), gpu_static.read())
+    committed = gpu_static.read()
+    # The table has what `make test` compiles.
+    known = {row.name for row in committed}
+    wrong = gpu_static.worse((row for row, *_ in rows if not every or row.name in known), committed)
     for row, product in rows:
         if row.spill_bytes > 0:
             wrong.append(f"{' '.join(row.name)}: {row.spill_bytes} bytes spilled")
         if product and row.tensor_core_instructions == 0:
             wrong.append(f"{' '.join(row.name)}: no tensor-core instruction")
+        if "quantise" not in row.kernel and row.loop_products == 0:
+            wrong.append(f"{' '.join(row.name)}: no loop with products")
         # Weights and dY move 16 bytes at a time; bits, draws and digits of few rows need not.
         if row.vector_global_loads == 0 and any(name in row.kernel for name in ("quantise", "product_kernel weight")):
             wrong.append(f"{' '.join(row.name)}: no 128-bit load")
@@ -57,11 +63,11 @@ def test_compiled_kernels() -> None:
 
 @pytest.mark.exhaustive
 def test_every_compiled_kernel() -> None:
-    check(compile_all("every"))
+    check(compile_all("every"), every=True)
 
 
 def test_worse_is_seen() -> None:
-    row = Row("s.py", "kernel", "sm_80", "triton 1.2", 100, 0, 0, 1024, 128, 4, 8, 2)
+    row = Row("s.py", "kernel", "sm_80", "triton 1.2", 100, 0, 0, 1024, 128, 4, 0, 8, 2, 40, 8)
     assert gpu_static.worse([row, replace(row, registers=90)], [row]) == []
     for change, text in (
         ({"registers": 101}, "registers 100 -> 101"),
@@ -69,6 +75,7 @@ def test_worse_is_seen() -> None:
         ({"dynamic_shared": 2048}, "dynamic_shared 1024 -> 2048"),
         ({"tensor_core_instructions": 0}, "tensor_core_instructions 8 -> 0"),
         ({"vector_global_loads": 0}, "vector_global_loads 2 -> 0"),
+        ({"loop_instructions": 41}, "instructions a product 40 / 8 -> 41 / 8"),
         ({"kernel": "other"}, "not in the table"),
     ):
         assert len(found := gpu_static.worse([replace(row, **change)], [row])) == 1 and text in found[0]
@@ -78,12 +85,48 @@ def test_worse_is_seen() -> None:
 
 def test_the_table_keeps_rows_of_other_toolchains(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    ours = Row("s.py", "kernel", "sm_80", "triton 1.2", 100, 0, 0, 1024, 128, 4, 8, 2)
+    ours = Row("s.py", "kernel", "sm_80", "triton 1.2", 100, 0, 0, 1024, 128, 4, 0, 8, 2, 40, 8)
     theirs = replace(ours, toolchain="nvcc 13.0")
     gpu_static.write([theirs], path)
     gpu_static.write([ours], path)
     gpu_static.write([replace(ours, registers=90)], path)
     assert gpu_static.read(path) == [theirs, replace(ours, registers=90)]
+
+
+def test_a_worse_row_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the check of the real rows, against a table made up here."""
+    good = Row("s.py", "product_kernel weight", "sm_80", "triton 1.2", 100, 0, 0, 1024, 128, 4, 0, 8, 2, 40, 8)
+    gpu_static.write([good], tmp_path / "t.csv")
+    table = gpu_static.read(tmp_path / "t.csv")
+    monkeypatch.setattr(gpu_static, "read", lambda: table)
+    check([(good, True)])
+    for change, text in (
+        ({"registers": 101}, "registers 100 -> 101"),
+        ({"spill_bytes": 8}, "8 bytes spilled"),
+        ({"tensor_core_instructions": 0}, "no tensor-core instruction"),
+        ({"loop_products": 0}, "no loop with products"),
+        ({"vector_global_loads": 0}, "no 128-bit load"),
+        ({"occupancy_blocks": 0}, "does not fit"),
+    ):
+        with pytest.raises(AssertionError, match=text):
+            check([(replace(good, **change), True)])
+
+
+def test_a_bound_on_registers_reaches_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a tuning with one configuration; kernels without a bound are launched as they are."""
+    from bioplaus_kernels.backends.triton import configs, lc
+
+    bounded, free = configs.Tile(16, 64, 32, 4, 3, 168), configs.Tile(32, 64, 32, 8, 2)
+    monkeypatch.setitem(configs.TABLES["sm_80"], "made_up", (bounded, free))
+    monkeypatch.setattr(configs, "_autotune", False)
+    x = torch.empty(0)
+    (config,) = configs.tunable(lc.forward_kernel, "made_up", x, 16, ("N",)).configs
+    assert config.all_kwargs() == {"BM": 16, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 168} | {
+        k: v for k, v in config.all_kwargs().items() if k == "num_ctas"
+    }
+    assert configs.tile_for("made_up", x, 16) == {}
+    assert configs.tunable(lc.forward_kernel, "made_up", x, 17, ("N",)) is lc.forward_kernel
+    assert configs.tile_for("made_up", x, 17) == {"BM": 32, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2}
 
 
 def test_occupancy() -> None:

@@ -18,18 +18,27 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """`rows` of dY (or samples), `columns` of B (or outputs), `depth` of the sum, and how they are run."""
+    """`rows` of dY (or samples), `columns` of B (or outputs), `depth` of the sum, and how they are run.
+
+    `registers`: the most that a thread may take. ptxas then takes what it needs up to that; unbounded, it spills a few
+    to fit one more block on a processor.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    registers: int | None = None
 
-    def arguments(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, int]:
         """As a kernel takes it."""
-        sizes = {"BM": self.rows, "BN": self.columns, "BK": self.depth}
-        return sizes | {"num_warps": self.warps, "num_stages": self.stages}
+        return {"BM": self.rows, "BN": self.columns, "BK": self.depth}
+
+    def options(self) -> dict[str, int]:
+        """As the compiler takes it."""
+        run = {"num_warps": self.warps, "num_stages": self.stages}
+        return run if self.registers is None else run | {"maxnreg": self.registers}
 
 
 # The kinds of product: four digits at a time (float32), two (half types), half types, float32, and the
@@ -42,8 +51,8 @@ _SM80: Table = {
     "digits2": (Tile(16, 128, 64, 4, 4), Tile(64, 128, 64, 8, 3)),
     "half": (Tile(16, 128, 32, 4, 4), Tile(64, 128, 32, 4, 4), Tile(128, 128, 32, 8, 4)),
     "float32": (Tile(16, 128, 16, 4, 3), Tile(64, 128, 16, 8, 3)),
-    "lc_half": (Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
-    "lc_float32": (Tile(16, 64, 16, 4, 3), Tile(32, 64, 16, 8, 3)),
+    "lc_half": (Tile(16, 64, 32, 4, 3, 168), Tile(64, 64, 32, 4, 3, 255)),
+    "lc_float32": (Tile(16, 64, 16, 4, 3, 255), Tile(32, 64, 16, 8, 3)),
 }
 # wgmma takes 64 rows of its A side, the columns of B, for each 4 warps.
 _SM90: Table = _SM80 | {
@@ -95,20 +104,22 @@ def pick(kind: str, arch: str, rows: int) -> Tile:
 
 
 def tile_for(kind: str, tensor: Tensor, rows: int) -> dict[str, int]:
-    """The tile that a kernel is handed; nothing where it is tuned."""
-    return {} if _autotune else pick(kind, architecture(tensor.device), rows).arguments()
+    """The tile that a kernel is handed; nothing where `tunable` has put it into the kernel."""
+    tile = pick(kind, architecture(tensor.device), rows)
+    return {} if _autotune or tile.registers else tile.sizes() | tile.options()
 
 
-def tunable(kernel: Any, kind: str, tensor: Tensor, key: tuple[str, ...]) -> Any:
-    """`kernel`, or it tuned where that is asked for; `key` names the arguments a tuning depends on."""
-    return _tuned(kernel, kind, architecture(tensor.device), key) if _autotune else kernel
+def tunable(kernel: Any, kind: str, tensor: Tensor, rows: int, key: tuple[str, ...]) -> Any:
+    """`kernel`, or it tuned where that is asked for; `key` names the arguments a tuning depends on.
+
+    A bound on registers makes a tuning with nothing to choose: torch.compile knows it in no other place.
+    """
+    arch = architecture(tensor.device)
+    tile = pick(kind, arch, rows)
+    return _tuned(kernel, TABLES[arch][kind] if _autotune else (tile,), key) if _autotune or tile.registers else kernel
 
 
 @functools.cache
-def _tuned(kernel: Any, kind: str, arch: str, key: tuple[str, ...]) -> Any:
-    configs = []
-    for tile in TABLES[arch][kind]:
-        sizes = tile.arguments()
-        run = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
-        configs.append(triton.Config(sizes, **run))
+def _tuned(kernel: Any, tiles: tuple[Tile, ...], key: tuple[str, ...]) -> Any:
+    configs = [triton.Config(tile.sizes(), **tile.options()) for tile in tiles]
     return triton.autotune(configs, list(key), cache_results=True)(kernel)

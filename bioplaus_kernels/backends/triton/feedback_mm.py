@@ -324,7 +324,8 @@ def feedback_mm(
         )
         # Half types in two launches, so that each has the registers of its own; the second mostly finds no row.
         for count in (4,) if dtype == torch.float32 else (2, 4):
-            kernel = configs.tunable(digit_product_kernel, f"digits{count}", grad_output, ("M", "N", "K", "DIGITS"))
+            of, tuned_by = f"digits{count}", ("M", "N", "K", "DIGITS")
+            kernel = configs.tunable(digit_product_kernel, of, grad_output, m, tuned_by)
             wrap_triton(kernel)[grid](
                 digits,
                 kind,
@@ -345,7 +346,7 @@ def feedback_mm(
         return out
 
     of = "float32" if dtype == torch.float32 else "half"
-    kernel = configs.tunable(product_kernel, of, grad_output, ("M", "N", "K", "ENTRIES"))
+    kernel = configs.tunable(product_kernel, of, grad_output, m, ("M", "N", "K", "ENTRIES"))
     wrap_triton(kernel)[grid](
         grad_output,
         out,

@@ -255,7 +255,7 @@ def lc_forward(
         def grid(meta: dict[str, int]) -> tuple[int]:
             return (triton.cdiv(n, meta["BM"]) * triton.cdiv(o // groups, meta["BN"]) * groups * positions,)
 
-        product = configs.tunable(forward_kernel, _kind(input), input, _TUNED_BY)
+        product = configs.tunable(forward_kernel, _kind(input), input, n, _TUNED_BY)
         tile = configs.tile_for(_kind(input), input, n)
         wrap_triton(product)[grid](**_taken(forward_kernel, arguments), **tile)
     return _finished(result, y)
@@ -304,7 +304,7 @@ def lc_backward_input(
         def grid(meta: dict[str, int]) -> tuple[int]:
             return (triton.cdiv(n, meta["BM"]) * triton.cdiv(c, meta["BN"]) * groups * pixels,)
 
-        product = configs.tunable(backward_input_kernel, _kind(grad_output), grad_output, _TUNED_BY)
+        product = configs.tunable(backward_input_kernel, _kind(grad_output), grad_output, n, _TUNED_BY)
         tile = configs.tile_for(_kind(grad_output), grad_output, n)
         wrap_triton(product)[grid](**_taken(backward_input_kernel, arguments), **tile)
     return _finished(result, dx)
@@ -345,7 +345,7 @@ def lc_backward_weight(
         def grid(meta: dict[str, int]) -> tuple[int]:
             return (triton.cdiv(o // groups, meta["BM"]) * triton.cdiv(columns, meta["BN"]) * groups * positions,)
 
-        product = configs.tunable(backward_weight_kernel, _kind(input), input, _TUNED_BY)
+        product = configs.tunable(backward_weight_kernel, _kind(input), input, o // groups, _TUNED_BY)
         tile = configs.tile_for(_kind(input), input, o // groups)
         wrap_triton(product)[grid](**_taken(backward_weight_kernel, arguments), **tile)
     return dw
