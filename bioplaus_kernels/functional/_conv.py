@@ -73,7 +73,9 @@ class _Conv(torch.autograd.Function):
             else:
                 b = grad_output.new_empty(1).expand(shape)
             bias_sizes = [grad_output.shape[1]] if mask[2] else None
-            first, w, c = torch.ops.aten.convolution_backward.default(grad_output, input, b, bias_sizes, *ctx.geometry, mask)
+            first, w, c = torch.ops.aten.convolution_backward.default(
+                grad_output, input, b, bias_sizes, *ctx.geometry, mask
+            )
             x = first if x is None else x
         return finish(ctx, saved, x, w, c)
 
