@@ -1,14 +1,17 @@
 """LeNet on the real Fashion-MNIST, one epoch, with every rule."""
 
+import math
+
 import pytest
 
 import bioplaus_kernels as bk
 from recipes import data, experiment, report
 from recipes.run import run
 
-# Highest test error, and between what the mean angles of W to B and of the gradients lie after the epoch, in degrees.
+# Highest test error, and between what the mean angles of W to B and of the gradients lie after the epoch, in degrees;
+# layers left to back-propagation have no angle of W to B.
 EXPECTED = {
-    "backprop": (0.15, (0, 0), (0, 0)),
+    "backprop": (0.15, None, (0, 0.01)),
     "usf": (0.18, (25, 36), (20, 55)),
     "frsf": (0.18, (35, 47), (25, 65)),
     "brsf": (0.19, (35, 50), (25, 65)),
@@ -42,9 +45,10 @@ def test_lenet_learns_fashion_mnist(tmp_path):
         runs[rule] = before, after = run(e, 0, tmp_path / rule, data_root=tmp_path / "data")
         highest, weight, grad = EXPECTED[rule]
         assert after["train_loss"] < 0.4 * before["test_loss"], rule
-        assert after["test_loss"] < after["train_loss"], rule
+        assert after["test_loss"] < 0.4 * before["test_loss"], rule
         assert after["test_error"] < highest, rule
-        assert weight[0] <= report.mean_angle(after, "angle_weight") <= weight[1], rule
+        angle = report.mean_angle(after, "angle_weight")
+        assert math.isnan(angle) if weight is None else weight[0] <= angle <= weight[1], rule
         assert grad[0] <= report.mean_angle(after, "angle_grad") <= grad[1], rule
     # Feedback alignment's name: W turns towards B.
     before, after = runs["fa"]
