@@ -340,7 +340,7 @@ def test_locally_connected_places_beyond_32_bits(tmp_path: Path) -> None:
             "scale": 1.0, "dx": gradient, "N": 3, "G": 1, "CI": 1, "CO": 1, "J": 1, "P": 2, "ROWS": 2, "COLUMNS": 1,
             "ENTRIES": "stored",
         }  # fmt: skip
-        module.backward_input_kernel[(1,)](**arguments, **configs.pick("lc_half", "sm_80", 3).arguments())
+        module.backward_input_kernel[(1,)](**arguments, **configs.pick("lc_half", "sm_80", 3).sizes())
         return gradient[..., 0]
 
     assert torch.equal(lc.lc_forward(far, w, None, (step,), *rest), expected_y)
