@@ -1,4 +1,7 @@
-"""1x1 convolutions whose input gradient is a feedback_mm: large, channels-last, float32, ±s feedback, tile units."""
+"""Convolutions whose backward is not the vendor's with a B formed for it: 1x1 ones by feedback_mm, and a stored B.
+
+A 1x1 one is a feedback_mm where it is large, channels-last, float32 and fed back by ±s, on tile units.
+"""
 
 import pytest
 import torch
@@ -103,3 +106,13 @@ def test_one_graph() -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     grads = [torch.autograd.grad(f(x).square().sum(), x)[0] for f in (layer, compiled)]
     torch.testing.assert_close(*grads)
+
+
+def test_stored_feedback_is_not_copied() -> None:
+    layer = bk.nn.Conv2d(8, 8, 3, feedback=bk.FeedbackAlignment(stored=True))
+    x = torch.randn(2, 8, 6, 4).requires_grad_()
+    found, names = backward(layer, x)
+    assert "bioplaus::feedback_weight" not in names
+    b = layer.feedback_matrix()
+    exact = torch.nn.grad.conv2d_input(x.shape, b, found["output"])
+    torch.testing.assert_close(found["input"], exact)

@@ -12,6 +12,7 @@ from ..backends import native
 from ..backends.reference import checks
 from ..feedback import Operands, conv_fans
 from ._common import (
+    Arguments,
     Feedback,
     Grads,
     Ints,
@@ -68,16 +69,21 @@ class _Conv(torch.autograd.Function):
             # The vendor's backward reads only the shape and the layout of an operand that no wanted gradient needs.
             if input is None:
                 input = _unread(grad_output, ctx.input_shape)
-            if mask[0]:
-                b = ops.feedback_weight(*feedback, shape, dtype=grad_output.dtype)
-            else:
-                b = grad_output.new_empty(1).expand(shape)
+            b = _formed(feedback, shape, grad_output.dtype) if mask[0] else grad_output.new_empty(1).expand(shape)
             bias_sizes = [grad_output.shape[1]] if mask[2] else None
             first, w, c = torch.ops.aten.convolution_backward.default(
                 grad_output, input, b, bias_sizes, *ctx.geometry, mask
             )
             x = first if x is None else x
         return finish(ctx, saved, x, w, c)
+
+
+def _formed(feedback: Arguments, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    weight, signs, stored, _, entries, scale = feedback
+    whole = weight is None and signs is None and entries == "stored" and scale == 1
+    if whole and stored is not None and stored.dtype == dtype:
+        return stored
+    return ops.feedback_weight(*feedback, shape, dtype=dtype)
 
 
 def _unread(grad_output: Tensor, shape: torch.Size) -> Tensor:
