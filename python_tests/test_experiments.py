@@ -268,9 +268,10 @@ def test_report_has_the_papers_figures_beside_ours(tmp_path):
     cli.main(["report", str(tmp_path / "out"), "--to", str(tmp_path / "page.md")])
     before = (tmp_path / "page.md").read_text()
     assert "1 of 2" in before and "Kendall's τ" not in before
-    # The page's own folder gives it again.
-    cli.main(["report", str(tmp_path / "page"), "--to", str(tmp_path / "page.md")])
-    assert (tmp_path / "page.md").read_text() == before
+    # The page's own folder gives it again, alone or beside the runs.
+    for roots in (["page"], ["out", "page"]):
+        cli.main(["report", *(str(tmp_path / root) for root in roots), "--to", str(tmp_path / "page.md")])
+        assert (tmp_path / "page.md").read_text() == before
 
 
 @pytest.mark.parametrize(("here", "tau"), [([0, 1, 2, 3], 1), ([3, 2, 1, 0], -1), ([1, 0, 2, 3], 2 / 3)])

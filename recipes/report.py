@@ -63,15 +63,19 @@ def read(folder: Path) -> Run:
 
 
 def collect(roots: Iterable[Path]) -> dict[str, list[list[Run]]]:
-    """Runs below `roots` that have had an epoch, by table, in each by row its seeds, rows by their files' names."""
-    tables: dict[str, dict[str, list[Run]]] = {}
+    """Runs below `roots` that have had an epoch, by table, in each by row its seeds, rows by their files' names.
+
+    Of a seed in two roots the longer run counts.
+    """
+    tables: dict[str, dict[str, dict[str, Run]]] = {}
     for root in roots:
         for log in sorted(root.glob("*/*/*/log.jsonl")):
-            table, row, _ = log.relative_to(root).parts[:3]
+            table, row, seed = log.relative_to(root).parts[:3]
             found = read(log.parent)
             if len(found.rows) > 1:
-                tables.setdefault(table, {}).setdefault(row, []).append(found)
-    return {table: list(rows.values()) for table, rows in sorted(tables.items())}
+                seeds = tables.setdefault(table, {}).setdefault(row, {})
+                seeds[seed] = max(seeds.get(seed, found), found, key=lambda run: len(run.rows))
+    return {table: [list(seeds.values()) for seeds in rows.values()] for table, rows in sorted(tables.items())}
 
 
 def columns(row: Row, kind: str) -> list[str]:
