@@ -58,14 +58,22 @@ def cuda_digits(m: int, n: int, k: int, element: int, source: float | None) -> B
     )
 
 
+def _partial(kind: str, m: int, n: int, k: int, size: int) -> int:
+    """Bytes of sums of parts of K, `size` each, that Triton writes and reads with sm_80's tiles."""
+    parts = configs.parts(kind, "sm_80", m, n, k)
+    return 2 * size * parts * m * n if parts > 1 else 0
+
+
 def triton_digits(m: int, n: int, k: int, element: int, source: float | None) -> Bytes:
     """The same in Triton, with sm_80's tiles: signs are formed of the weight in every tile of rows."""
     digits = 4 if element == 4 else 2
     tile = configs.pick(f"digits{digits}", "sm_80", m)
+    partial = _partial(f"digits{digits}", m, n, k, 8)
     grad, out, given = element * m * k, element * m * n, n * k * (element if source is None else source)
+    cut = (4 + digits * _up(n, tile.columns)) * m * k
     return Bytes(
-        grad + (4 + digits) * m * k + given + out,
-        _reads(element) * grad + (4 + digits * _up(n, tile.columns)) * m * k + given * _up(m, tile.rows) + out,
+        grad + (4 + digits) * m * k + given + partial + out,
+        _reads(element) * grad + cut + given * _up(m, tile.rows) + partial + out,
         grad + given + out,
     )
 
@@ -79,8 +87,9 @@ def cuda_formed(m: int, n: int, k: int, element: int, source: float) -> Bytes:
 
 def triton_formed(m: int, n: int, k: int, element: int, source: float) -> Bytes:
     """The same in Triton, with sm_80's tiles."""
-    tile = configs.pick("float32" if element == 4 else "half", "sm_80", m)
-    return _formed(m, n, k, element, source, tile.rows, tile.columns, 0)
+    of = "float32" if element == 4 else "half"
+    tile = configs.pick(of, "sm_80", m)
+    return _formed(m, n, k, element, source, tile.rows, tile.columns, _partial(of, m, n, k, 4))
 
 
 def _formed(m: int, n: int, k: int, element: int, source: float, rows: int, columns: int, partial: int) -> Bytes:

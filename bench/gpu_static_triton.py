@@ -35,18 +35,22 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with the operands of one cell: `source` of signs (weight, packed, seeded or none) and `entries`."""
+    """A kernel with the operands of one cell: `source` of signs (weight, packed, seeded or none) and `entries`.
+
+    `split`: sums of parts of K go to a second pass.
+    """
 
     kernel: Any
     kind: str
     dtype: str
     source: str = ""
     entries: str = ""
+    split: bool = False
 
     def name(self, tile: configs.Tile) -> str:
         """In the table."""
         digits = f"{self.kind[-1]} digits" if self.kind.startswith("digits") else ""
-        words = (self.kernel.__name__, self.source, self.entries, self.dtype, digits)
+        words = (self.kernel.__name__, self.source, self.entries, self.dtype, digits, "in parts" if self.split else "")
         return " ".join((*filter(None, words), f"{tile.rows}x{tile.columns}x{tile.depth}"))
 
     @property
@@ -63,12 +67,17 @@ CELLS = [("weight", "stored"), ("packed", "stored"), ("weight", "uniform"), ("no
 def variants(dtype: str) -> Iterator[Variant]:
     """Every kernel and loader for dY in `dtype`."""
     half = dtype != "fp32"
-    yield Variant(feedback_mm.quantise_kernel, "", dtype)
+    for kernel in (feedback_mm.quantise_kernel, feedback_mm.add_digits_kernel, feedback_mm.add_parts_kernel):
+        yield Variant(kernel, "", dtype)
     for source in SIGNS:
         for count in (2, 4) if half else (4,):
             yield Variant(feedback_mm.digit_product_kernel, f"digits{count}", dtype, source, "constant")
     for source, entries in CELLS:
         yield Variant(feedback_mm.product_kernel, "half" if half else "float32", dtype, source, entries)
+    if half:
+        yield Variant(feedback_mm.product_kernel, "half", dtype, "none", "uniform", split=True)
+    else:
+        yield Variant(feedback_mm.digit_product_kernel, "digits4", dtype, "weight", "constant", split=True)
     of = "lc_half" if half else "lc_float32"
     yield Variant(lc.forward_kernel, of, dtype)
     yield Variant(lc.backward_weight_kernel, of, dtype)
@@ -84,12 +93,15 @@ def _arguments(variant: Variant, tile: configs.Tile) -> tuple[dict[str, str], di
         "magnitude": variant.entries == "stored",
         "key": variant.source == "seeded" or variant.entries in ("uniform", "normal"),
         "bias": False,
+        "sums": variant.split or variant.kind == "",
     }
     typed = {"planes": "i32", "kind": "i32", "key": "i64", "digits": "i8"}
-    pointers = {"grad", "out", "x", "y", "dx", "dw", "weight", "magnitude", "planes", "kind", "key", "digits"}
+    typed["sums"] = "i64" if "digit" in variant.kernel.__name__ else "fp32"
+    pointers = {"grad", "out", "x", "y", "dx", "dw", "weight", "magnitude", "planes", "kind", "key", "digits", "sums"}
     constants: dict[str, Any] = {
         "ENTRIES": variant.entries, "BIAS": "", "INDEX": tl.int32, "DIGITS": int(variant.kind[-1:] or 0)
         if variant.kind.startswith("digits") else 0, "BM": tile.rows, "BN": tile.columns, "BK": tile.depth,
+        "BLOCK": tile.columns,
         "grad_column": 1, "weight_column": 1, "magnitude_column": 1,
         # A 2-D product of stride and dilation 1.
         "I0": 1, "O0": 1, "K0": 1, "S0": 1, "S1": 1, "S2": 1, "D0": 1, "D1": 1, "D2": 1, "B0": 0,
@@ -114,7 +126,7 @@ _ODD = {"scale", "G", "P", "I1", "I2", "O1", "O2", "K1", "K2", "B1", "B2", "N"}
 def compile_kernel(variant: Variant, target: str, tile: configs.Tile) -> Any:
     """Triton's compiled kernel."""
     types, constants = _arguments(variant, tile)
-    odd = _ODD if variant.kind.startswith("lc") else {"scale"}
+    odd = _ODD if variant.kind.startswith("lc") else {"scale", "parts"}
     names = variant.kernel.arg_names
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in types if n not in odd}
     signature = {n: types.get(n, "constexpr") for n in names}
@@ -157,8 +169,8 @@ def _row(variant: Variant, target: str, tile: configs.Tile) -> Row:
             said = _run(_TOOLS / f"ptxas{tools}", "-v", f"--gpu-name={arch[1]}", ptx, "-o", "/dev/null")
             used = _run(_TOOLS / "cuobjdump", "--dump-resource-usage", cubin)
             code = _run(_TOOLS / "nvdisasm", "-c", cubin)
-        # From sm_90 on this counts what every block pays.
-        static = _number(r"SHARED:(\d+)", used) - (0 if target == "sm_80" else RESERVED_SHARED)
+        # From sm_90 on this counts what every block pays, but of a kernel with no shared memory at all.
+        static = max(0, _number(r"SHARED:(\d+)", used) - (0 if target == "sm_80" else RESERVED_SHARED))
         registers = _number(r"REG:(\d+)", used)
         figures = registers, _number(r"(\d+) bytes spill stores", said), static
         blocks = occupancy(target, registers, threads, shared + static)
@@ -194,6 +206,8 @@ def measure(variant: Variant, target: str, tile: configs.Tile) -> Row:
 
 def tiles(variant: Variant, target: str) -> tuple[configs.Tile, ...]:
     """The configurations that `variant` runs with."""
+    if "BLOCK" in variant.kernel.arg_names:
+        return (configs.Tile(0, feedback_mm.REDUCE, 0, 4, 3),)
     if variant.kind == "":
         return tuple(configs.Tile(rows, 0, columns, 4, 3) for rows, columns in feedback_mm.QUANTISE_TILES)
     return configs.TABLES[target][variant.kind]

@@ -240,8 +240,14 @@ def test_tiles_of_the_rule_are_the_cuda_kernels() -> None:
 @pytest.mark.parametrize("arch", rule.ARCHITECTURES)
 def test_tiles_of_the_rule_are_tritons(arch: str) -> None:
     configs = pytest.importorskip("bioplaus_kernels.backends.triton.configs")
+    entries = {"digits4": "constant", "digits2": "constant", "half": "uniform", "float32": "uniform"}
     for kind, tiles in rule.TILES["triton"][arch].items():
         assert tiles == tuple((t.rows, t.columns) for t in configs.TABLES[arch][kind]), kind
+        for m, n, k in itertools.product((1, 16, 17, 200), (100, 4096), (300, 512, 5000)):
+            p = rule.Product(m, n, k, 2 if kind in ("digits2", "half") else 4, 0, entries[kind])
+            rows, columns = rule.tile("triton", p, arch)
+            found = rule.splits("triton", p, arch, -(-m // rows) * -(-n // columns))
+            assert found == configs.parts(kind, arch, m, n, k), (kind, m, n, k)
 
 
 def test_parts_of_the_rule_are_the_cuda_kernels() -> None:
@@ -258,7 +264,7 @@ def test_parts_of_the_rule_are_the_cuda_kernels() -> None:
     ):
         p = rule.Product(m, n, k, element, 0, entries)
         rows, columns = rule.tile("cuda", p, "sm_80")
-        assert rule.splits("cuda", p, -(-m // rows) * -(-n // columns)) == parts, (m, n, k, entries)
+        assert rule.splits("cuda", p, "sm_80", -(-m // rows) * -(-n // columns)) == parts, (m, n, k, entries)
 
 
 def test_a_tie_goes_to_the_vendor() -> None:

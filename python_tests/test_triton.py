@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from torch.library import wrap_triton
 
 import bioplaus_kernels as bk
 from bioplaus_kernels import ops
@@ -110,6 +111,7 @@ SHAPES = {
     "more tiles along K than stages, and a rest": (3, 64 * 6 + 5, 33),
     "more row tiles than a group holds": (16 * 9 * 4 + 1, 33, 130),
     "columns of less than a word": (5, 300, 3),
+    "parts of K, uneven and ragged": (3, 800, 33),
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
@@ -268,6 +270,46 @@ def test_errors_name_the_argument() -> None:
         ops.feedback_mm(g, w.t(), None, None, None, "constant", 1.0, 5)
     with pytest.raises(ValueError, match="in_features"):
         ops.feedback_mm(g, w, None, None, None, "constant", 1.0, -1)
+
+
+def test_parts_of_the_sum() -> None:
+    """Every architecture's table: parts where tiles are few and the sum is long, each of a program's worth."""
+    for arch, split in configs.SPLITS.items():
+        assert set(configs.SPLITS) == set(configs.TABLES)
+        for kind in ("digits4", "digits2", "half", "float32"):
+            assert configs.parts(kind, arch, 1, 4096, 4096) == min(split.programs // 32, 16)
+            assert configs.parts(kind, arch, 1, 128, 10**6) == split.programs
+            assert configs.parts(kind, arch, 1, 128, 2 * split.depth - 1) == 1
+            assert configs.parts(kind, arch, 4096, 4096, 10**6) == 1
+
+
+@devices
+@dtypes
+def test_parts_give_one_launch_its_result(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    k, n = 800, 130
+    g = contract.normal(5, k).to(device, dtype)
+    # Rows of infinities and NaNs, of one launch of a half type and of the other.
+    g[1, 7], g[1, 700] = math.inf, math.inf
+    g[2, 7], g[2, 700] = math.inf, -math.inf
+    g[3] *= torch.exp(2 * torch.randn(k)).to(device, dtype)
+    launched = []
+    monkeypatch.setattr(feedback_mm, "wrap_triton", lambda kernel: launched.append(kernel) or wrap_triton(kernel))
+    second = (feedback_mm.add_digits_kernel, feedback_mm.add_parts_kernel)
+    for cell in ("weight constant", "signs constant", "none uniform", "weight stored"):
+        feedback = contract.operands(cell, k, n, dtype, device)
+        launched.clear()
+        actual = ops.feedback_mm(g, *feedback, n)
+        assert sum(kernel in second for kernel in launched) == 1, cell
+        with monkeypatch.context() as patch:
+            patch.setattr(configs, "parts_for", lambda *_: 1)
+            expected = ops.feedback_mm(g, *feedback, n)
+        assert sum(kernel in second for kernel in launched) == 1, cell
+        if "constant" in cell:
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+            assert actual[[1, 2]].isnan().logical_or(actual[[1, 2]].isinf()).all()
+        else:
+            contract.check(g[[0, 3, 4]], feedback, n)
+            torch.testing.assert_close(actual[2], expected[2], rtol=0, atol=0, equal_nan=True)
 
 
 def test_places_beyond_32_bits() -> None:

@@ -91,7 +91,7 @@ def tune(name, m=3, entries="stored"):
     tuner = configs._tuned.__wrapped__(kernel, configs.TABLES["sm_80"]["half"], ("M", "N", "K", "ENTRIES"))
     tuner._do_bench = time
     g = torch.ones(1, dtype=torch.float16)
-    operands = (g, g, None, None, g, None, 1.0, m, 64, 64, 1, 1, 0, 0, 1, 1)
+    operands = (g, g, None, None, None, g, None, 1.0, m, 64, 64, 1, 1, 0, 0, 1, 1)
     try:
         tuner.run(*operands, ENTRIES=entries, grid=(1,), warmup=False)
         results[name] = [len(timed), ran[-1]]

@@ -67,8 +67,10 @@ TILES = {"cuda": dict.fromkeys(ARCHITECTURES, _CUDA), "triton": dict.fromkeys(AR
 TILES["triton"]["gfx942"] = _SMALL
 # Rows of tiles that take turns at one column of them; 0: all columns of a row of tiles come first.
 _GROUP = {"cuda": 0, "triton": 8}
-# Tiles that CUDA C++ wants by cutting K, and the shortest part.
-_BLOCKS, _PART = 256, {"digits4": 512, "digits2": 512, "half": 256, "float32": 256}
+# Tiles that are wanted by cutting K: of CUDA C++, and of Triton for each processor. And the shortest part.
+_BLOCKS, _PROGRAMS = 256, 2
+_PART = {"cuda": {"digits4": 512, "digits2": 512, "half": 256, "float32": 256}}
+_PART["triton"] = dict.fromkeys(_PART["cuda"], 256)
 # Instructions to form an entry, from csrc/cuda/feedback_mm*.cu.
 _FORMING = {"constant": 1.4, "stored": 5.0, "uniform": 25.0, "normal": 60.0}
 _LONGEST = 2**20  # of the sums that are made of digits
@@ -110,13 +112,13 @@ def tile(name: str, p: Product, architecture: str) -> tuple[int, int]:
     return tiles[-1]
 
 
-def splits(name: str, p: Product, tiles: int) -> int:
+def splits(name: str, p: Product, architecture: str, tiles: int) -> int:
     """Parts of K that are summed apart."""
-    if name == "triton":
-        return 1
     of = kind(p)
-    # Digits come in stages of 64.
-    most, wanted = ((-(-p.k // 64) * 64) if of.startswith("digits") else p.k) // _PART[of], _BLOCKS // tiles
+    # Digits come in stages of 64 in CUDA C++.
+    depth = -(-p.k // 64) * 64 if name == "cuda" and of.startswith("digits") else p.k
+    programs = _BLOCKS if name == "cuda" else _PROGRAMS * ARCHITECTURES[architecture].processors
+    most, wanted = depth // _PART[name][of], programs // tiles
     return 1 if most <= 1 or wanted <= 1 else min(most, wanted)
 
 
@@ -126,7 +128,7 @@ def _ours(name: str, p: Product, architecture: str, share: float) -> float:
     rows, columns = tile(name, p, architecture)
     row_tiles, column_tiles = -(-p.m // rows), -(-p.n // columns)
     tiles = row_tiles * column_tiles
-    parts = splits(name, p, tiles)
+    parts = splits(name, p, architecture, tiles)
     b, dy, dx, source = 1.0 * p.n * p.k, 1.0 * p.m * p.k, 1.0 * p.m * p.n * p.element, p.source
     seconds = LAUNCH
     if digits:

@@ -11,6 +11,8 @@ integer operations (four digits: 8 against the 2 of a TF32 product at half the r
 every tile of columns and, for every tile of rows, N K of: a weight's bytes, 1/8 byte (packed signs; 1/4 where there are
 zeros) or nothing (seeded, 80 integer instructions for 128 signs); it writes M N results. At few rows the sign source is
 what is read. Other entries: 2 M N K operations in the dtype of dY, and the bytes or draws of B for every tile of rows.
+Where tiles are too few for the architecture, parts of K are summed by programs of their own, and a second pass adds
+them, always in the same order: 8 or 4 bytes a part and result written and read.
 """
 
 import torch
@@ -37,6 +39,7 @@ _EXPONENT = tl.constexpr(1 << 10)
 _WIDE = tl.constexpr(1 << 11)
 _SPECIAL = tl.constexpr(1 << 12)
 _NAN = tl.constexpr(1 << 24)
+REDUCE = 1024  # results that a program of a second pass adds
 
 
 @triton.jit
@@ -155,10 +158,37 @@ def _digit_tile(digits, m0, k0, M, KP, digit, BM: tl.constexpr, BK: tl.constexpr
 
 
 @triton.jit
+def _part(K, BK: tl.constexpr):
+    """Where this program's part of the sum begins and ends along K: as many parts as the grid's second size."""
+    tiles = tl.cdiv(K, BK)
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    begin = tiles // parts * part + tl.minimum(part, tiles % parts)
+    end = begin + tiles // parts + (part < tiles % parts).to(tl.int32)
+    return begin * BK, tl.minimum(end * BK, K)
+
+
+@triton.jit
+def _value(total, lowest, what, scale, dtype: tl.constexpr):
+    """What sums of digits stand for in rows of kind `what`, in float32; `lowest`: the sums of the lowest digits."""
+    # s as the entries of B hold it; the last place, a power of two, is put together from its exponent.
+    s = tl.cast(scale, tl.float32).to(dtype).to(tl.float32).to(tl.float64)
+    exponent = (what & (_EXPONENT - 1)) + (1023 - _EXPONENT // 2)
+    last_place = (exponent.to(tl.int64) << 52).to(tl.float64, bitcast=True)
+    value = (total.to(tl.float64) * (last_place * s)[None, :]).to(tl.float32)
+    if tl.max(what, 0) >= _SPECIAL:
+        # A row of infinities: all of them together, with one sign, or nothing.
+        count = (what - _SPECIAL)[None, :]
+        infinite = tl.where(lowest == count, float("inf"), tl.where(lowest == -count, float("-inf"), float("nan")))
+        value = tl.where(count >= 0, infinite * s.to(tl.float32), value)
+    return value
+
+
+@triton.jit
 def digit_product_kernel(
     digits,
     kind,
     out,
+    sums,
     weight,
     planes,
     key,
@@ -175,7 +205,10 @@ def digit_product_kernel(
     BK: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """out (M, N) = digits . signs * scale * the value of a last place; of half types, rows of 2 digits or rows of 4."""
+    """out (M, N) = digits . signs * scale * the value of a last place; of half types, rows of 2 digits or rows of 4.
+
+    With `sums` (parts of K, M, N), the sums of digits go there, and `add_digits_kernel` makes `out` of them.
+    """
     pid_m, pid_n = _place(tl.cdiv(M, BM), tl.cdiv(N, BN))
     m0 = pid_m * BM
     n0 = pid_n * BN
@@ -187,11 +220,12 @@ def digit_product_kernel(
         mine &= wide == (DIGITS == 4)
         if tl.max(mine.to(tl.int32), 0) == 0:
             return
+    begin, end = (0, K) if sums is None else _part(K, BK)
     a = tl.zeros((BN, BM), tl.int32)
     b = tl.zeros((BN, BM), tl.int32)
     c = tl.zeros((BN, BM), tl.int32)
     d = tl.zeros((BN, BM), tl.int32)
-    for k0 in range(0, K, BK):
+    for k0 in range(begin, end, BK):
         sign = sign_tile(weight, weight_row, weight_column, planes, key, k0, n0, K, N, BN, BK, INDEX)
         a = tl.dot(sign, _digit_tile(digits, m0, k0, M, KP, 0, BM, BK), a)
         b = tl.dot(sign, _digit_tile(digits, m0, k0, M, KP, 1, BM, BK), b)
@@ -201,25 +235,35 @@ def digit_product_kernel(
     total = (b.to(tl.int64) << 8) + a
     if DIGITS == 4:
         total += ((d.to(tl.int64) << 8) + c) << 16
-    # s as the entries of B hold it; the last place, a power of two, is put together from its exponent.
-    s = tl.cast(scale, tl.float32).to(out.dtype.element_ty).to(tl.float32).to(tl.float64)
-    exponent = (what & (_EXPONENT - 1)) + (1023 - _EXPONENT // 2)
-    last_place = (exponent.to(tl.int64) << 52).to(tl.float64, bitcast=True)
-    value = (total.to(tl.float64) * (last_place * s)[None, :]).to(tl.float32)
-    if tl.max(what, 0) >= _SPECIAL:
-        # A row of infinities: all of them together, with one sign, or nothing.
-        count = (what - _SPECIAL)[None, :]
-        infinite = tl.where(a == count, float("inf"), tl.where(a == -count, float("-inf"), float("nan")))
-        value = tl.where(count >= 0, infinite * s.to(tl.float32), value)
+    if sums is None:
+        total = _value(total, a, what, scale, out.dtype.element_ty)
+    else:
+        out = sums + tl.program_id(1).to(tl.int64) * M * N
     n = n0 + tl.arange(0, BN)
     at = m.to(tl.int64)[None, :] * N + n[:, None]
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=mine[None, :] & (n < N)[:, None])
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=mine[None, :] & (n < N)[:, None])
+
+
+@triton.jit
+def add_digits_kernel(sums, kind, out, scale, M, N, parts, BLOCK: tl.constexpr):
+    """out (M, N) of the sums of digits (parts, M, N)."""
+    count = tl.cast(M, tl.int64) * N
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    total = tl.zeros((1, BLOCK), tl.int64)
+    for part in range(parts):
+        total += tl.load(sums + part * count + i, mask=inside, other=0)[None, :]
+    what = tl.load(kind + i // N, mask=inside, other=0)
+    # Digits of infinities are the lowest ones and nothing else.
+    value = _value(total, total, what, scale, out.dtype.element_ty)
+    tl.store((out + i)[None, :], value.to(out.dtype.element_ty), mask=inside[None, :])
 
 
 @triton.jit
 def product_kernel(
     grad,
     out,
+    sums,
     weight,
     planes,
     magnitude,
@@ -240,7 +284,7 @@ def product_kernel(
     BK: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """out (M, N) = dY B in the dtype of dY, sums in float32.
+    """out (M, N) = dY B in the dtype of dY, sums in float32; with `sums` (parts of K, M, N), into those, to be added.
 
     Tensor cores cut the low bits of their sums; a half type's own rounding is 2^10 times what that loses in a sum of
     2^12 products. float32 is multiplied outside of them ("ieee").
@@ -250,7 +294,8 @@ def product_kernel(
     n0 = pid_n * BN
     total = tl.zeros((BN, BM), tl.float32)
     scale = tl.cast(scale, tl.float32)
-    for k0 in range(0, K, BK):
+    begin, end = (0, K) if sums is None else _part(K, BK)
+    for k0 in range(begin, end, BK):
         g = matrix_tile(grad, grad_row, grad_column, m0, k0, M, K, BK, BM, INDEX)
         b = feedback_tile(
             weight,
@@ -275,7 +320,20 @@ def product_kernel(
     m = m0 + tl.arange(0, BM)
     n = n0 + tl.arange(0, BN)
     at = m.to(tl.int64)[None, :] * N + n[:, None]
+    if sums is not None:
+        out = sums + tl.program_id(1).to(tl.int64) * M * N
     tl.store(out + at, total.to(out.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+
+
+@triton.jit
+def add_parts_kernel(sums, out, count, parts, BLOCK: tl.constexpr):
+    """out (count) of the sums (parts, count), in float32 and always in the same order."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(parts):
+        total += tl.load(sums + tl.cast(part, tl.int64) * count + i, mask=inside, other=0.0)
+    tl.store(out + i, total.to(out.dtype.element_ty), mask=inside)
 
 
 def _strides(x: Tensor | None) -> tuple[int, int]:
@@ -311,10 +369,19 @@ def feedback_mm(
         return torch.mm(grad_output, magnitude)
     planes, words = None if signs is None else signs.contiguous(), None if key is None else key.contiguous()
 
-    def grid(meta: dict[str, int]) -> tuple[int]:
-        return (triton.cdiv(m, meta["BM"]) * triton.cdiv(n, meta["BN"]),)
+    constant = entries == "constant" and k <= _MAX_DEPTH
+    if constant:
+        of = "digits4" if dtype == torch.float32 else "digits2"
+    else:
+        of = "float32" if dtype == torch.float32 else "half"
+    parts = configs.parts_for(of, grad_output, m, n, k)
+    form = torch.int64 if constant else torch.float32
+    sums = out.new_empty(parts, m, n, dtype=form) if parts > 1 else None
 
-    if entries == "constant" and k <= _MAX_DEPTH:
+    def grid(meta: dict[str, int]) -> tuple[int, int]:
+        return triton.cdiv(m, meta["BM"]) * triton.cdiv(n, meta["BN"]), parts
+
+    if constant:
         depth = -(-k // _PAD) * _PAD
         digits = grad_output.new_empty(4, m, depth, dtype=torch.int8)
         kind = grad_output.new_empty(m, dtype=torch.int32)
@@ -330,6 +397,7 @@ def feedback_mm(
                 digits,
                 kind,
                 out,
+                sums,
                 weight,
                 planes,
                 words,
@@ -343,13 +411,17 @@ def feedback_mm(
                 INDEX=_index(weight),
                 **configs.tile_for(f"digits{count}", grad_output, m),
             )
+        if sums is not None:
+            wrap_triton(add_digits_kernel)[(triton.cdiv(m * n, REDUCE),)](
+                sums, kind, out, scale, m, n, parts, BLOCK=REDUCE
+            )
         return out
 
-    of = "float32" if dtype == torch.float32 else "half"
     kernel = configs.tunable(product_kernel, of, grad_output, m, ("M", "N", "K", "ENTRIES"))
     wrap_triton(kernel)[grid](
         grad_output,
         out,
+        sums,
         weight,
         planes,
         magnitude,
@@ -365,4 +437,6 @@ def feedback_mm(
         INDEX=_index(grad_output, weight, magnitude),
         **configs.tile_for(of, grad_output, m),
     )
+    if sums is not None:
+        wrap_triton(add_parts_kernel)[(triton.cdiv(m * n, REDUCE),)](sums, out, m * n, parts, BLOCK=REDUCE)
     return out
