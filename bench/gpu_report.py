@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from bioplaus_kernels.backends import rule
 from bioplaus_kernels.backends.triton import configs
 
 from . import gpu_static
@@ -45,7 +46,7 @@ def cuda_digits(m: int, n: int, k: int, element: int, source: float | None) -> B
     held, columns = (2, 256) if blocks <= 2 else (4, 256) if blocks <= 4 else (8, 128)
     rows = held * 16 // digits
     tiles = _up(m, rows) * _up(n, columns)
-    splits = max(1, min(256 // tiles, _up(k, 64) // 8))
+    splits = rule.parts("cuda", f"digits{digits}", k, "sm_80", tiles)
     partial = 16 * splits * m * n if splits > 1 else 0
     signs, packing = (n * k / 8, 0.0) if source is not None else (n * k / 8, n * k * (element + 0.25))
     signs = 0.0 if source == 0 else signs
@@ -81,7 +82,8 @@ def triton_digits(m: int, n: int, k: int, element: int, source: float | None) ->
 def cuda_formed(m: int, n: int, k: int, element: int, source: float) -> Bytes:
     """csrc/cuda/feedback_mm.cu, B formed a tile at a time of `source` bytes an entry."""
     rows, columns = (128, 64) if element == 2 else (16, 256) if m <= 16 else (128, 32)
-    splits = max(1, min(256 // (_up(m, rows) * _up(n, columns)), k // 256))
+    of = "half" if element == 2 else "float32"
+    splits = rule.parts("cuda", of, k, "sm_80", _up(m, rows) * _up(n, columns))
     return _formed(m, n, k, element, source, rows, columns, 8 * splits * m * n if splits > 1 else 0)
 
 

@@ -40,8 +40,9 @@ def count(op: str) -> dict[tuple[str, str], float]:
         if ran.returncode:
             raise RuntimeError(f"valgrind: exit status {ran.returncode}: {ran.stderr[-1000:]}")
         keys = [tuple(key) for key in json.loads(ran.stdout)]
-        totals = [re.search(r"^totals: (\d+)", Path(f"{out}.{i + 1}").read_text(), re.M) for i in range(len(keys))]
-        return {key: int(total[1]) / _CALLS for key, total in zip(keys, totals, strict=True) if total}
+        dumps = [Path(f"{out}.{number}").read_text() for number in range(1, len(keys) + 1)]
+        totals = [int(re.search(r"^totals: (\d+)", dump, re.M)[1]) for dump in dumps]
+        return {key: total / _CALLS for key, total in zip(keys, totals, strict=True)}
 
 
 def main(op: str) -> None:

@@ -26,7 +26,7 @@ def header(device: Device) -> dict[str, Any]:
         "commit": commit or "unknown",
         "processor": _processor(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
-        "library_level": native.product_level or "reference",
+        "library_level": native.product_level() or "reference",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

@@ -19,7 +19,7 @@ def main() -> None:
     else:
         config = native.library.build_config()
         print(f"native library: built with torch {config['torch']}, {config['cxx_compiler']}")
-        product = native.product_level
+        product = native.product_level()
         print(
             f"  CPU levels {', '.join(config['cpu_levels'])}; active here: {native.library.active_cpu_level()}, "
             f"integer products {product}"

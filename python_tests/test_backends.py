@@ -246,7 +246,7 @@ def test_tiles_of_the_rule_are_tritons(arch: str) -> None:
         for m, n, k in itertools.product((1, 16, 17, 200), (100, 4096), (300, 512, 5000)):
             p = rule.Product(m, n, k, 2 if kind in ("digits2", "half") else 4, 0, entries[kind])
             rows, columns = rule.tile("triton", p, arch)
-            found = rule.splits("triton", p, arch, -(-m // rows) * -(-n // columns))
+            found = rule.parts("triton", kind, k, arch, -(-m // rows) * -(-n // columns))
             assert found == configs.parts(kind, arch, m, n, k), (kind, m, n, k)
 
 
@@ -264,7 +264,12 @@ def test_parts_of_the_rule_are_the_cuda_kernels() -> None:
     ):
         p = rule.Product(m, n, k, element, 0, entries)
         rows, columns = rule.tile("cuda", p, "sm_80")
-        assert rule.splits("cuda", p, "sm_80", -(-m // rows) * -(-n // columns)) == parts, (m, n, k, entries)
+        assert rule.parts("cuda", rule.kind(p), k, "sm_80", -(-m // rows) * -(-n // columns)) == parts, (
+            m,
+            n,
+            k,
+            entries,
+        )
 
 
 def test_a_tie_goes_to_the_vendor() -> None:

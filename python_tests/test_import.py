@@ -69,6 +69,18 @@ def every_gradient() -> dict[str, list[float]]:
     return results
 
 
+def test_import_leaves_the_level_open() -> None:
+    program = """
+        import os, torch
+        import bioplaus_kernels
+        os.environ["ATEN_CPU_CAPABILITY"] = "default"
+        print(torch.backends.cpu.get_cpu_capability())
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
+    done = fresh.run(textwrap.dedent(program), environment=environment)
+    assert done.stdout.strip() in ("DEFAULT", "NO AVX"), done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("case", SURROUNDINGS)
 def test_everything_works_where_something_is_missing(case: str) -> None:
     before, reason = SURROUNDINGS[case]

@@ -189,7 +189,7 @@ def build(experiment: Experiment, shape: Shape, classes: int, seed: int, device:
             size = " x ".join(map(str, shape))
             raise ValueError(f"data.size: {name} takes no images of {size}: {str(error).splitlines()[0]}") from error
     if experiment.model.init == "xavier":
-        bartunov._glorot(model)
+        bartunov.glorot(model)
     kind = Detector if experiment.detects else TargetLearner if experiment.family == "targets" else Learner
     return kind(experiment, model, shape, seed, device)
 

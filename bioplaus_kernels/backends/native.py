@@ -26,5 +26,12 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 library, reason = _load()
-# Of integer products on this processor: AMX, AVX512_VNNI, …
-product_level: str = library.active_product_level() if library else ""
+
+
+def product_level() -> str:
+    """Of integer products on this processor: AMX, AVX512_VNNI, …; fixed, with torch's own level, by the first call."""
+    return library.active_product_level() if library else ""
+
+
+# What torch.compiler.assume_constant_result does, without its import of the compiler.
+product_level._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -112,11 +112,10 @@ def tile(name: str, p: Product, architecture: str) -> tuple[int, int]:
     return tiles[-1]
 
 
-def splits(name: str, p: Product, architecture: str, tiles: int) -> int:
-    """Parts of K that are summed apart."""
-    of = kind(p)
+def parts(name: str, of: str, depth: int, architecture: str, tiles: int) -> int:
+    """Parts of a sum over `depth` that are made apart: more than one where `tiles` are too few for the architecture."""
     # Digits come in stages of 64 in CUDA C++.
-    depth = -(-p.k // 64) * 64 if name == "cuda" and of.startswith("digits") else p.k
+    depth = -(-depth // 64) * 64 if name == "cuda" and of.startswith("digits") else depth
     programs = _BLOCKS if name == "cuda" else _PROGRAMS * ARCHITECTURES[architecture].processors
     most, wanted = depth // _PART[name][of], programs // tiles
     return 1 if most <= 1 or wanted <= 1 else min(most, wanted)
@@ -128,7 +127,7 @@ def _ours(name: str, p: Product, architecture: str, share: float) -> float:
     rows, columns = tile(name, p, architecture)
     row_tiles, column_tiles = -(-p.m // rows), -(-p.n // columns)
     tiles = row_tiles * column_tiles
-    parts = splits(name, p, architecture, tiles)
+    apart = parts(name, of, p.k, architecture, tiles)
     b, dy, dx, source = 1.0 * p.n * p.k, 1.0 * p.m * p.k, 1.0 * p.m * p.n * p.element, p.source
     seconds = LAUNCH
     if digits:
@@ -139,11 +138,11 @@ def _ours(name: str, p: Product, architecture: str, share: float) -> float:
         dy *= digits
     else:
         dy *= p.element
-    if parts > 1:
-        seconds += LAUNCH + 2.0 * parts * (8 if digits else 4) * p.m * p.n / a.bandwidth
-    together = _GROUP[name] or max(1, 2 * a.processors // (column_tiles * parts))
+    if apart > 1:
+        seconds += LAUNCH + 2.0 * apart * (8 if digits else 4) * p.m * p.n / a.bandwidth
+    together = _GROUP[name] or max(1, 2 * a.processors // (column_tiles * apart))
     passes = 1 if source * b <= a.cache / 2 else -(-row_tiles // together)
-    waves = _waves(tiles * parts, a.processors)
+    waves = _waves(tiles * apart, a.processors)
     operations = 2.0 * row_tiles * rows * column_tiles * columns * p.k * waves
     # An FMA is two operations.
     forming = 2.0 * _FORMING[p.entries] * row_tiles * column_tiles * columns * p.k * waves / a.float32

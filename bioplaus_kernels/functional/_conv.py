@@ -37,12 +37,12 @@ _LEAST_OUT, _LEAST_IN = 256, 128
 def _is_product(ctx: Any, grad_output: Tensor, entries: str, shape: torch.Size) -> bool:
     stride, padding, _, transposed, _, groups = ctx.geometry
     return (
-        native.product_level == "AMX"
-        and entries == "constant"
+        entries == "constant"
         and (shape[0] >= _LEAST_OUT and shape[1] >= _LEAST_IN and shape[2:].numel() == 1)
         and (grad_output.dtype == torch.float32 and grad_output.device.type == "cpu")
         and not (transposed or groups > 1 or any(s > 1 for s in stride) or any(padding))
         and grad_output.movedim(1, -1).is_contiguous()
+        and native.product_level() == "AMX"
     )
 
 

@@ -17,6 +17,8 @@
 namespace bioplaus {
 
 enum class DType : int32_t { Float32, Float64, BFloat16, Float16 };
+constexpr int64_t size_of(DType dtype) { return dtype == DType::Float64 ? 8 : dtype == DType::Float32 ? 4 : 2; }
+
 enum class Entries : int32_t { Constant, Stored, Uniform, Normal };
 
 // Column dims left after those that are adjacent in memory are merged; a 3-D locally-connected weight has 7 unmerged.

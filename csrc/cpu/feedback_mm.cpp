@@ -70,8 +70,6 @@ double entry_scale(double scale, at::ScalarType dtype) {
                                 : s;
 }
 
-int64_t bytes_of(DType dtype) { return dtype == DType::Float64 ? 8 : dtype == DType::Float32 ? 4 : 2; }
-
 // Signs of a slab of up to `width` columns. Those of a weight and the seeded ones are formed 64 rows at a time.
 class SlabSigns {
  public:
@@ -104,7 +102,7 @@ class SlabSigns {
         strip.cols = cols;
         strip.column_size[0] = cols;
         strip.weight.data = static_cast<char*>(b_.weight.data) +
-                            (row * b_.weight.row_stride + first * b_.weight.stride[0]) * bytes_of(b_.weight.dtype);
+                            (row * b_.weight.row_stride + first * b_.weight.stride[0]) * size_of(b_.weight.dtype);
         BK_PICK(pack_signs)(strip, strip_, 0, divide_up(cols, kPackColumns));
         arrange({strip_, strip_ + rows * words, strip_ + 2 * rows * words, words}, row, rows, words, signs_);
       }

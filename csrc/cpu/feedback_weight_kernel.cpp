@@ -1,5 +1,6 @@
 // feedback_weight on the CPU: a chunk of one row at a time, in a buffer that stays in the L1 cache:
-// magnitudes (already scaled), times signs, rounded into the output. Each step is a plain loop over one dtype.
+// magnitudes (already scaled), times signs, rounded into the output. Each step is a plain loop over one dtype;
+// what is made of a weight's sign bits alone takes one.
 //
 // Roofline: memory. Bytes per element = those of the weight and the magnitude that are read and of the output that is
 // written (8 for s·sign(W) in fp32); packed signs add 1/8 byte, seeded entries nothing. Three to five operations per

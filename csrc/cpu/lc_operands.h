@@ -27,7 +27,7 @@ constexpr int64_t kFewSamples = 4;
 constexpr int64_t kLeastRun = 48;
 constexpr int64_t kRowBytes = 5 << 18;
 constexpr int64_t kTileBytes = 1 << 19;
-// Terms of one float32 sum in the forward product.
+// Terms, or pairs of them, of one float32 sum in the forward product.
 constexpr int64_t kMaxSum = 192;
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -41,8 +41,6 @@ inline int64_t balanced(int64_t total, int64_t most) {
 template <typename acc_t>
 constexpr DType acc_dtype = sizeof(acc_t) == 8 ? DType::Float64 : DType::Float32;
 
-inline int64_t bytes_of(DType dtype) { return dtype == DType::Float64 ? 8 : dtype == DType::Float32 ? 4 : 2; }
-
 inline at::ScalarType scalar_type(DType dtype) { return dtype == DType::BFloat16 ? at::kBFloat16 : at::kHalf; }
 
 // An activation (N, C, *spatial) in memory; strides in elements.
@@ -55,7 +53,7 @@ struct Activation {
   char* at(int64_t sample, int64_t d, int64_t h) const {
     return data + (sample * stride_n + d * stride[0] + h * stride[1]) * bytes();
   }
-  int64_t bytes() const { return bytes_of(dtype); }
+  int64_t bytes() const { return size_of(dtype); }
 
   // A row is width · channels adjacent elements.
   bool channels_last() const { return (c == 1 || stride_c == 1) && (size[2] == 1 || stride[2] == c); }
@@ -419,7 +417,7 @@ class Blocks {
 
     DType wanted() const { return sizeof(T) == 2 ? dtype : acc_dtype<T>; }
     bool in_place() const { return plain != nullptr && dtype == wanted(); }
-    int64_t bytes() const { return bytes_of(dtype); }
+    int64_t bytes() const { return size_of(dtype); }
     const char* at(int64_t position, int64_t row, int64_t column) const {
       return plain + ((position * rows + row) * cols + column) * bytes();
     }
@@ -483,9 +481,8 @@ class Blocks {
 
   static void prefetch(const FeedbackParams& p, const Operand& x, int64_t e, int64_t width) {
     if (x.data && x.dense) {
-      const char* from =
-          static_cast<const char*>(x.data) + (e / p.cols * x.row_stride + e % p.cols) * bytes_of(x.dtype);
-      for (int64_t byte = 0; byte < width * bytes_of(x.dtype); byte += 64) {
+      const char* from = static_cast<const char*>(x.data) + (e / p.cols * x.row_stride + e % p.cols) * size_of(x.dtype);
+      for (int64_t byte = 0; byte < width * size_of(x.dtype); byte += 64) {
         __builtin_prefetch(from + byte);
       }
     }

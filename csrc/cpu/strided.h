@@ -5,8 +5,6 @@
 
 namespace bioplaus {
 
-constexpr int64_t size_of(DType dtype) { return dtype == DType::Float64 ? 8 : dtype == DType::Float32 ? 4 : 2; }
-
 // Calls run(offset within the row, stride, first, count) for the pieces of columns j0 … j0 + n − 1 that lie on one
 // stride; first counts from j0. One division per column dim, then an odometer.
 template <typename Run>

@@ -49,7 +49,7 @@ __device__ void store(const FeedbackParams& p, const Chunk<float>& c) {
   }
 }
 
-// 4 blocks a multiprocessor, or 2 where numbers are double, hide the latency of memory.
+// Registers for 4 blocks a multiprocessor, or 2 where numbers are double: what fits without spilling.
 template <typename acc_t>
 __global__ void __launch_bounds__(kThreads, sizeof(acc_t) == 8 ? 2 : 4)
     feedback_weight_kernel(const __grid_constant__ FeedbackParams p) {

@@ -36,7 +36,7 @@ def fc(features: int, hidden: Sequence[int], classes: int) -> nn.Sequential:
     """Fully connected: MNIST has hidden = 5 × 256, CIFAR-10 3 × 1024."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     _dense(layers, features, hidden, classes)
-    return _glorot(nn.Sequential(layers))
+    return glorot(nn.Sequential(layers))
 
 
 def lc(spec: Spec, channels: int, size: int, classes: int, *, tied: bool = False) -> nn.Sequential:
@@ -54,14 +54,14 @@ def lc(spec: Spec, channels: int, size: int, classes: int, *, tied: bool = False
         channels, size = out, math.ceil(size / stride)
     layers["flatten"] = nn.Flatten()
     _dense(layers, channels * size**2, spec.hidden, classes, len(spec.local))
-    return _glorot(nn.Sequential(layers))
+    return glorot(nn.Sequential(layers))
 
 
 def autoencoder(sizes: Sequence[int] = (784, 512, 64, 512, 784)) -> nn.Sequential:
     """The autoencoder of section 5.5, tanh between its layers and a linear output."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     _dense(layers, sizes[0], sizes[1:-1], sizes[-1])
-    return _glorot(nn.Sequential(layers))
+    return glorot(nn.Sequential(layers))
 
 
 def blocks(model: nn.Sequential) -> list[nn.Sequential]:
@@ -109,7 +109,7 @@ def target_prop(
             inverses[k] = bk.targetprop.learned_inverse(layers[k], sizes[k], activation=nn.Tanh(), extra=extra)
     for inverse in inverses[1:]:
         if inverse is not None:
-            _glorot(inverse)
+            glorot(inverse)
     return bk.targetprop.TargetProp(layers, inverses, variant, **options)
 
 
@@ -128,7 +128,7 @@ def _dense(
     layers[f"fc{len(hidden) + 1}"] = nn.Linear(features, classes)
 
 
-def _glorot(model: nn.Module) -> Any:
+def glorot(model: nn.Module) -> Any:
     """Glorot and Bengio's uniform weights, as Bartunov et al. 2018 have them in every layer, and zero biases."""
     for layer in model.modules():
         if isinstance(layer, bk.nn.LocallyConnected2d | bk.nn.LocallyConnectedTranspose2d):

@@ -6,13 +6,13 @@ from collections import OrderedDict
 
 from torch import nn
 
-from recipes.models.bartunov import _glorot
+from recipes.models.bartunov import glorot
 
 
 def lenet5(channels: int, size: int, classes: int) -> nn.Sequential:
     """LeNet-5 (LeCun et al. 1998, section II.B), with max pooling and a linear last layer; images of 28 or more."""
     last = (size // 2 - 4) // 2
-    return _glorot(
+    return glorot(
         nn.Sequential(
             OrderedDict(
                 conv1=nn.Conv2d(channels, 6, 5, padding=2),

@@ -15,6 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .. import rule
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -72,18 +74,6 @@ _GFX942: Table = {
 }
 TABLES: dict[str, Table] = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM100, "gfx942": _GFX942}
 
-
-@dataclass(frozen=True)
-class Split:
-    """Programs that fill a part of the architecture, and the shortest part of a sum that is worth a program."""
-
-    programs: int
-    depth: int
-
-
-# Two programs a processor.
-SPLITS = {"sm_80": Split(216, 256), "sm_90": Split(264, 256), "sm_100": Split(296, 256), "gfx942": Split(608, 256)}
-
 _autotune = os.environ.get("BIOPLAUS_AUTOTUNE", "0") not in ("", "0")
 
 
@@ -117,15 +107,8 @@ def pick(kind: str, arch: str, rows: int) -> Tile:
 
 def parts(kind: str, arch: str, rows: int, columns: int, depth: int) -> int:
     """In how many parts a sum is made, to be added by a second pass: more than one where tiles are too few."""
-    tile, split = pick(kind, arch, rows), SPLITS[arch]
-    tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
-    most, wanted = depth // split.depth, split.programs // tiles
-    return 1 if most <= 1 or wanted <= 1 else min(most, wanted)
-
-
-def parts_for(kind: str, tensor: Tensor, rows: int, columns: int, depth: int) -> int:
-    """`parts` on the tensor's device."""
-    return parts(kind, architecture(tensor.device), rows, columns, depth)
+    tile = pick(kind, arch, rows)
+    return rule.parts("triton", kind, depth, arch, -(-rows // tile.rows) * -(-columns // tile.columns))
 
 
 def tile_for(kind: str, tensor: Tensor, rows: int) -> dict[str, int]:

@@ -374,7 +374,7 @@ def feedback_mm(
         of = "digits4" if dtype == torch.float32 else "digits2"
     else:
         of = "float32" if dtype == torch.float32 else "half"
-    parts = configs.parts_for(of, grad_output, m, n, k)
+    parts = configs.parts(of, configs.architecture(grad_output.device), m, n, k)
     form = torch.int64 if constant else torch.float32
     sums = out.new_empty(parts, m, n, dtype=form) if parts > 1 else None
 
