@@ -34,7 +34,7 @@ class Learner:
             blocks = options.pop("blocks", None) or [n for n, m in model.named_modules() if isinstance(m, nn.Tanh)]
             example = torch.zeros(2, *shape)
             model = bk.DirectFeedback(model, blocks, DIRECT[name](**options), example=example, seed=seed)
-        # Small convolutions and their pooling are nearly twice as fast in this layout.
+        # The layout that convolutions and pooling compute in, so that they convert nothing.
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.network = torch.compile(self.model) if experiment.train.compile else self.model
         self.mirrored = name == "wm"

@@ -30,7 +30,7 @@ from ._common import (
 )
 
 # Channels from which the integer digits of feedback_mm are faster than the vendor's 1x1 convolution, on tile units and
-# channels-last (`python -m bench run --op convolution`). For 3x3 they are not: nine products, each added to the sums.
+# channels-last (`python -m bench run --op convolution`). A 3x3 one would be nine products, each added to the sums.
 _LEAST_OUT, _LEAST_IN = 256, 128
 
 
