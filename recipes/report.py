@@ -229,7 +229,9 @@ def write(roots: list[Path], to: Path) -> None:
             parts.append(f"### {row}\n\n{text}\n\n![histogram]({folder.name}/{name}/{row}.png)\n")
         if (place / "notes.md").exists():
             parts.append((place / "notes.md").read_text())
-    to.write_text("\n".join(part for part in parts if part.strip()))
+    temporary = to.with_name(to.name + ".tmp")
+    temporary.write_text("\n".join(part for part in parts if part.strip()))
+    temporary.replace(to)
 
 
 HEAD = """# Results
