@@ -106,25 +106,45 @@ BUGS = {
     ),
     "barrier removed before a tile is multiplied": (
         ("lc.cu", "      __syncthreads();\n      sums.add", "      sums.add"),
-        ("cases_lc.py", "test_geometries and 1d_plain and bfloat16 and cut"),
-        "[Aa]ssert",
+        ("cases_lc.py", "test_sizes and channels and bfloat16 and cut"),
+        "use-after-poison|[Aa]ssert",
     ),
     "wrong lane of a fragment": (
-        ("lc.cu", "lane % 16) * kStride + lane / 16 * 8", "lane % 16) * kStride + lane / 8 % 2 * 8"),
+        ("lc.cu", "row + low, k + high", "row + low, k + lane / 8 % 2 * 8"),
         ("cases_lc.py", "test_geometries and wide_channels and bfloat16 and cut"),
         "[Aa]ssert",
     ),
     "activations by 32 bits": (
         (
             "lc.cu",
-            "T(0.0f) : data[line[l] + depth[k]];",
-            "T(0.0f) : data[static_cast<int>(line[l] + depth[k])];",
+            "data[line[l] + depth[k]] :",
+            "data[static_cast<int>(line[l] + depth[k])] :",
         ),
-        ("cases_lc.py", "test_offsets"),
+        ("cases_lc.py", "test_offsets and entries"),
         "SEGV|heap-buffer|[Aa]ssert",
     ),
+    "pieces of activations by 32 bits": (
+        ("lc.cu", "inside ? line[l] + depth[k] : 0", "inside ? static_cast<int>(line[l] + depth[k]) : 0"),
+        ("cases_lc.py", "test_offsets and pieces"),
+        "SEGV|heap-buffer|[Aa]ssert",
+    ),
+    "stage multiplied before it has come": (
+        ("lc.cu", "cp_async_wait<1>", "cp_async_wait<2>"),
+        ("cases_lc.py", "test_sizes and channels and float32"),
+        "use-after-poison",
+    ),
+    "stage overwritten while it is multiplied": (
+        ("lc.cu", "      __syncthreads();\n      if (next", "      if (next"),
+        ("cases_lc.py", "test_sizes and channels and float32"),
+        "use-after-poison|[Aa]ssert",
+    ),
+    "columns transposed twice": (
+        ("lc.cu", "ldmatrix_x4_trans(y, b.x", "ldmatrix_x4(y, b.x"),
+        ("cases_lc.py", "test_sizes and channels and bfloat16 and cut"),
+        "[Aa]ssert",
+    ),
     "padding read as input": (
-        ("lc.cu", "at[d] < 0 || at[d] >= g.in[d]", "at[d] < 0 || at[d] > g.in[d]"),
+        ("lc.cu", "(line[l] | depth[k]) >= 0 ?", "line[l] >= 0 ?"),
         ("cases_lc.py", "test_geometries and asymmetric"),
         "heap-buffer-overflow|[Aa]ssert",
     ),

@@ -24,6 +24,11 @@ LcActivation view(const at::Tensor& x) {
   return a;
 }
 
+// Channels adjacent, where the kernel can then read 16 bytes of those of a group at a time.
+at::Tensor for_wide_reads(const at::Tensor& x, int64_t channels) {
+  return x.stride(1) != 1 && channels * x.element_size() % 16 == 0 ? x.movedim(1, -1).contiguous().movedim(-1, 1) : x;
+}
+
 at::Tensor empty_activation(const at::Tensor& like, int64_t channels, at::IntArrayRef spatial) {
   LcSize size{like.size(0), channels};
   size.append(spatial.begin(), spatial.end());
@@ -45,7 +50,8 @@ at::Tensor lc_forward_cuda(const at::Tensor& input, const at::Tensor& weight, co
   }
   const at::Tensor w = weight.contiguous();
   p.weight = const_cast<void*>(w.const_data_ptr());
-  p.in = view(input);
+  const at::Tensor x = for_wide_reads(input, p.g.c);
+  p.in = view(x);
   p.out = view(output);
   launch_on(input.device(), [&](cudaStream_t stream) { return launch_lc_forward(p, stream); });
   return output;
@@ -88,9 +94,14 @@ at::Tensor lc_backward_input_cuda(const at::Tensor& grad_output, const std::opti
       }
     }
     operands.finish();
+    if (f.entries == Entries::Constant && weight && !signs && weight->scalar_type() == grad_output.scalar_type()) {
+      p.weight = const_cast<void*>(dense_weight.const_data_ptr());
+      p.signs_of_weight = true;
+    }
   }
+  const at::Tensor g = for_wide_reads(grad_output, p.g.o);
   p.in = view(grad_input);
-  p.out = view(grad_output);
+  p.out = view(g);
   launch_on(grad_output.device(), [&](cudaStream_t stream) { return launch_lc_backward_input(p, stream); });
   return grad_input;
 }
@@ -108,8 +119,9 @@ at::Tensor lc_backward_weight_cuda(const at::Tensor& grad_output, const at::Tens
     return grad_weight;
   }
   p.weight = grad_weight.mutable_data_ptr();
-  p.in = view(input);
-  p.out = view(grad_output);
+  const at::Tensor x = for_wide_reads(input, p.g.c), g = for_wide_reads(grad_output, p.g.o);
+  p.in = view(x);
+  p.out = view(g);
   launch_on(input.device(), [&](cudaStream_t stream) { return launch_lc_backward_weight(p, stream); });
   return grad_weight;
 }

@@ -6,189 +6,39 @@
 //     weight gradient  position, group     o     taps · c sample                    dW_p = dY_p X_pᵀ
 //
 // The patch that a position sees is gathered while a tile is loaded: the address of an operand's entry is that of its
-// row plus that of its index in the sum, each from a small table in shared memory, so that strides, dilation, groups,
-// padding and memory format are met once a row and once an index. The input gradient asks which positions read a pixel:
-// in each dim they and their taps are arithmetic progressions; so every output has one writer, every entry of B is read
-// or formed once for all samples of a tile, and results have the same bits in any order of the blocks.
+// row plus that of its index in the sum, each from a small table in shared memory (lc_tables.cuh), so that strides,
+// dilation, groups, padding and memory format are met once a row and once an index. The input gradient asks which
+// positions read a pixel: in each dim they and their taps are arithmetic progressions; so every output has one writer,
+// every entry of B is read or formed once for all samples of a tile, and results have the same bits in any order of the
+// blocks.
+//
+// Where channels are whole 16-byte pieces, activations come channels-last and cp.async brings the next stage of both
+// operands while this one is multiplied; an operand lies in shared memory as it does in device memory, and ldmatrix
+// transposes. Other channels go entry by entry. s · sign(W) is W, turned into entries by the thread that copied it.
 //
 // Half types multiply on tensor cores (mma.m16n8k16); all sums go to a second register after each stage of 128 bytes
 // along the sum (64 entries of a half type), as tensor cores truncate. fp32 and fp64 multiply by FFMA and DFMA.
 //
 // Roofline: max(bytes of the weights once for every 64 samples, and of the activations; 2 · samples flops a weight).
-// With up to 8 samples a tile has 8 of them, and the weights, in 16-byte loads where rows allow it, are all that
-// counts. A contiguous activation (channels not last) costs a sector of 32 bytes an entry.
+// With up to 8 samples a tile has 8 of them, and the weights are all that counts. By Little's law 12 KB under way on
+// a processor of sm_80 (2 TB/s, 600 ns, 108 of them), 18 KB of sm_90 and 43 KB of sm_100 keep its memory busy: a block
+// has 9 to 16 KB under way, three or four run together.
 #include "entries.cuh"
 #include "launch_kernel.h"
-#include "lc.h"
+#include "lc_tables.cuh"
 #include "ptx.cuh"
 
 namespace bioplaus {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kRows = 64;
 constexpr int kStageBytes = 128;
-constexpr int kPadBytes = 16;  // Rows 144 bytes apart: ldmatrix and 16-byte loads of 8 rows meet all banks.
 constexpr int kFewSamples = 8;
 
-// Blocks on a processor at once, which registers have to allow.
+// Blocks on a processor at once, which registers and shared memory have to allow.
 template <typename T, int kColumns>
 constexpr int kBlocks = sizeof(T) == 8   ? 2
                         : kColumns == 64 ? 3
                                          : 4;
-
-enum class Product { Forward, BackwardInput, BackwardWeight };
-
-// What a block works on.
-struct Tile {
-  int64_t place;  // position, or input pixel
-  int64_t group;
-  int64_t row, column;  // the first
-};
-
-// For an input pixel: in each dim the taps first, first + step, … that a position reads it with.
-struct Readers {
-  int64_t first[kLcDims], step[kLcDims], count[kLcDims], coordinate[kLcDims];
-};
-
-__device__ void split(int64_t index, const int64_t* size, int64_t (&x)[kLcDims]) {
-  x[2] = index % size[2];
-  index /= size[2];
-  x[1] = index % size[1];
-  x[0] = index / size[1];
-}
-
-__device__ int64_t join(const int64_t* size, const int64_t (&x)[kLcDims]) {
-  return (x[0] * size[1] + x[1]) * size[2] + x[2];
-}
-
-__device__ void find_readers(const LcGeometry& g, int64_t pixel, int d, Readers& r) {
-  int64_t at[kLcDims];
-  split(pixel, g.in, at);
-  const int64_t coordinate = d == 0 ? at[0] : d == 1 ? at[1] : at[2];
-  const int64_t s = g.stride[d], dilation = g.dilation[d];
-  // Tap t reads the pixel from position (last − t·dilation) / s, where that divides and there is such a position.
-  const int64_t last = coordinate + g.before[d];
-  const int64_t over = last - (g.out[d] - 1) * s;
-  const int64_t end = last / dilation + 1 < g.kernel[d] ? last / dilation + 1 : g.kernel[d];
-  int64_t t = over > 0 ? (over + dilation - 1) / dilation : 0;
-  while (t < end && (last - t * dilation) % s != 0) {
-    ++t;
-  }
-  int64_t step = 1;
-  while (step * dilation % s != 0) {
-    ++step;
-  }
-  r.coordinate[d] = coordinate;
-  r.first[d] = t;
-  r.step[d] = step;
-  r.count[d] = t < end ? (end - 1 - t) / step + 1 : 0;
-}
-
-// Offset of a channel at a position or pixel, of sample 0.
-__device__ int64_t activation_offset(const LcActivation& x, const int64_t (&at)[kLcDims], int64_t channel) {
-  return at[0] * x.stride[0] + at[1] * x.stride[1] + at[2] * x.stride[2] + channel * x.stride_c;
-}
-
-// Offset of column k = (tap, channel) of the patch that a position sees, −1 in the padding.
-__device__ int64_t patch_offset(const LcParams& p, const Tile& tile, int64_t k) {
-  const LcGeometry& g = p.g;
-  int64_t at[kLcDims], tap[kLcDims];
-  split(tile.place, g.out, at);
-  split(k / g.c, g.kernel, tap);
-  for (int d = 0; d < kLcDims; ++d) {
-    at[d] = lc_start(g, d, at[d]) + tap[d] * g.dilation[d];
-    if (at[d] < 0 || at[d] >= g.in[d]) {
-      return -1;
-    }
-  }
-  return activation_offset(p.in, at, tile.group * g.c + k % g.c);
-}
-
-// Where entry (row, k) of the two operands lies: row + k, or nowhere, which is a zero, if either is negative.
-template <int kColumns, int kDepth>
-struct Tables {
-  int64_t a_row[kRows], b_row[kColumns], a[kDepth], b[kDepth];
-  int64_t feedback_row[kDepth];
-  int64_t result[kRows];  // where the rows of the result begin
-};
-
-// The sizes of one product: rows and columns of its result, and length of the sum.
-struct Extent {
-  int64_t rows, columns, depth;
-};
-
-template <Product product>
-__device__ Extent extent(const LcParams& p, const Readers& r) {
-  const LcGeometry& g = p.g;
-  if (product == Product::BackwardInput) {
-    return {g.c, g.n, product3(r.count) * g.o};
-  }
-  return product == Product::Forward ? Extent{g.o, g.n, lc_columns(g)} : Extent{g.o, lc_columns(g), g.n};
-}
-
-template <Product product, int kColumns, int kDepth>
-__device__ void fill_rows(const LcParams& p, const Tile& tile, const Extent& e, Tables<kColumns, kDepth>& t) {
-  const LcGeometry& g = p.g;
-  for (int i = threadIdx.x; i < kRows + kColumns; i += kThreads) {
-    if (i < kRows) {
-      const int64_t row = tile.row + i;
-      const int64_t in_weight = ((tile.place * g.groups + tile.group) * g.o + row) * lc_columns(g);
-      int64_t at[kLcDims];
-      split(tile.place, product == Product::BackwardInput ? g.in : g.out, at);
-      const int64_t in_activation = product == Product::BackwardInput
-                                        ? activation_offset(p.in, at, tile.group * g.c + row)
-                                        : activation_offset(p.out, at, tile.group * g.o + row);
-      const int64_t operand = product == Product::Forward         ? in_weight
-                              : product == Product::BackwardInput ? row
-                                                                  : in_activation;
-      t.a_row[i] = row < e.rows ? operand : -1;
-      t.result[i] = product == Product::BackwardWeight ? in_weight : in_activation;
-    } else {
-      const int64_t column = tile.column + i - kRows;
-      int64_t offset = -1;
-      if (column < e.columns) {
-        offset = product == Product::Forward         ? column * p.in.stride_n
-                 : product == Product::BackwardInput ? column * p.out.stride_n
-                                                     : patch_offset(p, tile, column);
-      }
-      t.b_row[i - kRows] = offset;
-    }
-  }
-}
-
-template <Product product, int kColumns, int kDepth>
-__device__ void fill_depth(const LcParams& p, const Tile& tile, const Readers& r, const Extent& e, int64_t first,
-                           Tables<kColumns, kDepth>& t) {
-  const LcGeometry& g = p.g;
-  for (int i = threadIdx.x; i < kDepth; i += kThreads) {
-    const int64_t k = first + i;
-    t.a[i] = t.b[i] = -1;
-    if (k >= e.depth) {
-      continue;
-    }
-    if (product == Product::Forward) {
-      t.a[i] = k;
-      t.b[i] = patch_offset(p, tile, k);
-    } else if (product == Product::BackwardWeight) {
-      t.a[i] = k * p.out.stride_n;
-      t.b[i] = k * p.in.stride_n;
-    } else {
-      int64_t which[kLcDims], tap[kLcDims], at[kLcDims];
-      split(k / g.o, r.count, which);
-      for (int d = 0; d < kLcDims; ++d) {
-        tap[d] = r.first[d] + which[d] * r.step[d];
-        at[d] = (r.coordinate[d] + g.before[d] - tap[d] * g.dilation[d]) / g.stride[d];
-      }
-      const int64_t channel = tile.group * g.o + k % g.o;
-      const int64_t position = join(g.out, at);
-      const int64_t entry = (position * g.groups * g.o + channel) * lc_columns(g) + join(g.kernel, tap) * g.c;
-      t.feedback_row[i] = p.weight ? 0 : entry / p.feedback.cols;
-      t.a[i] = p.weight ? entry : entry % p.feedback.cols;
-      t.b[i] = activation_offset(p.out, at, channel);
-    }
-  }
-}
 
 template <typename T>
 struct Sum {
@@ -199,97 +49,143 @@ struct Sum<double> {
   using type = double;
 };
 
-// A stage of one operand, `kLines` lines of the sum's next entries. Lanes go along the sum, or along the lines.
-template <typename T, int kLines, bool kAlongDepth, int kDepth, int kStride>
-__device__ void gather(const T* data, const int64_t* line, const int64_t* depth, T* to) {
-#pragma unroll 4
-  for (int i = threadIdx.x; i < kLines * kDepth; i += kThreads) {
-    const int l = kAlongDepth ? i / kDepth : i % kLines;
-    const int k = kAlongDepth ? i % kDepth : i / kLines;
-    to[l * kStride + k] = line[l] < 0 || depth[k] < 0 ? T(0.0f) : data[line[l] + depth[k]];
+// A stage of one operand: lines of the tile by kDepth entries along the sum, the lines adjacent (kAcross) or those.
+template <typename T, int kLines_, bool kAcross_>
+struct Stage {
+  static constexpr int kLines = kLines_, kDepth = kStageBytes / sizeof(T), kWide = 16 / sizeof(T);
+  static constexpr bool kAcross = kAcross_;
+  // Rows 16 bytes further apart: ldmatrix and 16-byte loads of 8 rows meet all banks.
+  static constexpr int kPitch = (kAcross ? kLines : kDepth) + kWide;
+  alignas(16) T x[(kAcross ? kDepth : kLines) * kPitch];
+
+  __device__ static int at(int line, int k) { return kAcross ? k * kPitch + line : line * kPitch + k; }
+
+  // Calls f(line, k) for piece after piece of kWide neighbours, of the calling thread.
+  template <typename F>
+  __device__ static void pieces(const F& f) {
+    constexpr int kInner = (kAcross ? kLines : kDepth) / kWide;
+#pragma unroll
+    for (int i = threadIdx.x; i < kLines * kDepth / kWide; i += kThreads) {
+      const int inner = i % kInner * kWide, outer = i / kInner;
+      f(kAcross ? inner : outer, kAcross ? outer : inner);
+    }
   }
+};
+
+// s · sign(x)
+template <typename T>
+__device__ T signed_scale(const FeedbackParams& p, T x) {
+  using acc_t = typename Sum<T>::type;
+  T y;
+  round_to(static_cast<acc_t>(p.scale) * sign_of<acc_t>(to_float(x)), y);
+  return y;
 }
 
-// The same for operands with 16 bytes of neighbours along the sum.
-template <typename T, int kLines, int kDepth, int kStride>
-__device__ void gather_wide(const T* data, const int64_t* line, const int64_t* depth, T* to) {
-  constexpr int kWide = 16 / sizeof(T), kPieces = kDepth / kWide;
-#pragma unroll
-  for (int i = threadIdx.x; i < kLines * kPieces; i += kThreads) {
-    const int l = i / kPieces, k = i % kPieces * kWide;
-    const bool inside = line[l] >= 0 && depth[k] >= 0;
-    *reinterpret_cast<int4*>(to + l * kStride + k) =
-        inside ? *reinterpret_cast<const int4*>(data + line[l] + depth[k]) : make_int4(0, 0, 0, 0);
-  }
+// Starts to fill a stage 16 bytes at a time.
+template <typename T, typename S>
+__device__ void copy(const T* data, const int64_t* line, const int64_t* depth, S& to) {
+  S::pieces([&](int l, int k) {
+    const bool inside = (line[l] | depth[k]) >= 0;
+    cp_async_16(to.x + S::at(l, k), data + (inside ? line[l] + depth[k] : 0), inside);
+  });
 }
 
-// The same for neighbours along the lines, which the stage has apart.
-template <typename T, int kLines, int kDepth, int kStride>
-__device__ void gather_across(const T* data, const int64_t* line, const int64_t* depth, T* to) {
-  constexpr int kWide = 16 / sizeof(T), kPieces = kLines / kWide;
+// Fills a stage, eight loads of a thread under way.
+template <typename T, typename S>
+__device__ void gather(const T* data, const int64_t* line, const int64_t* depth, const FeedbackParams* signs, S& to) {
+  constexpr int kEach = S::kLines * S::kDepth / kThreads, kAtOnce = kEach < 8 ? kEach : 8;
+  const auto at = [](int j, int& l, int& k) {
+    const int i = threadIdx.x + j * kThreads;
+    l = S::kAcross ? i % S::kLines : i / S::kDepth;
+    k = S::kAcross ? i / S::kLines : i % S::kDepth;
+  };
+#pragma unroll 1
+  for (int first = 0; first < kEach; first += kAtOnce) {
+    T x[kAtOnce];
 #pragma unroll
-  for (int i = threadIdx.x; i < kPieces * kDepth; i += kThreads) {
-    const int l = i % kPieces * kWide, k = i / kPieces;
-    Pack<T, kWide> x{};
-    if (line[l] >= 0 && depth[k] >= 0) {
-      x = *reinterpret_cast<const Pack<T, kWide>*>(data + line[l] + depth[k]);
+    for (int j = 0; j < kAtOnce; ++j) {
+      int l, k;
+      at(first + j, l, k);
+      x[j] = (line[l] | depth[k]) >= 0 ? data[line[l] + depth[k]] : T(0.0f);
     }
 #pragma unroll
-    for (int j = 0; j < kWide; ++j) {
-      to[(l + j) * kStride + k] = x.x[j];
+    for (int j = 0; j < kAtOnce; ++j) {
+      int l, k;
+      at(first + j, l, k);
+      to.x[S::at(l, k)] = signs ? signed_scale(*signs, x[j]) : x[j];
     }
   }
 }
 
 // A stage of B, formed: N neighbours along the lines, which are channels of one tap.
-template <typename T, int N, int kDepth, int kStride, int kColumns>
-__device__ void form(const FeedbackParams& p, const Tables<kColumns, kDepth>& t, T* to) {
+template <int N, typename T, int kColumns, typename S>
+__device__ void form(const FeedbackParams& p, const RowTables<kColumns>& rows, const DepthTables<S::kDepth>& t, S& to,
+                     T) {
   using acc_t = typename Sum<T>::type;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < kRows / N * kDepth; i += kThreads) {
+  for (int i = threadIdx.x; i < kRows / N * S::kDepth; i += kThreads) {
     const int l = i % (kRows / N) * N, k = i / (kRows / N);
     Chunk<acc_t, N, false> c{0, 0, N, {}};
-    if (t.a_row[l] >= 0 && t.a[k] >= 0) {
+    if ((rows.a[l] | t.a[k]) >= 0) {
       c.row = t.feedback_row[k];
-      c.first = t.a[k] + t.a_row[l];
+      c.first = t.a[k] + rows.a[l];
       form_entries(p, c);
     }
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      round_to(c.b[j], to[(l + j) * kStride + k]);
+      round_to(c.b[j], to.x[S::at(l, k) + j]);
     }
   }
 }
 
 // A thread's part of the tile's sums: rows row(i), columns column(j).
-template <typename T, int kColumns, int kDepth, int kStride>
+template <typename T, typename A, typename B>
 struct Sums {
-  static constexpr int kAcross = kColumns == 64 ? 8 : 16;
-  static constexpr int kMine = kRows / kAcross, kTheirs = kColumns * kAcross / kThreads;
+  static constexpr int kWide = A::kWide, kUp = B::kLines == 64 ? 8 : 16;
+  static constexpr int kMine = kRows / kUp, kTheirs = B::kLines * kUp / kThreads;
   T total[kMine][kTheirs] = {};
 
-  __device__ static int row(int i) { return threadIdx.x % kAcross + i * kAcross; }
-  __device__ static int column(int j) { return threadIdx.x / kAcross + j * (kThreads / kAcross); }
+  // Line i of thread `me` of `of`: neighbours where they are adjacent.
+  template <typename S>
+  __device__ static int line(int me, int of, int i) {
+    return S::kAcross ? me * kWide + i % kWide + i / kWide * kWide * of : me + i * of;
+  }
+  __device__ static int row(int i) { return line<A>(threadIdx.x % kUp, kUp, i); }
+  __device__ static int column(int j) { return line<B>(threadIdx.x / kUp, kThreads / kUp, j); }
 
-  __device__ void add(const T* a, const T* b, int64_t left) {
-    constexpr int kWide = 16 / sizeof(T);
+  // Entries k … k + kWide − 1 of a thread's lines.
+  template <typename S, int kLines, typename F>
+  __device__ static void load(const S& s, int k, const F& line, T (&x)[kLines][kWide]) {
+#pragma unroll
+    for (int i = 0; i < kLines; ++i) {
+      if (!S::kAcross || i % kWide == 0) {
+#pragma unroll
+        for (int q = 0; q < (S::kAcross ? kWide : 1); ++q) {
+          const auto pack = *reinterpret_cast<const Pack<T, kWide>*>(s.x + S::at(line(i), k + q));
+#pragma unroll
+          for (int w = 0; w < kWide; ++w) {
+            (S::kAcross ? x[(i + w) % kLines][q] : x[i][w]) = pack.x[w];
+          }
+        }
+      }
+    }
+  }
+
+  __device__ void add(const A& a, const B& b, int64_t left) {
     T part[kMine][kTheirs] = {};
-    const int depth = left < kDepth ? static_cast<int>(left) : kDepth;
+    const int depth = left < A::kDepth ? static_cast<int>(left) : A::kDepth;
 #pragma unroll 1
     for (int k = 0; k < depth; k += kWide) {
-      Pack<T, kWide> x[kMine];
+      T x[kMine][kWide], y[kTheirs][kWide];
+      load(a, k, row, x);
+      load(b, k, column, y);
 #pragma unroll
       for (int i = 0; i < kMine; ++i) {
-        x[i] = *reinterpret_cast<const Pack<T, kWide>*>(a + row(i) * kStride + k);
-      }
 #pragma unroll
-      for (int j = 0; j < kTheirs; ++j) {
-        const auto y = *reinterpret_cast<const Pack<T, kWide>*>(b + column(j) * kStride + k);
-#pragma unroll
-        for (int i = 0; i < kMine; ++i) {
+        for (int j = 0; j < kTheirs; ++j) {
 #pragma unroll
           for (int q = 0; q < kWide; ++q) {
-            part[i][j] = fma(x[i].x[q], y.x[q], part[i][j]);
+            part[i][j] = fma(x[i][q], y[j][q], part[i][j]);
           }
         }
       }
@@ -317,25 +213,42 @@ struct Sums {
 };
 
 // Half types: a warp has 16 rows of the tile.
-template <typename T, int kColumns, int kDepth, int kStride>
+template <typename T, typename A, typename B>
 struct TensorSums {
-  static constexpr int kParts = kColumns / 8;
+  static constexpr int kParts = B::kLines / 8;
   float total[kParts][4] = {};
 
-  __device__ void add(const T* a, const T* b, int64_t) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const T* a_line = a + (16 * warp + lane % 16) * kStride + lane / 16 * 8;
-    const T* b_line = b + lane % 8 * kStride + lane / 8 * 8;
+  // 16 rows by 16 entries.
+  __device__ static void load_rows(const A& a, int row, int k, uint32_t (&x)[4]) {
+    const int lane = threadIdx.x % 32, low = lane % 16, high = lane / 16 * 8;
+    if (A::kAcross) {
+      ldmatrix_x4_trans(x, a.x + A::at(row + lane / 8 % 2 * 8, k + high + lane % 8));
+    } else {
+      ldmatrix_x4(x, a.x + A::at(row + low, k + high));
+    }
+  }
+
+  // 8 columns by 32 entries.
+  __device__ static void load_columns(const B& b, int column, int k, uint32_t (&y)[4]) {
+    const int lane = threadIdx.x % 32;
+    if (B::kAcross) {
+      ldmatrix_x4_trans(y, b.x + B::at(column, k + lane));
+    } else {
+      ldmatrix_x4(y, b.x + B::at(column + lane % 8, k + lane / 8 * 8));
+    }
+  }
+
+  __device__ void add(const A& a, const B& b, int64_t) {
     float part[kParts][4] = {};
 #pragma unroll
-    for (int k = 0; k < kDepth; k += 32) {
+    for (int k = 0; k < A::kDepth; k += 32) {
       uint32_t x[2][4];
-      ldmatrix_x4(x[0], a_line + k);
-      ldmatrix_x4(x[1], a_line + k + 16);
+      load_rows(a, threadIdx.x / 32 * 16, k, x[0]);
+      load_rows(a, threadIdx.x / 32 * 16, k + 16, x[1]);
 #pragma unroll
       for (int j = 0; j < kParts; ++j) {
         uint32_t y[4];
-        ldmatrix_x4(y, b_line + 8 * j * kStride + k);
+        load_columns(b, 8 * j, k, y);
         const uint32_t first[2] = {y[0], y[1]}, second[2] = {y[2], y[3]};
         mma_m16n8k16(part[j], x[0], first, T());
         mma_m16n8k16(part[j], x[1], second, T());
@@ -363,17 +276,17 @@ struct TensorSums {
   }
 };
 
-template <typename T, int kColumns, int kDepth, int kStride>
+template <typename T, typename A, typename B>
 struct SumsOf {
-  using type = TensorSums<T, kColumns, kDepth, kStride>;
+  using type = TensorSums<T, A, B>;
 };
-template <int kColumns, int kDepth, int kStride>
-struct SumsOf<float, kColumns, kDepth, kStride> {
-  using type = Sums<float, kColumns, kDepth, kStride>;
+template <typename A, typename B>
+struct SumsOf<float, A, B> {
+  using type = Sums<float, A, B>;
 };
-template <int kColumns, int kDepth, int kStride>
-struct SumsOf<double, kColumns, kDepth, kStride> {
-  using type = Sums<double, kColumns, kDepth, kStride>;
+template <typename A, typename B>
+struct SumsOf<double, A, B> {
+  using type = Sums<double, A, B>;
 };
 
 template <typename T, Product product>
@@ -391,24 +304,58 @@ __device__ void store(const LcParams& p, const Tile& tile, const int64_t* result
   round_to(sum, static_cast<T*>(to)[result[row] + column * step]);
 }
 
+// Whether 16-byte pieces of a channel's neighbours can be read.
+template <typename T>
+__device__ bool wide(const LcActivation& x, int64_t channels) {
+  constexpr int kWide = 16 / sizeof(T);
+  const int64_t apart = x.stride_n | x.stride[0] | x.stride[1] | x.stride[2] | channels;
+  return x.stride_c == 1 && apart % kWide == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+}
+
 template <typename T, Product product, int kColumns>
 __global__ void __launch_bounds__(kThreads, kBlocks<T, kColumns>)
     lc_kernel(const __grid_constant__ LcParams p, int64_t places) {
-  constexpr int kDepth = kStageBytes / sizeof(T), kStride = (kStageBytes + kPadBytes) / sizeof(T);
-  __shared__ alignas(16) T a[kRows * kStride];
-  __shared__ alignas(16) T b[kColumns * kStride];
-  __shared__ Tables<kColumns, kDepth> t;
+  using A = Stage<T, kRows, product != Product::Forward>;
+  using B = Stage<T, kColumns, product == Product::BackwardWeight>;
+  constexpr int kDepth = A::kDepth;
+  using Depths = DepthTables<kDepth>;
+  __shared__ A a[2];
+  __shared__ B b[2];
+  __shared__ RowTables<kColumns> rows;
+  __shared__ Depths depths[2];
   __shared__ Readers r;
   const LcGeometry& g = p.g;
   const bool backward_input = product == Product::BackwardInput;
   const int64_t most_rows = backward_input ? g.c : g.o;
   const int64_t most_columns = product == Product::BackwardWeight ? lc_columns(g) : g.n;
   const int64_t row_tiles = (most_rows + kRows - 1) / kRows, column_tiles = (most_columns + kColumns - 1) / kColumns;
-  // Whether the weights can be read 16 bytes at a time: neighbours along the sum, or along the channels.
-  constexpr int kWide = 16 / sizeof(T);
-  const bool wide_rows =
-      reinterpret_cast<uintptr_t>(p.weight) % 16 == 0 && (backward_input ? g.c : lc_columns(g)) % kWide == 0;
-  const bool wide_entries = g.c % kNumbersPerCall == 0 && p.feedback.cols % kNumbersPerCall == 0;
+  const T* a_data = static_cast<const T*>(product == Product::BackwardWeight ? p.out.data : p.weight);
+  const T* b_data = static_cast<const T*>(backward_input ? p.out.data : p.in.data);
+  const FeedbackParams* signs = backward_input && p.signs_of_weight ? &p.feedback : nullptr;
+  const bool b_wide = backward_input ? wide<T>(p.out, g.o) : wide<T>(p.in, g.c);
+  const bool a_wide = product == Product::BackwardWeight ? wide<T>(p.out, g.o)
+                                                         : reinterpret_cast<uintptr_t>(p.weight) % 16 == 0 &&
+                                                               (backward_input ? g.c : lc_columns(g)) % A::kWide == 0;
+  const bool whole_calls = g.c % kNumbersPerCall == 0 && p.feedback.cols % kNumbersPerCall == 0;
+
+  const auto load = [&](const Depths& t, A& to_a, B& to_b) {
+    if (backward_input && !a_data) {
+      if (whole_calls) {
+        form<kNumbersPerCall>(p.feedback, rows, t, to_a, T());
+      } else {
+        form<1>(p.feedback, rows, t, to_a, T());
+      }
+    } else if (a_wide) {
+      copy(a_data, rows.a, t.a, to_a);
+    } else {
+      gather(a_data, rows.a, t.a, signs, to_a);
+    }
+    if (b_wide) {
+      copy(b_data, rows.b, t.b, to_b);
+    } else {
+      gather(b_data, rows.b, t.b, nullptr, to_b);
+    }
+  };
 
   // Tiles of the same weights are neighbours.
   for (int64_t index = blockIdx.x; index < places * g.groups * row_tiles * column_tiles; index += gridDim.x) {
@@ -424,46 +371,38 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kColumns>)
       __syncthreads();
     }
     const Extent e = extent<product>(p, r);
-    fill_rows<product>(p, tile, e, t);
-    typename SumsOf<T, kColumns, kDepth, kStride>::type sums;
-    for (int64_t first = 0; first < e.depth; first += kDepth) {
-      fill_depth<product>(p, tile, r, e, first, t);
+    fill<product>(p, tile, e, rows);
+    typename SumsOf<T, A, B>::type sums;
+    int now = 1;
+    for (int64_t first = -kDepth; first < e.depth; first += kDepth, now = 1 - now) {
+      const int64_t next = first + kDepth;
+      if (next < e.depth) {
+        fill<product>(p, tile, r, e, next, depths[1 - now]);
+      }
+      // All have the tables, and have multiplied the stage that the next one takes the place of.
       __syncthreads();
-      if (product == Product::BackwardWeight) {
-        gather<T, kRows, false, kDepth, kStride>(static_cast<const T*>(p.out.data), t.a_row, t.a, a);
-        gather<T, kColumns, false, kDepth, kStride>(static_cast<const T*>(p.in.data), t.b_row, t.b, b);
-      } else {
-        const T* w = static_cast<const T*>(p.weight);
-        if (product == Product::Forward) {
-          if (wide_rows) {
-            gather_wide<T, kRows, kDepth, kStride>(w, t.a_row, t.a, a);
-          } else {
-            gather<T, kRows, true, kDepth, kStride>(w, t.a_row, t.a, a);
+      if (next < e.depth) {
+        load(depths[1 - now], a[1 - now], b[1 - now]);
+      }
+      cp_async_commit();
+      if (first < 0) {
+        continue;
+      }
+      cp_async_wait<1>();
+      if (a_wide && signs) {
+        A::pieces([&](int l, int k) {
+          auto& piece = *reinterpret_cast<Pack<T, A::kWide>*>(a[now].x + A::at(l, k));
+          for (T& x : piece.x) {
+            x = signed_scale(*signs, x);
           }
-        } else if (!w) {
-          if (wide_entries) {
-            form<T, kNumbersPerCall, kDepth, kStride>(p.feedback, t, a);
-          } else {
-            form<T, 1, kDepth, kStride>(p.feedback, t, a);
-          }
-        } else if (wide_rows) {
-          gather_across<T, kRows, kDepth, kStride>(w, t.a_row, t.a, a);
-        } else {
-          gather<T, kRows, false, kDepth, kStride>(w, t.a_row, t.a, a);
-        }
-        const LcActivation& x = backward_input ? p.out : p.in;
-        gather<T, kColumns, true, kDepth, kStride>(static_cast<const T*>(x.data), t.b_row, t.b, b);
+        });
       }
       __syncthreads();
-      sums.add(a, b, e.depth - first);
-    }
-    // Without terms nothing has waited for the table of results.
-    if (e.depth == 0) {
-      __syncthreads();
+      sums.add(a[now], b[now], e.depth - first);
     }
     sums.each([&](int row, int column, auto sum) {
       if (tile.row + row < e.rows && tile.column + column < e.columns) {
-        store<T, product>(p, tile, t.result, row, tile.column + column, sum);
+        store<T, product>(p, tile, rows.result, row, tile.column + column, sum);
       }
     });
     __syncthreads();

@@ -17,6 +17,7 @@ struct LcParams {
   LcGeometry g;
   LcActivation in, out;  // input or its gradient, output or its gradient
   void* weight;          // (positions, groups · o, taps · c): read, or the gradient written; null where B is formed
+  bool signs_of_weight;  // B = feedback.scale · sign(weight)
   DType dtype;
   const void* bias;  // or null
   bool bias_per_position;

@@ -1,6 +1,7 @@
 """lc_forward, lc_backward_input and lc_backward_weight: within test_lc_cpu.py's bound of the reference, in both ways in
 which tensor cores may round, and the same bits in every order of threads and blocks."""
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -43,6 +44,10 @@ def check_products(layer: Layer, n: int, dtype: torch.dtype, bias_per_position: 
 WHOLE_CALLS = Layer((8, 12), (5, 4), (3, 2), (1, 2), (2, 1, 1, 2), (2, 1), 2)
 
 
+# Channels of a group that are whole 16-byte pieces of every dtype.
+WIDE = Layer((48, 16), (4, 3), (3, 2), (1, 2), (2, 1, 1, 2), (2, 1), 2)
+
+
 def layer_of(geometry: Geometry) -> Layer:
     stride, padding, dilation, groups = geometry.op()
     return Layer(geometry.channels, geometry.size, geometry.kernel, stride, tuple(padding), dilation, groups)
@@ -61,6 +66,10 @@ SIZES = {
     "more than few": (WHOLE_CALLS, 9),  # and one more
     "two tiles and one": (Layer((65, 129), (2,), (1,), (1,), (0, 0), (1,)), 129),  # rows, columns and samples
     "wide rows": (Layer((8, 24), (3, 3), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)), 5),  # 16-byte loads of every type
+    "wide channels": (WIDE, 9),  # 16-byte pieces of every operand, stages that do not end with a tap
+    "wide channels, few samples": (WIDE, 3),
+    "wide inputs": (Layer((16, 5), (5,), (3,), (1,), (1, 1), (1,)), 5),  # and outputs entry by entry
+    "wide outputs": (Layer((5, 16), (5,), (3,), (1,), (1, 1), (1,)), 5),
     "long sum": (Layer((64, 8), (5,), (5,), (1,), (0, 0), (1,)), 3),  # five stages of a half type
     "padding wider than the kernel": (LAYERS["2d padding wider than the kernel"], 3),
 }
@@ -76,8 +85,8 @@ def test_sizes(size: str, dtype: torch.dtype, truncating: bool) -> None:
 @dtypes
 @pytest.mark.parametrize("cell", CELLS)
 def test_feedback(cell: str, dtype: torch.dtype, truncating: bool) -> None:
-    """Formed B: channels in whole calls of the generator, and not; the dtype of the weight may be another."""
-    for layer, n in ((WHOLE_CALLS, 3), (LAYERS["1d ragged"], 9)):
+    """Formed B: channels in whole calls of the generator, not, in 16-byte pieces; the weight's dtype may be another."""
+    for layer, n in ((WHOLE_CALLS, 3), (LAYERS["1d ragged"], 9), (WIDE, 2)):
         g, size = layer.tensors(n, dtype)[-1], layer.weight_size()
         rest = (size, layer.size, *layer.op())
         for other in {dtype, torch.float32}:
@@ -89,10 +98,9 @@ def test_feedback(cell: str, dtype: torch.dtype, truncating: bool) -> None:
 
 
 def test_formed_and_stored_feedback_give_the_same_bits() -> None:
-    layer = WHOLE_CALLS
-    g, size = layer.tensors(3, torch.float32)[-1], layer.weight_size()
-    rest = (size, layer.size, *layer.op())
-    for cell in CELLS:
+    for layer, cell in itertools.product((WHOLE_CALLS, WIDE), CELLS):
+        g, size = layer.tensors(3, torch.float32)[-1], layer.weight_size()
+        rest = (size, layer.size, *layer.op())
         feedback = feedback_of(cell, size, torch.float32)
         b = ops.feedback_weight(*feedback, size, dtype=torch.float32)
         stored = ops.lc_backward_input(g, None, None, b, None, "stored", 1.0, *rest)
@@ -127,9 +135,10 @@ def test_a_non_finite_sample_stays_alone() -> None:
         assert not dirty[0][1].isfinite().any()
 
 
-def test_offsets_beyond_32_bits() -> None:
+@pytest.mark.parametrize("channels", [4, 8], ids=["entries", "pieces"])
+def test_offsets_beyond_32_bits(channels: int) -> None:
     """Samples 2³¹ elements apart. The memory between them is never touched, so it costs nothing."""
-    layer = Layer((4, 8), (3,), (2,), (1,), (0, 0), (1,))
+    layer = Layer((channels, channels), (3,), (2,), (1,), (0, 0), (1,))
 
     def apart(near: torch.Tensor) -> torch.Tensor:
         storage = torch.UntypedStorage(2 * (2**31 + 64))
@@ -137,6 +146,7 @@ def test_offsets_beyond_32_bits() -> None:
         return torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, near.shape, strides).copy_(near)
 
     x, w, _, g = layer.tensors(2, torch.bfloat16)
+    x, g = channels_last(x), channels_last(g)
     expected = products(ops, layer, x, w, None, g)
     for a, e in zip(products(ops, layer, apart(x), w, None, apart(g)), expected, strict=True):
         assert torch.equal(a, e)

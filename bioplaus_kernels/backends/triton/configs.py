@@ -51,7 +51,7 @@ Table = dict[str, tuple[Tile, ...]]
 _SM80: Table = {
     "digits4": (Tile(16, 128, 64, 4, 4), Tile(32, 128, 64, 8, 3)),
     "digits2": (Tile(16, 128, 64, 4, 4), Tile(64, 128, 64, 8, 3)),
-    "half": (Tile(16, 128, 32, 4, 4), Tile(64, 128, 32, 4, 4), Tile(128, 128, 32, 8, 4)),
+    "half": (Tile(16, 128, 32, 4, 4, 168), Tile(64, 128, 32, 4, 4), Tile(128, 128, 32, 8, 4)),
     "float32": (Tile(16, 128, 16, 4, 3), Tile(64, 128, 16, 8, 3)),
     "lc_half": (Tile(16, 64, 32, 4, 3, 168), Tile(64, 64, 32, 4, 3, 255)),
     "lc_float32": (Tile(16, 64, 16, 4, 3, 255), Tile(32, 64, 16, 8, 3)),
@@ -59,8 +59,10 @@ _SM80: Table = {
 # wgmma takes 64 rows of its A side, the columns of B, for each 4 warps.
 _SM90: Table = _SM80 | {
     "digits4": (Tile(16, 128, 64, 4, 4), Tile(32, 128, 128, 8, 3)),
-    "half": (Tile(16, 128, 32, 4, 4), Tile(64, 128, 32, 4, 4), Tile(128, 128, 64, 8, 3)),
+    "half": (Tile(16, 128, 32, 4, 4, 168), Tile(64, 128, 32, 4, 4), Tile(128, 128, 64, 8, 3)),
     "float32": (Tile(16, 128, 16, 4, 3), Tile(64, 128, 16, 4, 3)),
+    # Normal draws for these tiles take 221 registers.
+    "lc_half": (Tile(16, 64, 32, 4, 3, 255), Tile(64, 64, 32, 4, 3, 255)),
 }
 _SM100: Table = _SM90
 # Wavefronts of 64 and 64 KiB of shared memory: few stages.
