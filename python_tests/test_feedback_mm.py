@@ -6,6 +6,7 @@ same dtype of the same operands, plus one rounding of the output.
 
 import itertools
 import math
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bioplaus_kernels import ops
+from bioplaus_kernels import backends, ops
 from bioplaus_kernels.backends import native, reference
 from bioplaus_kernels.feedback import feedback_key
 
@@ -240,3 +241,22 @@ def test_zero_weight_gives_zero_feedback() -> None:
 def test_opcheck(cell: str, dtype: torch.dtype) -> None:
     args = (normal(6, 20).to(dtype), *operands(cell, 20, 9, dtype), 9)
     torch.library.opcheck(torch.ops.bioplaus.feedback_mm.default, args)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(native.library is None, reason="the reference forms B in float32")
+@pytest.mark.skipif(
+    os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 16 * 2**30, reason="takes 9 GB of memory"
+)
+@pytest.mark.parametrize("backend", ["cpu", *(pytest.param(b, marks=pytest.mark.gpu) for b in ("cuda", "triton"))])
+@pytest.mark.parametrize("entries", ["constant", "uniform"])
+def test_results_beyond_32_bits(entries: str, backend: str) -> None:
+    """The last row lies behind 2³¹ results. Of sums of one term each row is a multiple of another."""
+    columns, device = 2**30, "cpu" if backend == "cpu" else "cuda"
+    key, grad_output = KEY.to(device), torch.tensor([[1.0], [2.0], [4.0]], dtype=torch.bfloat16, device=device)
+    with backends.use(backend):
+        dx = ops.feedback_mm(grad_output, None, None, None, key, entries, 0.5, columns)
+    b = ops.feedback_weight(None, None, None, key, entries, 0.5, (1, columns), dtype=torch.bfloat16)
+    assert torch.equal(dx[0], b[0])
+    for part in (slice(0, 4096), slice(-4096, None)):
+        assert torch.equal(dx[2, part], 4 * dx[0, part])
