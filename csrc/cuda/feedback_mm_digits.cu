@@ -17,10 +17,10 @@
 // its bytes are read once and N·K/4 written, 1/16 of fp32's.
 //
 // Against torch's product with B from feedback_weight, which moves N·K·(W's bytes + 2·dX's) and does 2·M·N·K at the
-// dtype's rate: in fp32 without TF32 (19.5 TFlop/s on sm_80, 67 on sm_90) this is ahead at any M. In half types 2
-// digits are twice the operations on instructions of at most twice the rate, so torch's product is ahead once that has
-// paid for forming B: at 60 % of mma.sync's rate and 80 % of the vendor's, 4096² and W in bf16, from M of about 750 on
-// sm_80, 400 on sm_90, where wgmma leaves mma.sync 0.6 of the rate, and less on sm_100. Below that fewer bytes win.
+// dtype's rate, by backends/rule.py and for 4096² weights: in fp32 without TF32 this is ahead at any M. In half types 2
+// digits are twice the operations on instructions of at most twice the rate, so fewer bytes win only while M is small:
+// signs from W below M = 35 on sm_80, 33 on sm_90 and nowhere on sm_100, of whose rate mma.sync reaches a quarter;
+// packed ones below 62, 65 and 17.
 #include "element.h"
 #include "feedback_mm.h"
 #include "launch_kernel.h"
