@@ -49,9 +49,10 @@ struct Sum<double> {
   using type = double;
 };
 
-// A stage of one operand: lines of the tile by kDepth entries along the sum, the lines adjacent (kAcross) or those.
+// A stage of one operand: lines of the tile by kDepth entries along the sum. Lines are adjacent (kAcross), or entries.
 template <typename T, int kLines_, bool kAcross_>
 struct Stage {
+  using Entry = T;
   static constexpr int kLines = kLines_, kDepth = kStageBytes / sizeof(T), kWide = 16 / sizeof(T);
   static constexpr bool kAcross = kAcross_;
   // Rows 16 bytes further apart: ldmatrix and 16-byte loads of 8 rows meet all banks.
@@ -118,10 +119,9 @@ __device__ void gather(const T* data, const int64_t* line, const int64_t* depth,
 }
 
 // A stage of B, formed: N neighbours along the lines, which are channels of one tap.
-template <int N, typename T, int kColumns, typename S>
-__device__ void form(const FeedbackParams& p, const RowTables<kColumns>& rows, const DepthTables<S::kDepth>& t, S& to,
-                     T) {
-  using acc_t = typename Sum<T>::type;
+template <int N, int kColumns, typename S>
+__device__ void form(const FeedbackParams& p, const RowTables<kColumns>& rows, const DepthTables<S::kDepth>& t, S& to) {
+  using acc_t = typename Sum<typename S::Entry>::type;
 #pragma unroll 1
   for (int i = threadIdx.x; i < kRows / N * S::kDepth; i += kThreads) {
     const int l = i % (kRows / N) * N, k = i / (kRows / N);
@@ -341,9 +341,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kColumns>)
   const auto load = [&](const Depths& t, A& to_a, B& to_b) {
     if (backward_input && !a_data) {
       if (whole_calls) {
-        form<kNumbersPerCall>(p.feedback, rows, t, to_a, T());
+        form<kNumbersPerCall>(p.feedback, rows, t, to_a);
       } else {
-        form<1>(p.feedback, rows, t, to_a, T());
+        form<1>(p.feedback, rows, t, to_a);
       }
     } else if (a_wide) {
       copy(a_data, rows.a, t.a, to_a);
