@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,13 +27,17 @@ print(json.dumps([(asdict(row), variant.product) for variant, row in t.rows(sys.
 """
 
 
-def compile_all(what: str) -> list[tuple[Row, bool]]:
+def outcome(program: str, *arguments: str) -> Any:
+    """What `program` prints last, in a process without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, what], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [(Row(**row), product) for row, product in json.loads(done.stdout.splitlines()[-1])]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compile_all(what: str) -> list[tuple[Row, bool]]:
+    return [(Row(**row), product) for row, product in outcome(PROGRAM, what)]
 
 
 def check(rows: list[tuple[Row, bool]], every: bool = False) -> None:
@@ -127,6 +132,60 @@ def test_a_bound_on_registers_reaches_the_compiler(monkeypatch: pytest.MonkeyPat
     assert configs.tile_for("made_up", x, 16) == {}
     assert configs.tunable(lc.forward_kernel, "made_up", x, 17, ("N",)) is lc.forward_kernel
     assert configs.tile_for("made_up", x, 17) == {"BM": 32, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2}
+
+
+TRACED = """
+import json
+import torch
+from functorch.compile import aot_function
+from torch._subclasses.fake_tensor import FakeTensorMode
+from bioplaus_kernels.backends.triton import configs, feedback_mm, lc
+
+configs.architecture = lambda device: "sm_80"
+ops, launches = torch.ops.bioplaus_triton, {}
+
+def count(graph, inputs):
+    targets = [str(node.target) for node in graph.graph.nodes]
+    launches[name] = sum(t.startswith("triton_kernel_wrapper") for t in targets)
+    assert not any("bioplaus" in t for t in targets)
+    return graph
+
+with FakeTensorMode():
+    gpu = lambda *size, dtype=torch.bfloat16: torch.empty(size, device="cuda", dtype=dtype)
+    key = gpu(3, dtype=torch.int64)
+    signs = lambda g, w: ops.feedback_mm(g, w, None, None, None, "constant", 0.5, w.shape[1])
+    drawn = lambda g, key: ops.feedback_mm(g, None, None, None, key, "uniform", 0.5, 512)
+    x, w, g, rest = gpu(4, 8, 6, 6), gpu(6, 6, 16, 3, 3, 8), gpu(4, 16, 6, 6), ([1, 1], [1, 1, 1, 1], [1, 1], 1)
+    for name, f, *inputs in (
+        ("float32 signs", signs, gpu(4096, 512, dtype=torch.float32), gpu(512, 4096, dtype=torch.float32)),
+        ("float32 signs in parts", signs, gpu(8, 4096, dtype=torch.float32), gpu(4096, 512, dtype=torch.float32)),
+        ("bfloat16 signs", signs, gpu(4096, 512), gpu(512, 4096)),
+        ("bfloat16 signs in parts", signs, gpu(8, 4096), gpu(4096, 512)),
+        ("drawn", drawn, gpu(4096, 4096), key),
+        ("drawn in parts", drawn, gpu(8, 4096), key),
+        ("lc_forward", lambda x, w: ops.lc_forward(x, w, None, *rest), x, w),
+        ("lc_backward_weight", lambda g, x: ops.lc_backward_weight(g, x, [3, 3], *rest), g, x),
+        ("lc_backward_input", lambda g, w: ops.lc_backward_input(
+            g, w, None, None, None, "constant", 0.5, w.shape, [6, 6], *rest), g, w),
+    ):
+        aot_function(f, fw_compiler=count)(*inputs)
+print(json.dumps(launches))
+"""
+
+
+def test_compilers_see_every_launch() -> None:
+    """torch.compile gets the kernels themselves, those of a second pass too, and no op that it cannot look into."""
+    assert outcome(TRACED) == {
+        "float32 signs": 2,  # digits, product
+        "float32 signs in parts": 3,
+        "bfloat16 signs": 3,  # and a product of four digits for the rows that need them
+        "bfloat16 signs in parts": 4,
+        "drawn": 1,
+        "drawn in parts": 2,
+        "lc_forward": 1,
+        "lc_backward_weight": 1,
+        "lc_backward_input": 1,
+    }
 
 
 def test_occupancy() -> None:
