@@ -122,6 +122,7 @@ def table(rows: list[list[Run]], style: str = "simple") -> str:
         tablefmt=style,
         floatfmt=[formats[i] for i in used],
         disable_numparse=[0],
+        colalign=["left", *["right"] * (len(used) - 1)],
         missingval="",
     )
 
@@ -250,13 +251,12 @@ def _made(rows: list[list[Run]]) -> str:
     return "{}; {}; commit {}.\n\n```\n{}\n```\n".format(*facts, commands)
 
 
-def _mean(values: list[float | None], scale: float) -> Any:
+def _mean(values: list[float | None], scale: float) -> str | None:
     known = [scale * value for value in values if value is not None]
     if not known:
         return None
-    if len(known) == 1:
-        return known[0]
-    return f"{statistics.fmean(known):.2f} ± {statistics.stdev(known):.2f}"
+    spread = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.2f}{spread}"
 
 
 def _kendall(ranks: list[int]) -> float:
