@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
@@ -148,9 +149,10 @@ def picture(rows: list[list[Run]], title: str, path: Path) -> None:
     first, *others = figure.subplots(1, 1 + len(kinds), squeeze=False)[0]
     score = rows[0][0].score
     scale = 1 if score == "test_loss" else 100
+    colours = colormaps["tab10" if len(rows) <= 10 else "tab20"].colors
     for number, runs in enumerate(rows):
         for r in runs:
-            style = {"color": f"C{number % 10}", "label": r.header["row"] if r is runs[0] else None}
+            style = {"color": colours[number % len(colours)], "label": r.header["row"] if r is runs[0] else None}
             epochs = [row["epoch"] for row in r.rows]
             for name, line in ((score, "-"), (score.replace("test", "train"), ":")):
                 # Gaps where it is 0, which a logarithmic axis has no place for.
