@@ -245,7 +245,7 @@ def test_opcheck(cell: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(native.library is None, reason="the reference forms B in float32")
+@pytest.mark.skipif(native.library is None, reason=f"no native library: {native.reason}")
 @pytest.mark.parametrize("backend", ["cpu", *(pytest.param(b, marks=pytest.mark.gpu) for b in ("cuda", "triton"))])
 @pytest.mark.parametrize("entries", ["constant", "uniform"])
 def test_results_beyond_32_bits(entries: str, backend: str) -> None:

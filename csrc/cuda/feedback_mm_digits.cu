@@ -21,6 +21,9 @@
 // digits are twice the operations on instructions of at most twice the rate, so fewer bytes win only while M is small:
 // signs from W below M = 35 on sm_80, 33 on sm_90 and nowhere on sm_100, of whose rate mma.sync reaches a quarter;
 // packed ones below 62, 65 and 17.
+//
+// One file: small, middle and large tiles, one pass or two, and the second pass over parts of K share the digits'
+// layout and the rounding of results.
 #include "element.h"
 #include "feedback_mm.h"
 #include "launch_kernel.h"

@@ -19,10 +19,10 @@
 // Half types multiply on tensor cores (mma.m16n8k16); all sums go to a second register after each stage of 128 bytes
 // along the sum (64 entries of a half type), as tensor cores truncate. fp32 and fp64 multiply by FFMA and DFMA.
 //
-// Roofline: max(bytes of the weights once for every 64 samples, and of the activations; 2 · samples flops a weight).
-// With up to 8 samples a tile has 8 of them, and the weights are all that counts. By Little's law 12 KB under way on
-// a processor of sm_80 (2 TB/s, 600 ns, 108 of them), 18 KB of sm_90 and 43 KB of sm_100 keep its memory busy: a block
-// has 9 to 16 KB under way, three or four run together.
+// Roofline, on paper and not yet on hardware: max(bytes of the weights once for every 64 samples, and of the
+// activations; 2 · samples flops a weight). With up to 8 samples a tile has 8 of them, and the weights are all that
+// counts. By Little's law 12 KB under way on a processor of sm_80 (2 TB/s, 600 ns, 108 of them), 18 KB of sm_90 and 43
+// KB of sm_100 keep its memory busy: a block has 9 to 16 KB under way, three or four run together.
 #include "entries.cuh"
 #include "launch_kernel.h"
 #include "lc_tables.cuh"
