@@ -12,13 +12,14 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bioplaus_kernels.backends import triton as backend
-from bioplaus_kernels.backends.triton import configs, feedback_mm, lc
+from bioplaus_kernels.backends.triton import feedback_mm, lc
+from bioplaus_kernels.backends.triton.launch import Tile
 
 from .gpu_static import RESERVED_SHARED, VECTOR_LOAD, Row, cached, hot_loop, occupancy
 
@@ -26,66 +27,76 @@ TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Only with every configuration: their shared memory is sm_120's, their instructions are sm_80's.
+MORE_TARGETS = {"sm_86": GPUTarget("cuda", 86, 32), "sm_89": GPUTarget("cuda", 89, 32)}
+# Bytes that a block may ask for.
+SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+SHARED |= dict.fromkeys(("sm_86", "sm_89", "sm_120"), 101_376)
 TENSOR_CORE = {"cuda": r"\b[IH]G?MMA\b|\bUTC[IHQO]?\w*MMA\b", "hip": r"\bv_mfma"}
 FMA = {"cuda": r"\bFFMA2?\b", "hip": r"\bv_(?:pk_|dual_)?fma"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def capability(target: str) -> tuple[int, int]:
+    """As torch says it; of AMD's, that of a part without wgmma."""
+    number = int(target.removeprefix("sm_")) if target.startswith("sm_") else 80
+    return number // 10, number % 10
 
 
 @dataclass(frozen=True)
 class Variant:
     """A kernel with the operands of one cell: `source` of signs (weight, packed, seeded or none) and `entries`.
 
-    `split`: sums of parts of K go to a second pass.
+    `parameters`: the dtype of the weight, where it is not that of the activations. `split`: sums of parts of K go to a
+    second pass.
     """
 
     kernel: Any
-    kind: str
     dtype: str
     source: str = ""
     entries: str = ""
     split: bool = False
+    parameters: str = ""
 
-    def name(self, tile: configs.Tile) -> str:
+    def name(self, tile: Tile) -> str:
         """In the table."""
-        digits = f"{self.kind[-1]} digits" if self.kind.startswith("digits") else ""
-        words = (self.kernel.__name__, self.source, self.entries, self.dtype, digits, "in parts" if self.split else "")
-        return " ".join((*filter(None, words), f"{tile.rows}x{tile.columns}x{tile.depth}"))
+        words = (self.kernel.__name__, self.source, self.parameters, self.entries, self.dtype)
+        parts = "in parts" if self.split else ""
+        return " ".join((*filter(None, words), *filter(None, (parts,)), f"{tile.rows}x{tile.columns}x{tile.depth}"))
 
     @property
     def product(self) -> bool:
-        """Whether tensor cores must be seen: of all products but those in float32."""
-        return self.kind != "" and (self.kind.startswith("digits") or self.dtype != "fp32")
+        """Whether tensor cores must be seen."""
+        return self.kernel is not feedback_mm.add_kernel
 
 
 SIGNS = ("weight", "packed", "seeded")
-# Sign source and entries; a plain stored B is torch's own product.
-CELLS = [("weight", "stored"), ("packed", "stored"), ("weight", "uniform"), ("none", "uniform"), ("none", "normal")]
+# Sign source and entries of a locally-connected input gradient.
+CELLS = [(s, "constant") for s in SIGNS] + [
+    ("weight", "stored"), ("packed", "stored"), ("weight", "uniform"), ("none", "uniform"), ("none", "normal"),
+    ("none", "stored"),
+]  # fmt: skip
 
 
 def variants(dtype: str) -> Iterator[Variant]:
     """Every kernel and loader for dY in `dtype`."""
-    half = dtype != "fp32"
-    for kernel in (feedback_mm.quantise_kernel, feedback_mm.add_digits_kernel, feedback_mm.add_parts_kernel):
-        yield Variant(kernel, "", dtype)
+    yield Variant(feedback_mm.add_kernel, dtype)
     for source in SIGNS:
-        for count in (2, 4) if half else (4,):
-            yield Variant(feedback_mm.digit_product_kernel, f"digits{count}", dtype, source, "constant")
+        yield Variant(feedback_mm.sign_kernel, dtype, source, "constant")
+    yield Variant(feedback_mm.sign_kernel, dtype, "weight", "constant", split=True)
+    if dtype != "fp32":
+        yield Variant(feedback_mm.sign_kernel, dtype, "weight", "constant", parameters="fp32")
+    yield Variant(lc.forward_kernel, dtype)
+    yield Variant(lc.backward_weight_kernel, dtype)
     for source, entries in CELLS:
-        yield Variant(feedback_mm.product_kernel, "half" if half else "float32", dtype, source, entries)
-    if half:
-        yield Variant(feedback_mm.product_kernel, "half", dtype, "none", "uniform", split=True)
-    else:
-        yield Variant(feedback_mm.digit_product_kernel, "digits4", dtype, "weight", "constant", split=True)
-    of = "lc_half" if half else "lc_float32"
-    yield Variant(lc.forward_kernel, of, dtype)
-    yield Variant(lc.backward_weight_kernel, of, dtype)
-    for source, entries in [(s, "constant") for s in SIGNS] + CELLS + [("none", "stored")]:
-        yield Variant(lc.backward_input_kernel, of, dtype, source, entries)
+        yield Variant(lc.backward_input_kernel, dtype, source, entries)
 
 
-def _arguments(variant: Variant, tile: configs.Tile) -> tuple[dict[str, str], dict[str, Any]]:
+def _arguments(variant: Variant, tile: Tile, target: str) -> tuple[dict[str, str], dict[str, Any]]:
     """Types of the arguments, and the constants, of a call whose operands are dense and aligned."""
     cell = {
         "weight": variant.source == "weight" or variant.kernel is lc.forward_kernel,
@@ -93,16 +104,15 @@ def _arguments(variant: Variant, tile: configs.Tile) -> tuple[dict[str, str], di
         "magnitude": variant.entries == "stored",
         "key": variant.source == "seeded" or variant.entries in ("uniform", "normal"),
         "bias": False,
-        "sums": variant.split or variant.kind == "",
+        "sums": variant.split or variant.kernel is feedback_mm.add_kernel,
     }
-    typed = {"planes": "i32", "kind": "i32", "key": "i64", "digits": "i8"}
-    typed["sums"] = "i64" if "digit" in variant.kernel.__name__ else "fp32"
-    pointers = {"grad", "out", "x", "y", "dx", "dw", "weight", "magnitude", "planes", "kind", "key", "digits", "sums"}
+    typed = {"planes": "i32", "key": "i64", "sums": "fp32"}
+    if variant.parameters:
+        typed["weight"] = variant.parameters
+    pointers = {"grad", "out", "x", "y", "dx", "dw", "weight", "magnitude", "planes", "key", "sums"}
     constants: dict[str, Any] = {
-        "ENTRIES": variant.entries, "BIAS": "", "INDEX": tl.int32, "DIGITS": int(variant.kind[-1:] or 0)
-        if variant.kind.startswith("digits") else 0, "BM": tile.rows, "BN": tile.columns, "BK": tile.depth,
-        "BLOCK": tile.columns,
-        "grad_column": 1, "weight_column": 1, "magnitude_column": 1,
+        "ENTRIES": variant.entries, "BIAS": "", "WIDE": False, "BM": tile.rows, "BN": tile.columns, "BK": tile.depth,
+        "BLOCK": tile.columns, "grad_column": 1, "weight_column": 1,
         # A 2-D product of stride and dilation 1.
         "I0": 1, "O0": 1, "K0": 1, "S0": 1, "S1": 1, "S2": 1, "D0": 1, "D1": 1, "D2": 1, "B0": 0,
     }  # fmt: skip
@@ -123,14 +133,16 @@ def _arguments(variant: Variant, tile: configs.Tile) -> tuple[dict[str, str], di
 _ODD = {"scale", "G", "P", "I1", "I2", "O1", "O2", "K1", "K2", "B1", "B2", "N"}
 
 
-def compile_kernel(variant: Variant, target: str, tile: configs.Tile) -> Any:
+def compile_kernel(variant: Variant, target: str, tile: Tile) -> Any:
     """Triton's compiled kernel."""
-    types, constants = _arguments(variant, tile)
-    odd = _ODD if variant.kind.startswith("lc") else {"scale", "parts"}
+    types, constants = _arguments(variant, tile, target)
+    odd = _ODD if variant.kernel.__module__ == lc.__name__ else {"scale", "parts"}
     names = variant.kernel.arg_names
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in types if n not in odd}
     signature = {n: types.get(n, "constexpr") for n in names}
-    return triton.compile(ASTSource(variant.kernel, signature, constants, attributes), TARGETS[target], tile.options())
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    source = ASTSource(variant.kernel, signature, constants, attributes)
+    return triton.compile(source, (TARGETS | MORE_TARGETS)[target], options)
 
 
 def _run(*command: str | Path) -> str:
@@ -147,19 +159,19 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _row(variant: Variant, target: str, tile: configs.Tile) -> Row:
+def _row(variant: Variant, target: str, tile: Tile) -> Row:
     kernel = compile_kernel(variant, target, tile)
     source = f"bioplaus_kernels/backends/triton/{variant.kernel.__module__.rsplit('.', 1)[1]}.py"
     named = (source, variant.name(tile), target, f"triton {triton.__version__}")
-    maker, shared = TARGETS[target].backend, kernel.metadata.shared
-    threads = tile.warps * TARGETS[target].warp_size
+    at = (TARGETS | MORE_TARGETS)[target]
+    maker, shared, threads = at.backend, kernel.metadata.shared, tile.warps * at.warp_size
     if maker == "hip":
         code = kernel.asm["amdgcn"]
         # Registers for sums count as well: they lie in the same file.
         figures = _number(r"\.vgpr_count:\s+(\d+)", code), 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", code), 0
         blocks = 0
     else:
-        tools = "-blackwell" if target == "sm_100" and (_TOOLS / "ptxas-blackwell").exists() else ""
+        tools = "-blackwell" if target in ("sm_100", "sm_120") and (_TOOLS / "ptxas-blackwell").exists() else ""
         with tempfile.TemporaryDirectory() as folder:
             ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
             ptx.write_text(kernel.asm["ptx"])
@@ -170,7 +182,8 @@ def _row(variant: Variant, target: str, tile: configs.Tile) -> Row:
             used = _run(_TOOLS / "cuobjdump", "--dump-resource-usage", cubin)
             code = _run(_TOOLS / "nvdisasm", "-c", cubin)
         # From sm_90 on this counts what every block pays, but of a kernel with no shared memory at all.
-        static = max(0, _number(r"SHARED:(\d+)", used) - (0 if target == "sm_80" else RESERVED_SHARED))
+        reserved = RESERVED_SHARED if capability(target)[0] >= 9 else 0
+        static = max(0, _number(r"SHARED:(\d+)", used) - reserved)
         registers = _number(r"REG:(\d+)", used)
         figures = registers, _number(r"(\d+) bytes spill stores", said), static
         blocks = occupancy(target, registers, threads, shared + static)
@@ -185,7 +198,7 @@ def _row(variant: Variant, target: str, tile: configs.Tile) -> Row:
         0,
         tensor_core,
         _count(VECTOR_LOAD[maker], code),
-        *(hot_loop(code, product) if variant.kind else (0, 0)),
+        *(hot_loop(code, product) if variant.product else (0, 0)),
     )
 
 
@@ -198,29 +211,34 @@ def _sources() -> str:
     return hashlib.sha256(text.encode()).hexdigest() + triton.__version__
 
 
-def measure(variant: Variant, target: str, tile: configs.Tile) -> Row:
+def measure(variant: Variant, target: str, tile: Tile) -> Row:
     """The row, compiled only if sources or Triton changed."""
-    key = " ".join((_sources(), target, variant.kind, variant.name(tile), str(tile)))
+    key = " ".join((_sources(), target, variant.name(tile), str(tile)))
     return cached(key, lambda: [_row(variant, target, tile)])[0]
 
 
-def tiles(variant: Variant, target: str) -> tuple[configs.Tile, ...]:
+def tiles(variant: Variant, target: str) -> tuple[Tile, ...]:
     """The configurations that `variant` runs with."""
-    if "BLOCK" in variant.kernel.arg_names:
-        return (configs.Tile(0, feedback_mm.REDUCE, 0, 4, 3),)
-    if variant.kind == "":
-        return tuple(configs.Tile(rows, 0, columns, 4, 3) for rows, columns in feedback_mm.QUANTISE_TILES)
-    return configs.TABLES[target][variant.kind]
+    if variant.kernel is feedback_mm.add_kernel:
+        return (Tile(0, feedback_mm.BLOCK, 0, 4, 3),)
+    size = {"fp32": 4, "bf16": 2, "fp16": 2}
+    limits = capability(target), SHARED[target]
+    if variant.kernel is feedback_mm.sign_kernel:
+        source = size[variant.parameters or variant.dtype] if variant.source == "weight" else 0
+        found = [feedback_mm.tile_for(DTYPES[variant.dtype], 2**i, source, *limits) for i in range(4, 9)]
+    else:
+        found = [lc.tile_for(DTYPES[variant.dtype], 2**i, *limits) for i in range(4, 9)]
+    return tuple(dict.fromkeys(found))
 
 
-def grid(every: bool = False) -> list[tuple[Variant, str, configs.Tile]]:
+def grid(every: bool = False) -> list[tuple[Variant, str, Tile]]:
     """What is compiled: all tiles for sm_80, elsewhere the last one for bfloat16; `every`: all."""
     return [
         (variant, target, tile)
-        for target in TARGETS
-        for dtype in (("fp32", "bf16", "fp16") if every else ("fp32", "bf16") if target == "sm_80" else ("bf16",))
+        for target in (TARGETS | MORE_TARGETS if every else TARGETS)
+        for dtype in (DTYPES if every else ("fp32", "bf16") if target in ("sm_80", "sm_90") else ("bf16",))
         for variant in variants(dtype)
-        for tile in tiles(variant, target)[None if every or target == "sm_80" else -1 :]
+        for tile in tiles(variant, target)[None if every or target == "sm_90" else -1 :]
     ]
 
 

@@ -2,13 +2,13 @@
 
 With the native library loaded, each name is the dispatcher's op `torch.ops.bioplaus.<name>`: the processor's kernel
 where there is one, the reference otherwise, and opaque to torch.compile. Without it, each name is the reference itself.
-On a machine with a GPU the products are functions that take the fastest way by `backends.rule`. `backends.use` binds
+On a machine with a GPU the products are functions that take the fastest way by `backends.choice`. `backends.use` binds
 all names anew, so that a choice costs nothing at a call: look them up here at each call, and keep none. Signatures,
 meanings and docstrings are the reference's.
 """
 
 import importlib
-import math
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, cast
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends import native, reference, rule
+from .backends import choice, native, reference
 from .backends.reference.lc import memory_format, output_size
 from .backends.reference.pack_signs import packed_shape
 
@@ -40,6 +40,9 @@ lc_backward_input = _bind(reference.lc_backward_input)
 lc_backward_weight = _bind(reference.lc_backward_weight)
 
 
+# What an op's result is like, in the order of the reference's arguments.
+
+
 def _fake_pack_signs(weight: Tensor) -> Tensor:
     return weight.new_empty(packed_shape(weight.shape), dtype=torch.int32)
 
@@ -52,85 +55,36 @@ def _fake_redraw_key(key: Tensor, weight: Tensor) -> Tensor:
     return torch.empty_like(key)
 
 
-def _fake_feedback_weight(
-    weight: Tensor | None,
-    signs: Tensor | None,
-    magnitude: Tensor | None,
-    key: Tensor | None,
-    entries: str,
-    scale: float,
-    size: Sequence[int],
-    *,
-    dtype: torch.dtype,
-) -> Tensor:
+def _fake_feedback_weight(*feedback: Any, dtype: torch.dtype) -> Tensor:
+    weight, signs, magnitude, key, _, _, size = feedback
     like = weight if weight is not None else magnitude
     if like is not None:
         return torch.empty_like(like, dtype=dtype)
-    source = signs if signs is not None else key
-    assert source is not None
-    return source.new_empty(size, dtype=dtype)
+    return cast(Tensor, signs if signs is not None else key).new_empty(size, dtype=dtype)
 
 
-def _fake_feedback_mm(
-    grad_output: Tensor,
-    weight: Tensor | None,
-    signs: Tensor | None,
-    magnitude: Tensor | None,
-    key: Tensor | None,
-    entries: str,
-    scale: float,
-    in_features: int,
-) -> Tensor:
-    return grad_output.new_empty(grad_output.shape[0], in_features)
+def _fake_feedback_mm(grad_output: Tensor, *feedback: Any) -> Tensor:
+    return grad_output.new_empty(grad_output.shape[0], feedback[6])
 
 
-def _fake_lc_forward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    d = len(stride)
-    out = output_size(input.shape[2:], weight.shape[d + 1 : -1], stride, padding, dilation)
-    size = (input.shape[0], weight.shape[d], *out)
-    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+def _fake_lc_forward(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    d = input.dim() - 2
+    out = output_size(input.shape[2:], weight.shape[d + 1 : -1], *geometry[:-1])
+    return _like(input, (input.shape[0], weight.shape[d], *out))
 
 
-def _fake_lc_backward_input(
-    grad_output: Tensor,
-    weight: Tensor | None,
-    signs: Tensor | None,
-    magnitude: Tensor | None,
-    key: Tensor | None,
-    entries: str,
-    scale: float,
-    weight_size: Sequence[int],
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    size = (grad_output.shape[0], weight_size[-1] * groups, *input_size)
-    return torch.empty(
-        size, dtype=grad_output.dtype, device=grad_output.device, memory_format=memory_format(grad_output)
-    )
+def _fake_lc_backward_input(grad_output: Tensor, *rest: Any) -> Tensor:
+    weight_size, input_size, groups = rest[6], rest[7], rest[-1]
+    return _like(grad_output, (grad_output.shape[0], weight_size[-1] * groups, *input_size))
 
 
-def _fake_lc_backward_weight(
-    grad_output: Tensor,
-    input: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
+def _fake_lc_backward_weight(grad_output: Tensor, input: Tensor, kernel_size: Sequence[int], *geometry: Any) -> Tensor:
     out, o = grad_output.shape[2:], grad_output.shape[1]
-    return grad_output.new_empty(*out, o, *kernel_size, input.shape[1] // groups)
+    return grad_output.new_empty(*out, o, *kernel_size, input.shape[1] // geometry[-1])
+
+
+def _like(x: Tensor, size: Sequence[int]) -> Tensor:
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 if native.library is not None:
@@ -138,6 +92,8 @@ if native.library is not None:
     for _name, _reference in reference.OPS.items():
         _library.impl(_name, _reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"bioplaus::{_name}", globals()[f"_fake_{_name}"])
+    if hasattr(torch.ops.bioplaus, "feedback_mm_by"):
+        torch.library.register_fake("bioplaus::feedback_mm_by", _fake_feedback_mm)
 
 
 def _only(name: str, backend: str, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -151,89 +107,66 @@ def _only(name: str, backend: str, call: Callable[..., Tensor]) -> Callable[...,
         tensor = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         if tensor.device.type != device:
             raise RuntimeError(f"backend {backend!r} cannot be used: expected tensors on {device}, got {tensor.device}")
+        if tensor.is_cuda and not getattr(choice.gpu(tensor.device.index), backend):
+            raise RuntimeError(
+                f"backend {backend!r} cannot be used: {backends.lacks_kernels(backend, tensor.device.index)}"
+            )
         return call(*args, **kwargs)
 
     op.__name__ = name
     return op
 
 
-def _ways(name: str) -> list[str]:
-    # Kernels of this process for CUDA tensors, beside the reference and the vendor's product.
-    return [way for way in ("cuda", "triton") if not (backends.unavailable(way) or backends.lacks(name, way))]
-
-
 def _triton(name: str) -> Callable[..., Tensor]:
-    importlib.import_module(".backends.triton", __package__)  # defines them
-    return cast(Callable[..., Tensor], getattr(torch.ops.bioplaus_triton, name).default)
+    module = importlib.import_module(f".backends.triton.{'lc' if name.startswith('lc') else name}", __package__)
+    return cast(Callable[..., Tensor], getattr(module, name))
 
 
-def _automatic_feedback_mm() -> Callable[..., Tensor]:
-    from .backends.triton import configs
-
-    ways, native_op, triton_op = ["cublas", *_ways("feedback_mm")], _bind(reference.feedback_mm), _triton("feedback_mm")
-
-    def feedback_mm(
-        grad_output: Tensor,
-        weight: Tensor | None,
-        signs: Tensor | None,
-        magnitude: Tensor | None,
-        key: Tensor | None,
-        entries: str,
-        scale: float,
-        in_features: int,
-    ) -> Tensor:
-        arguments = (weight, signs, magnitude, key, entries, scale)
-        if not grad_output.is_cuda or grad_output.dtype == torch.float64 or grad_output.dim() != 2:
-            return native_op(grad_output, *arguments, in_features)
-        m, k = grad_output.shape
-        if m == 0 or k == 0 or in_features == 0:
-            return native_op(grad_output, *arguments, in_features)
-        if magnitude is not None and weight is None and signs is None and scale == 1:
-            # B lies there: torch's own product, after the arguments are checked.
-            return triton_op(grad_output, *arguments, in_features)
-        source = 0.0 if signs is None else 0.125
-        source += sum(x.element_size() for x in (weight, magnitude) if x is not None)
-        p = rule.Product(m, in_features, k, grad_output.element_size(), source, entries)
-        way = rule.least(rule.times(p, configs.architecture(grad_output.device)), ways)
-        if way == "cuda":
-            return native_op(grad_output, *arguments, in_features)
-        if way == "triton":
-            return triton_op(grad_output, *arguments, in_features)
-        b = globals()["feedback_weight"](*arguments, (k, in_features), dtype=grad_output.dtype)
-        return torch.mm(grad_output, b)
-
-    return feedback_mm
+def _by(*args: Any) -> Tensor:
+    return cast(Tensor, torch.ops.bioplaus.feedback_mm_by.default(*args))
 
 
-def _automatic_lc(name: str) -> Callable[..., Tensor]:
-    from .backends.triton import configs
+def _by_triton(name: str) -> Callable[..., Tensor]:
+    # Where the user says so: all that Triton has kernels for, on the device's own what it has none for.
+    own, triton = _bind(reference.OPS[name]), _triton(name)
 
-    ways, native_op, triton_op = ["reference", *_ways(name)], _bind(reference.OPS[name]), _triton(name)
+    def op(*args: Any) -> Tensor:
+        has = args[0].dtype != torch.float64 and (name != "feedback_mm" or args[5] == "constant")
+        return triton(*args) if has else own(*args)
 
-    def op(first: Tensor, *rest: Any) -> Tensor:
-        if not first.is_cuda or first.dtype == torch.float64 or first.numel() == 0:
-            return native_op(first, *rest)
-        # The weight's size: (*out, O, *kernel, C / groups).
-        if name == "lc_forward":
-            size = rest[0].shape
-        elif name == "lc_backward_input":
-            size = rest[6]
-        else:
-            size = (*first.shape[2:], first.shape[1], *rest[1], rest[0].shape[1] // rest[-1])
-        d = first.dim() - 2
-        patches = math.prod(size[:d]) * math.prod(size[d + 1 : -1]) * size[-1] * rest[-1]
-        p = rule.LocalProduct(first.shape[0], math.prod(size), patches, first.element_size())
-        way = rule.least(rule.local_times(p, configs.architecture(first.device)), ways)
-        return triton_op(first, *rest) if way == "triton" else native_op(first, *rest)
-
-    return op
+    return _only(name, "triton", op)
 
 
 def _automatic(name: str) -> Callable[..., Tensor]:
+    function = reference.OPS[name]
+    own = _bind(function)
     # Where there is no GPU nothing is left to choose at a call.
-    if name not in backends.TRITON_OPS or backends.unavailable("triton") or not torch.cuda.is_available():
-        return _bind(reference.OPS[name])
-    return _automatic_feedback_mm() if name == "feedback_mm" else _automatic_lc(name)
+    if not torch.cuda.is_available():
+        return own
+    gpus = [choice.gpu(index) for index in range(torch.cuda.device_count())]
+    by_triton = name in backends.TRITON_OPS and any(gpu.triton for gpu in gpus)
+    product = by_triton or name == "feedback_mm"
+    if not product and all(gpu.cuda for gpu in gpus):
+        return own
+    triton = _triton(name) if by_triton else own
+    signature = inspect.signature(function)
+
+    def op(*args: Any, **named: Any) -> Tensor:
+        if named:
+            bound = signature.bind(*args, **named)
+            args, named = bound.args, bound.kwargs
+        tensor = next(x for x in args if isinstance(x, Tensor))
+        if not tensor.is_cuda:
+            return own(*args, **named)
+        gpu = choice.gpu(tensor.device.index)
+        way = choice.way(name, args, gpu) if product else "cuda" if gpu.cuda else "reference"
+        if way == "triton":
+            return triton(*args)
+        if way == "reference":
+            return function(*args, **named)
+        return own(*args, **named) if way == "cuda" else _by(*args, way)
+
+    return op
 
 
 def bind(backend: str | None) -> None:
@@ -242,7 +175,7 @@ def bind(backend: str | None) -> None:
         if backend == "reference":
             op: Callable[..., Tensor] = function
         elif backend == "triton" and name in backends.TRITON_OPS:
-            op = _only(name, backend, _triton(name))
+            op = _by_triton(name)
         elif backend in ("cpu", "cuda"):
             op = _only(name, backend, _bind(function))
         else:
@@ -250,6 +183,7 @@ def bind(backend: str | None) -> None:
         globals()[name] = op
 
 
+backends.followers.append(bind)
 if os.environ.get(backends.VARIABLE):
     backends.choose(os.environ[backends.VARIABLE])
 elif torch.cuda.is_available():

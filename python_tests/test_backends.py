@@ -1,12 +1,14 @@
 """Choosing a backend: explicitly, by the environment, and by the rule, which needs no GPU to be asked."""
 
+import functools
 import itertools
 import os
-import re
 import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
-from pathlib import Path
+from typing import Any
 
 import fresh
 import pytest
@@ -17,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bioplaus_kernels as bk
 from bioplaus_kernels import ops
-from bioplaus_kernels.backends import native, reference, rule
+from bioplaus_kernels.backends import choice, native, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_native = pytest.mark.skipif(native.library is None, reason=f"no native library: {native.reason}")
@@ -81,6 +83,14 @@ def test_tensors_elsewhere_raise() -> None:
         ops.pack_signs(w)
 
 
+def interpreted_rightly(backend: str) -> AbstractContextManager[None]:
+    if backend != "triton":
+        return nullcontext()
+    import interpreter
+
+    return interpreter.checked()
+
+
 @needs_native
 @pytest.mark.parametrize(
     ("backend", "layer"),
@@ -99,7 +109,7 @@ def test_layers_follow(backend: str, layer: str) -> None:
     for kind in ("usf", "fa"):
         module, x = build(layer, kind)
         expected = gradients(module, x)
-        with bk.backends.use(backend):
+        with bk.backends.use(backend), interpreted_rightly(backend):
             actual = gradients(module, x)
         for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, e)
@@ -152,8 +162,8 @@ def test_compiled_in_one_graph_and_anew_for_another_choice(backend: str) -> None
     compiled = torch.compile(lambda x: module(x), fullgraph=True, backend=counter)
     expected = gradients(module, x)
     graphs = []
-    for choice in (None, backend, backend):
-        with bk.backends.use(choice):
+    for which in (None, backend, backend):
+        with bk.backends.use(which):
             for _ in range(2):
                 for a, e in zip(gradients(compiled, x, module.weight, module.bias), expected, strict=True):
                     torch.testing.assert_close(a, e)
@@ -161,170 +171,159 @@ def test_compiled_in_one_graph_and_anew_for_another_choice(backend: str) -> None
     assert graphs == [1, 2, 2]
 
 
-# --- the rule ---
+# --- the automatic choice on a GPU ---
 
-BOTH = ("cublas", "cuda", "triton")
-ENTRIES = ("constant", "stored", "uniform", "normal")
-
-
-def chosen(m: int, n: int, k: int, element: int, source: float, entries: str, arch: str) -> str:
-    return rule.least(rule.times(rule.Product(m, n, k, element, source, entries), arch), BOTH)
+A100, RTX4090, H100, B200, B300 = (choice.Gpu(c, True, True) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (10, 3)))
+T4 = choice.Gpu((7, 5), False, False)
+W = torch.empty(4096, 4096, device="meta")
 
 
-@pytest.mark.parametrize("arch", rule.ARCHITECTURES)
-def test_the_rule_is_total_and_positive(arch: str) -> None:
-    sizes = (1, 3, 16, 17, 128, 4096, 100_000)
-    for m, n, k in itertools.product(sizes, repeat=3):
-        for element, source, entries in itertools.product((2, 4), (0, 0.125, 4), ENTRIES):
-            times = rule.times(rule.Product(m, n, k, element, source, entries), arch)
-            assert all(0 < t < 1e6 for t in times.values())
-            assert rule.least(times, BOTH) in BOTH
-            assert rule.least(times, ("cublas",)) == "cublas"
+def chosen(
+    gpu: choice.Gpu, m: int, dtype: torch.dtype, weight: torch.Tensor | None = W, entries: str = "constant"
+) -> str:
+    g = torch.empty(m, 4096, dtype=dtype, device="meta")
+    return choice.way("feedback_mm", (g, weight, None, None, None, entries, 1.0, 4096), gpu)
 
 
-def test_the_rule_by_hand() -> None:
-    # One row, float32, 4096 x 4096, A100, B's source packed signs: 2 MiB, 1 microsecond, against B written and read, 8
-    # times 16 MiB and more, 67 microseconds.
-    p = rule.Product(1, 4096, 4096, 4, 0.125, "constant")
-    times = rule.times(p, "sm_80")
-    assert times["cublas"] == pytest.approx(2 * 4e-6 + (0.125 + 4) * 2**24 / 2e12 + (4 * 2**24 + 2 * 4 * 4096) / 2e12)
-    # 16 tiles of 8 x 256, in 8 parts of K: 128 blocks on 108 processors are two waves, each as long as a block.
-    operations = 2 * (4 * 2 * 8 * 256 * 4096 / 8) / (624e12 / 108 * 0.6)
-    sums = 4e-6 + 2 * 8 * 8 * 4096 / 2e12
-    moved = (0.125 * 2**24 + 4 * 4096 + 4 * 4096) / 2e12
-    seconds = 2 * 4e-6 + (4 + 4) * 4096 / 2e12 + sums + max(operations, moved)
-    assert times["cuda"] == pytest.approx(seconds)
-    # A weight's signs are packed first: another kernel, its bytes read, 2 bits an entry written.
-    packed_first = rule.times(rule.Product(1, 4096, 4096, 4, 4, "constant"), "sm_80")["cuda"]
-    assert packed_first == pytest.approx(seconds + 4e-6 + 4.25 * 2**24 / 2e12)
-    # bf16, uniform, 300 rows: 3 x 64 tiles of 128 x 64 are two waves on 108. 25 instructions form an entry for each of
-    # the 3 rows of tiles, at 9.75 of them a picosecond: more than the tensor cores' time.
-    times = rule.times(rule.Product(300, 4096, 4096, 2, 0, "uniform"), "sm_80")
-    assert times["cuda"] == pytest.approx(4e-6 + 25 * 3 * 2**24 / 9.75e12 * (2 * 108 / 192))
-    assert 2 * 384 * 2**24 / (312e12 * 0.6) < 25 * 3 * 2**24 / 9.75e12
-    # float32, stored, 128 rows: 128 tiles of 128 x 32 in two parts of K are three waves; forming and FMA share
-    # their units, and the sums are written and read.
-    times = rule.times(rule.Product(128, 4096, 4096, 4, 4, "stored"), "sm_80")
-    two = 2 * 4e-6 + 2 * (2 * 4 * 128 * 4096 / 2e12)
-    work = 3 * 108 / 256 * (2 * 128 * 2**24 / (19.5e12 * 0.6) + 2 * 5 * 2**24 / 19.5e12)
-    assert times["cuda"] == pytest.approx(two + work)
-
-
-def test_the_choice_of_the_rule() -> None:
-    assert chosen(1, 4096, 4096, 4, 0.125, "constant", "sm_80") == "cuda"
-    # Large and in float32: four digits at 624 against 19.5 tera-operations.
-    assert chosen(4096, 4096, 4096, 4, 4, "constant", "sm_80") == "cuda"
-    # sm_80's instructions reach a quarter of a B200.
-    assert chosen(4096, 4096, 4096, 4, 4, "constant", "sm_100") == "triton"
-    # Uniform draws in bf16 with many rows: B once, and the vendor's product.
-    assert chosen(8192, 4096, 4096, 2, 0, "uniform", "sm_90") == "cublas"
-    # MI300X has no CUDA C++.
-    assert "cuda" not in rule.times(rule.Product(1, 64, 64, 4, 4, "constant"), "gfx942")
-
-
-def test_tiles_of_the_rule_are_the_cuda_kernels() -> None:
-    source = (Path(__file__).parents[1] / "csrc" / "cuda" / "feedback_mm_digits.cu").read_text()
-    # (blocks of 8 rows and two digits a warp, warps along M, along N), each of 64 columns
-    shapes = [tuple(map(int, found)) for found in re.findall(r"using \w+ = Tile<(\d), (\d), (\d)>;", source)]
-    digits = [(blocks * along_m, 64 * along_n) for blocks, along_m, along_n in shapes]
-    assert "kWarpColumns = 64;" in source and len(digits) == 3
-    for name, rows in (("digits4", 4), ("digits2", 8)):
-        assert rule.TILES["cuda"]["sm_80"][name] == tuple((rows * blocks, columns) for blocks, columns in digits)
-    source = (Path(__file__).parents[1] / "csrc" / "cuda" / "feedback_mm.cu").read_text()
-    half = re.search(r"struct HalfTile \{.*?kRows = (\d+);.*?kCols = (\d+);", source, re.S)
-    assert rule.TILES["cuda"]["sm_80"]["half"] == (tuple(map(int, half.groups())),)
-    floats = [tuple(map(int, found)) for found in re.findall(r"using \w+ = FloatTile<(\d+), (\d+), \d+>;", source)]
-    assert rule.TILES["cuda"]["sm_80"]["float32"] == tuple((8 * m, 4 * n) for m, n in floats) and len(floats) == 2
-
-
-@pytest.mark.parametrize("arch", rule.ARCHITECTURES)
-def test_tiles_of_the_rule_are_tritons(arch: str) -> None:
-    configs = pytest.importorskip("bioplaus_kernels.backends.triton.configs")
-    entries = {"digits4": "constant", "digits2": "constant", "half": "uniform", "float32": "uniform"}
-    for kind, tiles in rule.TILES["triton"][arch].items():
-        assert tiles == tuple((t.rows, t.columns) for t in configs.TABLES[arch][kind]), kind
-        for m, n, k in itertools.product((1, 16, 17, 200), (100, 4096), (300, 512, 5000)):
-            p = rule.Product(m, n, k, 2 if kind in ("digits2", "half") else 4, 0, entries[kind])
-            rows, columns = rule.tile("triton", p, arch)
-            found = rule.parts("triton", kind, k, arch, -(-m // rows) * -(-n // columns))
-            assert found == configs.parts(kind, arch, m, n, k), (kind, m, n, k)
-
-
-def test_parts_of_the_rule_are_the_cuda_kernels() -> None:
-    # feedback_mm_digits.cu's sign_splits and feedback_mm.cu's tile_splits, by hand.
-    for m, n, k, entries, element, parts in (
-        (1, 4096, 4096, "constant", 4, 8),  # 16 tiles; 64 stages are 8 parts of 8
-        (1, 512, 65536, "constant", 4, 128),  # 2 tiles
-        (4096, 4096, 4096, "constant", 4, 1),
-        (1, 512, 500, "constant", 4, 1),  # 8 stages: one part
-        (1, 512, 1000, "constant", 2, 2),
-        (16, 4096, 4096, "uniform", 4, 16),
-        (128, 4096, 4096, "stored", 2, 4),  # 64 tiles
-        (128, 4096, 600, "stored", 2, 2),
+@pytest.mark.parametrize(
+    "gpu", [A100, RTX4090, H100, B200, B300, T4, H100._replace(triton=False), H100._replace(cuda=False)]
+)
+def test_the_choice_takes_only_what_is_there(gpu: choice.Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tf32, dtype, m, weight, entries in itertools.product(
+        (False, True), reference.checks.DTYPES, (0, 1, 64, 65, 300, 4096), (W, None), ("constant", "stored", "uniform")
     ):
-        p = rule.Product(m, n, k, element, 0, entries)
-        rows, columns = rule.tile("cuda", p, "sm_80")
-        assert rule.parts("cuda", rule.kind(p), k, "sm_80", -(-m // rows) * -(-n // columns)) == parts, (
-            m,
-            n,
-            k,
-            entries,
-        )
+        monkeypatch.setattr(choice, "tf32", lambda tf32=tf32: tf32)
+        way = chosen(gpu, m, dtype, weight, entries)
+        assert way in {
+            *(("digits", "int_mm", "formed") if gpu.cuda else ("reference",)), *(("triton",) if gpu.triton else ())
+        }  # fmt: skip
+        if entries != "constant" or dtype == torch.float64:
+            assert way == ("formed" if gpu.cuda else "reference")
+        elif dtype == torch.float32 and gpu.cuda and not tf32 and gpu is not B300 and m > 0:
+            # Bits that neither shape nor GPU decides.
+            assert way in ("digits", "int_mm")
+        for name in ("lc_forward", "lc_backward_input", "lc_backward_weight"):
+            lc = choice.way(name, (torch.empty(1, dtype=dtype, device="meta"),), gpu)
+            triton = gpu.triton and dtype != torch.float64
+            assert lc == ("triton" if triton else "cuda" if gpu.cuda else "reference")
 
 
-def test_a_tie_goes_to_the_vendor() -> None:
-    assert rule.least({"cuda": 1.0, "cublas": 1.0, "triton": 1.0}, BOTH) == "cublas"
+def test_the_thresholds() -> None:
+    half, float32 = torch.bfloat16, torch.float32
+    assert [chosen(H100, m, half) for m in (1, 2048, 2049)] == ["triton", "triton", "formed"]
+    assert [chosen(H100, m, float32) for m in (1, 256, 257)] == ["digits", "digits", "int_mm"]
+    assert [chosen(B200, m, float32) for m in (16, 17)] == ["digits", "int_mm"]
+    assert [chosen(B300, m, float32) for m in (1, 4096)] == ["triton", "triton"]
+    assert chosen(H100._replace(triton=False), 1, half) == "formed"
+    assert chosen(H100._replace(cuda=False), 1, float32) == "reference"
 
 
-def test_the_rule_for_locally_connected_products() -> None:
-    p = rule.LocalProduct(64, 64 * 576 * 196, 576 * 196, 2)
-    for arch in rule.ARCHITECTURES:
-        times = rule.local_times(p, arch)
-        assert all(t > 0 for t in times.values())
-        assert rule.least(times, ("reference", "cuda", "triton")) != "reference"
+def test_tf32_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not choice.tf32()
+    before = torch.backends.cuda.matmul.fp32_precision
+    for allow in (lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+                  lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")):  # fmt: skip
+        try:
+            allow()
+            assert choice.tf32()
+            assert chosen(H100, 4096, torch.float32) == "formed" and chosen(H100, 1, torch.float32) == "digits"
+            assert chosen(H100, 64, torch.float32) == "formed" and chosen(H100, 64, torch.float32, None) == "digits"
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+            torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def test_the_rule_is_traced_with_any_batch() -> None:
-    def f(x: torch.Tensor) -> torch.Tensor:
-        way = rule.least(rule.times(rule.Product(x.shape[0], 512, x.shape[1], 4, 0.125, "constant"), "sm_90"), BOTH)
-        return x + {"cublas": 1, "cuda": 2, "triton": 3}[way]
+def test_the_choice_is_traced_with_any_batch() -> None:
+    ways = ("triton", "formed", "digits", "int_mm")
+
+    def f(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return x + ways.index(choice.way("feedback_mm", (x, w, None, None, None, "constant", 1.0, 4096), H100))
 
     compiled = torch.compile(f, fullgraph=True, backend="eager", dynamic=True)
+    w = torch.empty(512, 4096)
     for m in (3, 64, 4096):
         x = torch.zeros(m, 512)
-        assert torch.equal(compiled(x), f(x))
+        assert torch.equal(compiled(x, w), f(x, w))
+
+
+def test_the_choice_costs_little() -> None:
+    """5 µs are some 25 calls of functions."""
+    count = 0
+
+    def profile(_: object, event: str, __: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    g = torch.empty(300, 4096, device="meta")
+    sys.setprofile(profile)
+    choice.way("feedback_mm", (g, W, None, None, None, "constant", 1.0, 4096), H100)
+    sys.setprofile(None)
+    assert count <= 20, count
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[choice.Gpu]:
+    """Two GPUs that are not there; a test may change what they are."""
+    found = [H100, T4]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+    monkeypatch.setattr(choice, "gpu", lambda index: found[index])
+    return found
 
 
 @needs_native
+@no_gpu
 @needs_triton
-@pytest.mark.parametrize("way", BOTH)
-def test_the_automatic_product_takes_the_way_of_the_rule(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    configs = pytest.importorskip("bioplaus_kernels.backends.triton.configs")
-    taken = []
-    monkeypatch.setattr(configs, "architecture", lambda device: "sm_80")
-    monkeypatch.setattr(rule, "least", lambda estimates, ways: way)
+def test_each_device_gets_the_way_that_is_chosen_for_it(gpus: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
 
-    def record(name: str):
-        def op(g: torch.Tensor, *rest: object) -> torch.Tensor:
-            taken.append(name)
-            return g.new_empty(g.shape[0], rest[-1])
+    def record(way: str) -> Any:
+        def op(*args: Any, **_: Any) -> str:
+            taken.append(args[-1] if way == "by" else way)
+            return way
 
         return op
 
     monkeypatch.setattr(ops, "_bind", lambda function: record("cuda"))
     monkeypatch.setattr(ops, "_triton", lambda name: record("triton"))
-    op = ops._automatic_feedback_mm()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        g, w = torch.empty(4, 6, device="cuda"), torch.empty(6, 5, device="cuda")
+    monkeypatch.setattr(ops, "_by", record("by"))
+    for name in reference.OPS:
+        monkeypatch.setitem(reference.OPS, name, functools.wraps(reference.OPS[name])(record("reference")))
+    mm, pack, forward = (ops._automatic(name) for name in ("feedback_mm", "pack_signs", "lc_forward"))
+    with FakeTensorMode():
+        for device, expected in (
+            ("cuda:0", ["triton", "digits", "formed", "cuda", "triton"]),
+            ("cuda:1", ["reference"] * 5),
+            ("cpu", ["cuda"] * 5),
+        ):
+            w = torch.empty(8, 5, device=device)
+            for dtype, magnitude, entries in (
+                (torch.bfloat16, None, "constant"), (torch.float32, None, "constant"), (torch.float32, w, "stored"),
+            ):  # fmt: skip
+                g = torch.empty(4, 8, device=device, dtype=dtype)
+                mm(g, w, None, magnitude, None, entries, 1.0, in_features=5)
+            pack(weight=w)
+            forward(w, w, None, [1], [0, 0], [1], 1)
+            assert taken == expected, device
+            taken.clear()
+    gpus[1] = H100
+    assert ops._automatic("pack_signs").__name__ == "op" and ops._automatic("pack_signs") is not pack
 
-        def form(*arguments: object, dtype: torch.dtype) -> torch.Tensor:
-            taken.append("cublas")
-            return torch.empty(arguments[-1], dtype=dtype, device="cuda")
 
-        monkeypatch.setattr(ops, "feedback_weight", form)
-        assert op(g, w, None, None, None, "constant", 1.0, 5).shape == (4, 5)
-        assert taken == [way]
-        # What no kernel of ours is for goes where the dispatcher sends it.
-        op(g.double(), w, None, None, None, "constant", 1.0, 5)
-        op(g.cpu(), w.cpu(), None, None, None, "constant", 1.0, 5)
-        assert taken == [way, "cuda", "cuda"]
+@needs_native
+@no_gpu
+def test_gpus_without_kernels_are_named(gpus: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two with kernels is enough for a backend; which device lacks them is known by device."""
+    capabilities = [(7, 5), (9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    assert bk.backends.lacks_kernels("triton", 0) == "compute capability 7.5 is below 8.0"
+    assert bk.backends.lacks_kernels("triton", 1) == ""
+    assert bk.backends.unavailable("triton") == ""
+    capabilities[1] = (7, 0)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert bk.backends.unavailable("triton") == "compute capability 7.5 is below 8.0"
+    if native.library.build_config()["cuda"] is not None:
+        assert bk.backends.unavailable("cuda") != ""
+        assert {(c.backend, c.reason) for c in bk.backends.choices() if c.device == "cuda"} == {
+            ("reference", bk.backends.unavailable("cuda"))
+        }

@@ -1,7 +1,7 @@
 """The Triton kernels, in Triton's interpreter with every access checked, or on hardware (`-m gpu`).
 
-The contracts are those of test_feedback_mm.py, run with `use("triton")`; here is also what holds only between backends:
-constant entries have the CPU's own bits. Other tests of the same kernels: test_triton_lc.py, test_triton_static.py.
+The contracts are those of test_feedback_mm.py, run with `use("triton")`. Other tests of the same kernels:
+test_triton_lc.py, test_triton_static.py, test_triton_launch.py.
 """
 
 import importlib.util
@@ -14,18 +14,17 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
 import bioplaus_kernels as bk
 from bioplaus_kernels import ops
-from bioplaus_kernels.backends import native, reference
+from bioplaus_kernels.backends import reference
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 import test_feedback_mm as contract  # noqa: E402
 from interpreter import OutOfBounds, checked  # noqa: E402
 
-from bioplaus_kernels.backends.triton import configs, feedback_mm, lc  # noqa: E402
+from bioplaus_kernels.backends.triton import feedback_mm, launch, lc  # noqa: E402
 
 pytestmark = pytest.mark.slow
 interpreted = bk.backends.interpreted()
@@ -116,47 +115,34 @@ SHAPES = {
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
-def row_by_row(grad_output: Tensor, feedback: tuple, columns: int) -> Tensor:
-    """The CPU's product of each row alone, as a half-type row takes 2 digits or 4 by itself."""
-    with bk.backends.use("cpu"):
-        rows = [ops.feedback_mm(grad_output[i : i + 1], *feedback, columns) for i in range(len(grad_output))]
-    return torch.cat(rows)
+SIGNS = ["weight constant", "signs constant", "none constant"]
 
 
-def by_identity(feedback: tuple, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """B itself, as the kernels draw it."""
-    device = next(x.device for x in feedback if isinstance(x, Tensor))
-    return ops.feedback_mm(torch.eye(rows, dtype=dtype, device=device), *feedback, columns)
-
-
-def to(device: str, feedback: tuple) -> tuple:
-    return tuple(x.to(device) if isinstance(x, Tensor) else x for x in feedback)
-
-
-@pytest.mark.skipif(native.library is None, reason="the CPU's product is native")
 @devices
 @dtypes
 @shapes
-@pytest.mark.parametrize("cell", ["weight constant", "signs constant", "none constant"])
-def test_constant_entries_have_the_bits_of_the_cpu(cell: str, shape: tuple, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize("cell", SIGNS)
+def test_signs_are_one_operand_whatever_they_come_from(
+    cell: str, shape: tuple, dtype: torch.dtype, device: str
+) -> None:
+    """The same bits as from a weight that has these signs, run for run, and within the contract."""
     m, k, n = shape
     if m > 200 and cell != "signs constant":
         pytest.skip("many rows, which are the same for every source of signs")
-    feedback = contract.operands(cell, k, n, dtype)
-    for data in (contract.normal, contract.log_normal) if m > 20 else contract.DATA:
-        values = data(m, k)
-        g = (values / max(1.0, values.abs().max().item() / 1024) if dtype == torch.float16 else values).to(dtype)
-        actual = ops.feedback_mm(g.to(device), *to(device, feedback), n)
-        assert torch.equal(actual.cpu(), row_by_row(g, feedback, n)), data.__name__
+    feedback = contract.operands(cell, k, n, dtype, device)
+    signs = reference.feedback_weight(*feedback[:5], 1.0, (k, n), dtype=dtype)
+    for data in (contract.normal, contract.log_normal):
+        g = contract.grad(data, m, k, dtype).to(device)
+        contract.check(g, feedback, n)
+        actual = ops.feedback_mm(g, *feedback, n)
+        assert torch.equal(actual, ops.feedback_mm(g, *feedback, n))
+        assert torch.equal(actual, ops.feedback_mm(g, signs, None, None, None, "constant", feedback[5], n))
 
 
 @devices
 @dtypes
-@pytest.mark.parametrize("cell", contract.CELLS)
-def test_error_of_every_cell(cell: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "normal" in cell:
-        # Normal draws are close to the reference's, not equal: the product is held to the draws it is made of.
-        monkeypatch.setattr(contract, "matrix", by_identity)
+@pytest.mark.parametrize("cell", SIGNS)
+def test_error(cell: str, dtype: torch.dtype, device: str) -> None:
     for m, k, n in ((9, 70, 45), (20, 131, 150)):
         feedback = contract.operands(cell, k, n, dtype, device)
         for data in contract.DATA if m == 9 else contract.DATA[:1]:
@@ -165,29 +151,12 @@ def test_error_of_every_cell(cell: str, dtype: torch.dtype, device: str, monkeyp
 
 @devices
 @dtypes
-@shapes
-@pytest.mark.parametrize("cell", ["weight uniform", "weight stored", "none normal"])
-def test_shapes(cell: str, shape: tuple, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    m, k, n = shape
-    if "normal" in cell:
-        monkeypatch.setattr(contract, "matrix", by_identity)
-    feedback = contract.operands(cell, k, n, dtype, device)
-    contract.check(contract.normal(m, k).to(device, dtype), feedback, n)
-
-
-@devices
-@dtypes
-def test_draws_are_the_references(dtype: torch.dtype, device: str) -> None:
-    # A product with the identity is B itself.
+def test_a_product_with_the_identity_is_b(dtype: torch.dtype, device: str) -> None:
     k, n = 67, 131
-    for cell in contract.CELLS:
+    for cell in SIGNS:
         feedback = contract.operands(cell, k, n, dtype, device)
         b = reference.feedback_weight(*feedback, (k, n), dtype=dtype)
-        actual = ops.feedback_mm(torch.eye(k, device=device, dtype=dtype), *feedback, n)
-        if "normal" in cell:
-            torch.testing.assert_close(actual, b)
-        else:
-            assert torch.equal(actual, b), cell
+        assert torch.equal(ops.feedback_mm(torch.eye(k, device=device, dtype=dtype), *feedback, n), b), cell
 
 
 @devices
@@ -195,7 +164,7 @@ def test_draws_are_the_references(dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_non_finite_rows(value: float, dtype: torch.dtype, device: str) -> None:
     k, n = 66, 40
-    for cell in contract.LOADERS:
+    for cell in SIGNS:
         feedback = contract.operands(cell, k, n, dtype, device)
         clean = contract.normal(11, k).to(device, dtype)
         dirty = clean.clone()
@@ -217,7 +186,7 @@ def test_non_finite_rows(value: float, dtype: torch.dtype, device: str) -> None:
 @devices
 def test_strides(device: str) -> None:
     k, n = 40, 34
-    for cell in contract.LOADERS:
+    for cell in SIGNS:
         feedback = contract.operands(cell, k, n, torch.float32, device)
         dense = contract.normal(12, k).float().to(device)
         expected = ops.feedback_mm(dense, *feedback, n)
@@ -235,7 +204,7 @@ def test_strides(device: str) -> None:
 @devices
 @pytest.mark.parametrize("parameters", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
 def test_parameters_of_another_dtype(parameters: torch.dtype, device: str) -> None:
-    for cell, dtype in itertools.product(contract.LOADERS, (torch.bfloat16, torch.float32)):
+    for cell, dtype in itertools.product(SIGNS, (torch.bfloat16, torch.float32)):
         feedback = contract.operands(cell, 70, 45, parameters, device)
         contract.check(contract.normal(9, 70).to(device, dtype), feedback, 45)
 
@@ -243,7 +212,7 @@ def test_parameters_of_another_dtype(parameters: torch.dtype, device: str) -> No
 @devices
 @dtypes
 def test_empty(dtype: torch.dtype, device: str) -> None:
-    for cell, (m, k, n) in itertools.product(contract.CELLS, ((0, 5, 3), (4, 5, 0), (4, 0, 3), (0, 0, 0))):
+    for cell, (m, k, n) in itertools.product(SIGNS, ((0, 5, 3), (4, 5, 0), (4, 0, 3), (0, 0, 0))):
         feedback = contract.operands(cell, k, n, dtype, device)
         result = ops.feedback_mm(torch.ones(m, k, dtype=dtype, device=device), *feedback, n)
         assert torch.equal(result, torch.zeros(m, n, dtype=dtype, device=device))
@@ -261,27 +230,34 @@ def test_zero_weight_gives_zero_feedback(device: str) -> None:
 
 
 def test_errors_name_the_argument() -> None:
-    g, w = torch.ones(3, 4), torch.ones(4, 5)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    g, w = g.to(device), w.to(device)
+    g, w = torch.ones(3, 4, device=device), torch.ones(4, 5, device=device)
     with pytest.raises(TypeError, match="grad_output: expected float32, bfloat16 or float16"):
-        ops.feedback_mm(g.double(), w, None, None, None, "constant", 1.0, 5)
+        feedback_mm.feedback_mm(g.double(), w, None, None, None, "constant", 1.0, 5)
+    with pytest.raises(ValueError, match="entries: expected 'constant'"):
+        feedback_mm.feedback_mm(g, None, None, w, None, "stored", 1.0, 5)
     with pytest.raises(ValueError, match="weight: expected shape"):
         ops.feedback_mm(g, w.t(), None, None, None, "constant", 1.0, 5)
     with pytest.raises(ValueError, match="in_features"):
         ops.feedback_mm(g, w, None, None, None, "constant", 1.0, -1)
 
 
+@devices
+def test_what_has_no_kernel_goes_to_the_devices_own(device: str) -> None:
+    g = torch.randn(3, 6, device=device)
+    for cell in ("weight uniform", "none stored", "none uniform"):
+        feedback = contract.operands(cell, 6, 5, torch.float32, device)
+        contract.check(g, feedback, 5)
+    contract.check(g.double(), contract.operands("weight constant", 6, 5, torch.float64, device), 5)
+
+
 def test_parts_of_the_sum() -> None:
-    """Every architecture's table: parts where tiles are few and the sum is long, each of a program's worth."""
-    programs, depth = {"sm_80": 216, "sm_90": 264, "sm_100": 296, "gfx942": 608}, 256
-    assert set(programs) == set(configs.TABLES)
-    for arch, most in programs.items():
-        for kind in ("digits4", "digits2", "half", "float32"):
-            assert configs.parts(kind, arch, 1, 4096, 4096) == min(most // 32, 16)
-            assert configs.parts(kind, arch, 1, 128, 10**6) == most
-            assert configs.parts(kind, arch, 1, 128, 2 * depth - 1) == 1
-            assert configs.parts(kind, arch, 4096, 4096, 10**6) == 1
+    """Parts where tiles are few and the sum is long, each of a program's worth."""
+    assert feedback_mm.parts_of(1, 4096, 4096) == 8  # 32 tiles
+    assert feedback_mm.parts_of(1, 128, 10**6) == 256
+    assert feedback_mm.parts_of(1, 128, 511) == 1
+    assert feedback_mm.parts_of(4096, 4096, 10**6) == 1
+    assert feedback_mm.parts_of(512, 1024, 4096) == 16  # 2 x 8 tiles
 
 
 @devices
@@ -289,37 +265,24 @@ def test_parts_of_the_sum() -> None:
 def test_parts_give_one_launch_its_result(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     k, n = 800, 130
     g = contract.normal(5, k).to(device, dtype)
-    # Rows of infinities and NaNs, of one launch of a half type and of the other.
     g[1, 7], g[1, 700] = math.inf, math.inf
     g[2, 7], g[2, 700] = math.inf, -math.inf
-    g[3] *= torch.exp(2 * torch.randn(k)).to(device, dtype)
     launched = []
-    monkeypatch.setattr(feedback_mm, "wrap_triton", lambda kernel: launched.append(kernel) or wrap_triton(kernel))
-    second = (feedback_mm.add_digits_kernel, feedback_mm.add_parts_kernel)
-    for cell in ("weight constant", "signs constant", "none uniform", "weight stored"):
+    monkeypatch.setattr(feedback_mm, "launch", lambda *a: launched.append(a[0]) or launch.launch(*a))
+    for cell in ("weight constant", "signs constant", "none constant"):
         feedback = contract.operands(cell, k, n, dtype, device)
         launched.clear()
         actual = ops.feedback_mm(g, *feedback, n)
-        assert sum(kernel in second for kernel in launched) == 1, cell
+        assert launched == [feedback_mm.sign_kernel, feedback_mm.add_kernel]
         with monkeypatch.context() as patch:
-            patch.setattr(configs, "parts", lambda *_: 1)
+            patch.setattr(feedback_mm, "parts_of", lambda *_: 1)
+            feedback_mm._plan.cache_clear()
             expected = ops.feedback_mm(g, *feedback, n)
-        assert sum(kernel in second for kernel in launched) == 1, cell
-        if "constant" in cell:
-            torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
-            assert actual[[1, 2]].isnan().logical_or(actual[[1, 2]].isinf()).all()
-        else:
-            contract.check(g[[0, 3, 4]], feedback, n)
-            torch.testing.assert_close(actual[2], expected[2], rtol=0, atol=0, equal_nan=True)
-
-
-def test_places_beyond_32_bits() -> None:
-    # By arithmetic: a row stride of 2^31 / 16 elements is a place of 2^35 in row 256, and 64 bits in a tile of 128.
-    from bioplaus_kernels.backends.triton.feedback_mm import _index
-
-    far = torch.empty(0).as_strided((0, 1), (2**27, 1))
-    assert _index(far) == tl.int64
-    assert _index(torch.empty(4, 5), None) == tl.int32
+        feedback_mm._plan.cache_clear()
+        assert launched[2:] == [feedback_mm.sign_kernel]
+        contract.check(g[[0, 3, 4]], feedback, n)
+        assert not actual[[1, 2]].isfinite().any()
+        torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
 def apart(near: Tensor, step: int = 2**30) -> Tensor:
@@ -331,23 +294,19 @@ def apart(near: Tensor, step: int = 2**30) -> Tensor:
 @needs_interpreter
 def test_strides_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     near = torch.randn(3, 40).half()
-    for cell in ("none constant", "none uniform"):
-        feedback = contract.operands(cell, 40, 34, torch.float16)
-        assert torch.equal(ops.feedback_mm(apart(near), *feedback, 34), ops.feedback_mm(near, *feedback, 34))
-    far_operands = []
-    for cell in ("weight constant", "weight stored"):
-        weight, _, magnitude, *rest = contract.operands(cell, 3, 34, torch.float16)
-        far = (apart(weight), None, None if magnitude is None else apart(magnitude), *rest)
-        expected = ops.feedback_mm(near[:, :3], weight, None, magnitude, *rest, 34)
-        assert torch.equal(ops.feedback_mm(near[:, :3], *far, 34), expected)
-        far_operands.append(far)
+    feedback = contract.operands("none constant", 40, 34, torch.float16)
+    assert torch.equal(ops.feedback_mm(apart(near), *feedback, 34), ops.feedback_mm(near, *feedback, 34))
+    weight, *rest = contract.operands("weight constant", 3, 34, torch.float16)
+    expected = ops.feedback_mm(near[:, :3], weight, *rest, 34)
+    far = apart(weight)
+    assert torch.equal(ops.feedback_mm(near[:, :3], far, *rest, 34), expected)
     # Where they are computed in 32 bits, each of them is noticed.
-    monkeypatch.setattr(feedback_mm, "_index", lambda *tensors: tl.int32)
-    for far in far_operands:
-        with pytest.raises(Exception, match="load of 2 bytes"):
-            ops.feedback_mm(near[:, :3], *far, 34)
+    plan = feedback_mm._plan
+    monkeypatch.setattr(feedback_mm, "_plan", lambda *a: (plan(*a)[0], plan(*a)[1] | {"WIDE": False}))
     with pytest.raises(Exception, match="load of 2 bytes"):
-        ops.feedback_mm(apart(near), *contract.operands("none uniform", 40, 34, torch.float16), 34)
+        ops.feedback_mm(near[:, :3], far, *rest, 34)
+    with pytest.raises(Exception, match="load of 2 bytes"):
+        ops.feedback_mm(apart(near), *feedback, 34)
 
 
 def in_32_bits(folder: Path) -> ModuleType:

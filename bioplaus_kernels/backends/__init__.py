@@ -1,14 +1,14 @@
 """The backends, which one serves each op on each device, with the reason, and the user's own choice."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 
-from . import native, rule
+from . import choice, native
 from .reference import OPS
 
 NAMES = ("reference", "cpu", "cuda", "triton")
@@ -27,10 +27,12 @@ class Choice(NamedTuple):
 
 
 _chosen: str | None = None
+# Called with each new choice: the ops, which bind their names to it.
+followers: list[Callable[[str | None], None]] = []
 
 
 def chosen() -> str | None:
-    """The backend that `use` or the environment chose, or None where each product is left to the rule."""
+    """The backend that `use` or the environment chose, or None where each product is left to `choice`."""
     return _chosen
 
 
@@ -43,22 +45,32 @@ def unavailable(backend: str) -> str:
     """Why `backend` cannot run in this process; empty if it can."""
     if backend not in NAMES:
         return f"expected one of {NAMES}"
-    if backend == "reference":
+    if backend == "reference" or (backend == "triton" and find_spec("triton") and interpreted()):
         return ""
-    if backend == "triton":
-        if find_spec("triton") is None:
-            return "the package triton is not installed"
-        if torch.cuda.is_available() or interpreted():
+    if backend == "triton" and find_spec("triton") is None:
+        return "the package triton is not installed"
+    if backend != "triton":
+        if native.library is None:
+            return f"native library {native.reason}"
+        if backend == "cpu":
             return ""
-        return "no GPU in this machine, and TRITON_INTERPRET is not set"
-    if native.library is None:
-        return f"native library {native.reason}"
-    if backend == "cuda":
         if native.library.build_config()["cuda"] is None:
             return "native library built without CUDA"
-        if not torch.cuda.is_available():
-            return "no CUDA device in this machine"
-    return ""
+    if not torch.cuda.is_available():
+        return f"no GPU in this machine{', and TRITON_INTERPRET is not set' if backend == 'triton' else ''}"
+    reasons = [lacks_kernels(backend, index) for index in range(torch.cuda.device_count())]
+    return "" if "" in reasons else reasons[0]
+
+
+def lacks_kernels(backend: str, index: int) -> str:
+    """Why `backend`, "cuda" or "triton", has no kernels for CUDA device `index`; empty if it has."""
+    if torch.version.hip is not None:
+        return "" if backend == "triton" else "CUDA C++ on an AMD device"
+    capability = torch.cuda.get_device_capability(index)
+    if backend == "cuda":
+        return native.missing_kernels(capability)
+    # Below 8.0 tensor cores have neither bf16 nor int8 as these kernels use them.
+    return "" if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]} is below 8.0"
 
 
 def lacks(op: str, backend: str) -> str:
@@ -75,14 +87,13 @@ def lacks(op: str, backend: str) -> str:
 def choose(backend: str | None) -> None:
     """`use` for the rest of the process."""
     global _chosen
-    from .. import ops
-
     if backend is not None:
         reason = unavailable(backend)
         if reason:
             error = ValueError if backend not in NAMES else RuntimeError
             raise error(f"backend {backend!r} cannot be used: {reason}")
-    ops.bind(backend)
+    for follow in followers:
+        follow(backend)
     _chosen = backend
 
 
@@ -91,10 +102,10 @@ def use(backend: str | None) -> Iterator[None]:
     """Every op, and so every layer, of this process is served by `backend` inside, or raises and says why it cannot be.
 
     "reference": plain torch on any device. "cpu", "cuda": the native kernels, of tensors on that device. "triton": the
-    products by Triton's kernels (on tensors of the CPU under TRITON_INTERPRET=1), everything else by the device's own.
-    None: what is fastest by `rule`. For all threads, as a backward runs in autograd's own. A compiled function is
-    compiled anew where the choice differs; enter this outside of it. The environment variable BIOPLAUS_BACKEND does the
-    same for the whole process.
+    products that it has kernels for by Triton (on tensors of the CPU under TRITON_INTERPRET=1), everything else by the
+    device's own. None: what is fastest by `choice`. For all threads, as a backward runs in autograd's own. A compiled
+    function is compiled anew where the choice differs; enter this outside of it. The environment variable
+    BIOPLAUS_BACKEND does the same for the whole process.
     """
     before = _chosen
     choose(backend)
@@ -116,19 +127,15 @@ def _serves(op: str, device: str) -> tuple[str, str]:
         return "triton", "chosen" if device == "cuda" or interpreted() else "chosen: raises on this device"
     if _chosen in ("cpu", "cuda"):
         return _chosen, "chosen" if _chosen == device else "chosen: raises on this device"
-    if device == "cuda" and op in TRITON_OPS and torch.cuda.is_available() and not unavailable("triton"):
-        ways = [name for name in ("cuda", "triton") if not (unavailable(name) or lacks(op, name))]
-        rest = "cublas" if op == "feedback_mm" else "reference"
-        return "rule", f"the least of {', '.join((*ways, rest))} by the estimates of backends.rule for each shape"
+    if device == "cuda":
+        reasons = {name: unavailable(name) or lacks(op, name) for name in ("cuda", "triton")}
+        able = [name for name, reason in reasons.items() if not reason]
+        if not able:
+            return "reference", reasons["cuda"]
+        return " or ".join(able), "by shape, dtype and device: backends.choice" if op in TRITON_OPS else ""
     if native.library is None:
         return "reference", f"native library {native.reason}"
-    if device == "cuda" and native.library.build_config()["cuda"] is None:
-        return "reference", "native library built without CUDA"
-    if lacks(op, device):
-        return "reference", "no native kernel in this version"
-    if device == "cuda" and not torch.cuda.is_available():
-        return device, "no CUDA device in this machine"
-    return device, ""
+    return ("reference", "no native kernel in this version") if lacks(op, device) else (device, "")
 
 
 __all__ = [
@@ -136,12 +143,14 @@ __all__ = [
     "TRITON_OPS",
     "VARIABLE",
     "Choice",
+    "choice",
     "choices",
     "choose",
     "chosen",
+    "followers",
     "interpreted",
     "lacks",
-    "rule",
+    "lacks_kernels",
     "unavailable",
     "use",
 ]

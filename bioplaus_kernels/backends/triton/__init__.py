@@ -2,7 +2,3 @@
 
 Checked by interpreter, not yet on hardware.
 """
-
-from . import feedback_mm, lc
-
-__all__ = ["feedback_mm", "lc"]

@@ -15,8 +15,6 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import rule
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -105,12 +103,6 @@ def pick(kind: str, arch: str, rows: int) -> Tile:
         if rows <= tile.rows:
             return tile
     return tiles[-1]
-
-
-def parts(kind: str, arch: str, rows: int, columns: int, depth: int) -> int:
-    """In how many parts a sum is made, to be added by a second pass: more than one where tiles are too few."""
-    tile = pick(kind, arch, rows)
-    return rule.parts("triton", kind, depth, arch, -(-rows // tile.rows) * -(-columns // tile.columns))
 
 
 def tile_for(kind: str, tensor: Tensor, rows: int) -> dict[str, int]:

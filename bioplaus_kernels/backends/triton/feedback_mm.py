@@ -1,45 +1,42 @@
-"""feedback_mm in Triton: dX = dY B, transposed, so that B, formed in registers, is the A side of each product.
+"""feedback_mm in Triton: dX = s (dY signs), transposed, so that the signs, made in registers, are the A side of each
+product.
 
-Constant entries are multiplied in integers, as csrc/cpu/feedback_mm_product_kernel.cpp does it and to the same bits:
-rows of dY become fixed point of 4 bytes (2 where that loses less than a rounding of a half type), cut into balanced
-int8 digits, times signs, in int32; one rounding at the end. Whether 2 bytes serve is each row's own question, answered
-on the device. A row that holds infinities or NaNs carries the infinities' signs as digits: that all of them have come
-together, with one sign, is what an infinite result means.
+±1 is exact in every dtype: half types are multiplied as they are, products are exact and sums in float32, and s comes
+last. float32 is three bf16 parts, for GPUs whose int8 units are slow; tensor cores cut the low bits of their sums, so
+each tile's sum starts from zero and is added outside of them. Where rows are few, parts of K are summed by programs of
+their own, as many as the shape says, and a second pass adds them in order: the same bits each time.
 
-Roofline, for D digits: quantising reads dY two or three times and writes 4 M K bytes; the product makes 2 D M N K
-integer operations (four digits: 8 against the 2 of a TF32 product at half the rate), reads D M K bytes of digits for
-every tile of columns and, for every tile of rows, N K of: a weight's bytes, 1/8 byte (packed signs; 1/4 where there are
-zeros) or nothing (seeded, 80 integer instructions for 128 signs); it writes M N results. At few rows the sign source is
-what is read. Other entries: 2 M N K operations in the dtype of dY, and the bytes or draws of B for every tile of rows.
-Where tiles are too few for the architecture, parts of K are summed by programs of their own, and a second pass adds
-them, always in the same order: 8 or 4 bytes a part and result written and read.
+Roofline: 2 M N K operations at the half types' rate (three times that for float32). At few rows the sign source is
+what is read: N K of a weight's bytes, 1/8 byte (packed signs; 1/4 where there are zeros) or nothing (seeded, 80 integer
+instructions for 128 signs). Every tile of rows reads it anew, from the L2 cache where it fits there, and makes the
+signs anew: two instructions a pair of entries from a weight.
 """
+
+import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
+from .. import reference
 from ..reference import checks
 from ..reference.pack_signs import packed_shape
-from . import configs
-from .loaders import feedback_tile, matrix_tile, sign_tile
+from .launch import Tile, device_limits, fitting, launch, product, traced
+from .loaders import matrix_tile, sign_tile
 
-# A tile along K never needs a mask on digits, which are padded with zeros.
-_PAD = 128
-# Sums of digits are exact in int32 up to 2^23 and the CPU's to 2^20: longer sums go in floating point on both.
-_MAX_DEPTH = 1 << 20
-# Rows and columns of dY that a program quantises at a time: long rows, middle ones, short ones.
-QUANTISE_TILES = ((1, 2048), (4, 1024), (16, 256))
+# By rows of dY, which are columns here, where tensor cores read an operand from registers and one from shared memory
+# (wgmma) and where they read both from registers; float32 holds three parts. 128 columns of B are a call of the
+# generator and a row of packed words. A tile has no part in the order of the sums.
+WGMMA = (Tile(16, 128, 64, 8, 4), Tile(64, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(256, 128, 64, 8, 3))
+MMA = (Tile(16, 128, 32, 4, 4), Tile(64, 128, 32, 4, 4), Tile(128, 128, 32, 8, 4))
+FLOAT32 = (Tile(16, 128, 32, 4, 4), Tile(32, 128, 32, 4, 3))
+# Tiles that are wanted by cutting K, and the least of K that is worth a part.
+_PROGRAMS, _PART = 256, 256
 _GROUP = tl.constexpr(8)  # tiles of rows that take turns at one tile of columns, so that B's bytes stay in the L2 cache
-# What a row of digits is, in one number: the exponent of its last place, plus _WIDE where the upper two digits are
-# needed; or _SPECIAL plus the number of its infinities (with NaNs, _NAN of them, which no sum of signs reaches).
-_EXPONENT = tl.constexpr(1 << 10)
-_WIDE = tl.constexpr(1 << 11)
-_SPECIAL = tl.constexpr(1 << 12)
-_NAN = tl.constexpr(1 << 24)
-REDUCE = 1024  # results that a program of a second pass adds
+BLOCK = 1024  # results that a program of the second pass adds
 
 
 @triton.jit
@@ -53,390 +50,109 @@ def _place(tiles_m, tiles_n):
 
 
 @triton.jit
-def _power_of_two(e):
-    return ((e + 127) << 23).to(tl.float32, bitcast=True)
+def _scale(scale, dtype: tl.constexpr):
+    """s as the entries of B hold it."""
+    return tl.cast(scale, tl.float32).to(dtype).to(tl.float32)
 
 
 @triton.jit
-def _round(y):
-    # To the nearest integer, ties to even: above 2^23 there is nothing to round.
-    size = tl.abs(y)
-    rounded = (size + 8388608.0) - 8388608.0
-    return tl.where(size < 8388608.0, tl.where(y < 0, -rounded, rounded), y)
-
-
-@triton.jit
-def _shift(top, BYTES: tl.constexpr):
-    """The largest power of two that keeps `top`, the bits of a row's largest entry, within the balanced digits."""
-    subnormal = top < (1 << 23)
-    bits = tl.where(subnormal, top.to(tl.float32).to(tl.int32, bitcast=True), top)
-    e = tl.where(subnormal, (bits >> 23) - 127 - 148, (bits >> 23) - 126)
-    e = tl.where(top == 0, -126, e)
-    # Digits reach 0x7F7F..., and not 0x7FFF...
-    limit: tl.constexpr = 0xFEFE00 if BYTES == 2 else 0xFEFEFE
-    exceeds = ((bits & 0x7FFFFF) | 0x800000) > limit
-    return 8 * BYTES - 1 - e - exceeds.to(tl.int32)
-
-
-@triton.jit
-def _scale_up(x, shift):
-    # 2^shift can exceed a float's range, as rows can be subnormal; both steps are exact for what stays above 1/2.
-    first = tl.minimum(shift, 127)
-    return x * _power_of_two(first)[:, None] * _power_of_two(shift - first)[:, None]
-
-
-@triton.jit
-def quantise_kernel(grad, digits, kind, M, K, KP, grad_row, grad_column, BM: tl.constexpr, BK: tl.constexpr):
-    """Rows of dY (M, K) to `digits` (4, M, KP), the lowest first, and `kind` (M)."""
-    half: tl.constexpr = grad.dtype.element_ty != tl.float32
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    rows = m < M
-    row = grad + m.to(tl.int64)[:, None] * grad_row
-
-    top = tl.zeros((BM,), tl.int32)
-    infinities = tl.zeros((BM,), tl.int32)
-    for k0 in range(0, K, BK):
-        k = k0 + tl.arange(0, BK)
-        x = tl.load(row + k.to(tl.int64)[None, :] * grad_column, mask=rows[:, None] & (k < K)[None, :], other=0.0)
-        bits = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        top = tl.maximum(top, tl.max(bits, 1))
-        infinities += tl.sum((bits == 0x7F800000).to(tl.int32), 1)
-    finite = top < 0x7F800000
-    special = tl.where(top > 0x7F800000, _NAN, infinities)
-    top = tl.where(finite, top, 0)
-
-    shift = _shift(top, 4)
-    wide = tl.full((BM,), half, tl.int1)
-    if half:
-        # A row's errors add up to the root of the sum of their squares, and a rounding of the result is on average 2^-9
-        # (bf16) or 2^-12 (fp16) of the root of its own: an eighth or a quarter of that may be lost. The CPU adds in 16
-        # lanes, two at a time, and so must this to come to the same answer (the squares themselves are exact).
-        short = _shift(top, 2)
-        lost = tl.zeros((BM, 16), tl.float32)
-        square = tl.zeros((BM, 16), tl.float32)
-        for k0 in range(0, K, 128):
-            for step in tl.static_range(4):
-                pair = (tl.zeros((BM, 16), tl.float32), tl.zeros((BM, 16), tl.float32))
-                for side in tl.static_range(2):
-                    k = k0 + 32 * step + 16 * side + tl.arange(0, 16)
-                    inside = rows[:, None] & (k < K)[None, :]
-                    x = tl.load(row + k.to(tl.int64)[None, :] * grad_column, mask=inside, other=0.0)
-                    y = _scale_up(tl.where(finite[:, None], x.to(tl.float32), 0.0), short)
-                    r = y - _round(y)
-                    pair = (pair[0] + y * y, pair[1] + r * r)
-                square += pair[0]
-                lost += pair[1]
-        allowed: tl.constexpr = 0.5**24 if grad.dtype.element_ty == tl.bfloat16 else 0.5**28
-        wide = tl.sum(lost.to(tl.float64), 1) > tl.sum(square.to(tl.float64), 1) * allowed
-        shift = tl.where(wide, shift, short)
-
-    for k0 in range(0, KP, BK):
-        k = k0 + tl.arange(0, BK)
-        x = tl.load(row + k.to(tl.int64)[None, :] * grad_column, mask=rows[:, None] & (k < K)[None, :], other=0.0)
-        x = x.to(tl.float32)
-        q = _round(_scale_up(tl.where(finite[:, None], x, 0.0), shift)).to(tl.int32)
-        infinite = (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) == 0x7F800000
-        q = tl.where(infinite, tl.where(x > 0, 1, -1), q)
-        to = digits + m.to(tl.int64)[:, None] * KP + k[None, :]
-        inside = rows[:, None] & (k < KP)[None, :]
-        for _ in tl.static_range(4):
-            tl.store(to, q.to(tl.int8), mask=inside)
-            q = (q + 128) >> 8
-            to += tl.cast(M, tl.int64) * KP
-
-    regular = _EXPONENT // 2 - shift + tl.where(wide, _WIDE, 0)
-    tl.store(kind + m, tl.where(finite, regular, _SPECIAL + special), mask=rows)
-
-
-@triton.jit
-def _digit_tile(digits, m0, k0, M, KP, digit, BM: tl.constexpr, BK: tl.constexpr):
-    # Digits run along K in memory, as int8 units want both sides.
-    m = tl.arange(0, BM)
-    digits += (tl.cast(digit, tl.int64) * M + m0) * KP + k0
-    at = m.to(tl.int64)[:, None] * KP + tl.arange(0, BK)[None, :]
-    return tl.trans(tl.load(digits + at, mask=(m0 + m < M)[:, None], other=0))
-
-
-@triton.jit
-def _part(K, BK: tl.constexpr):
-    """Where this program's part of the sum begins and ends along K: as many parts as the grid's second size."""
+def sign_kernel(
+    grad, out, sums, weight, planes, key, scale, M, N, K, grad_row, grad_column, weight_row, weight_column,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """out (M, N) = s * dY signs; with `sums` (parts of K, M, N) dY signs of each part goes there, in float32."""
+    pid_m, pid_n = _place(tl.cdiv(M, BM), tl.cdiv(N, BN))
+    m0 = pid_m * BM
+    n0 = pid_n * BN
     tiles = tl.cdiv(K, BK)
     part, parts = tl.program_id(1), tl.num_programs(1)
-    begin = tiles // parts * part + tl.minimum(part, tiles % parts)
-    end = begin + tiles // parts + (part < tiles % parts).to(tl.int32)
-    return begin * BK, tl.minimum(end * BK, K)
-
-
-@triton.jit
-def _value(total, lowest, what, scale, dtype: tl.constexpr):
-    """What sums of digits stand for in rows of kind `what`, in float32; `lowest`: the sums of the lowest digits."""
-    # s as the entries of B hold it; the last place, a power of two, is put together from its exponent.
-    s = tl.cast(scale, tl.float32).to(dtype).to(tl.float32).to(tl.float64)
-    exponent = (what & (_EXPONENT - 1)) + (1023 - _EXPONENT // 2)
-    last_place = (exponent.to(tl.int64) << 52).to(tl.float64, bitcast=True)
-    value = (total.to(tl.float64) * (last_place * s)[None, :]).to(tl.float32)
-    if tl.max(what, 0) >= _SPECIAL:
-        # A row of infinities: all of them together, with one sign, or nothing.
-        count = (what - _SPECIAL)[None, :]
-        infinite = tl.where(lowest == count, float("inf"), tl.where(lowest == -count, float("-inf"), float("nan")))
-        value = tl.where(count >= 0, infinite * s.to(tl.float32), value)
-    return value
-
-
-@triton.jit
-def digit_product_kernel(
-    digits,
-    kind,
-    out,
-    sums,
-    weight,
-    planes,
-    key,
-    scale,
-    M,
-    N,
-    K,
-    KP,
-    weight_row,
-    weight_column,
-    DIGITS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """out (M, N) = digits . signs * scale * the value of a last place; of half types, rows of 2 digits or rows of 4.
-
-    With `sums` (parts of K, M, N), the sums of digits go there, and `add_digits_kernel` makes `out` of them.
-    """
-    pid_m, pid_n = _place(tl.cdiv(M, BM), tl.cdiv(N, BN))
-    m0 = pid_m * BM
-    n0 = pid_n * BN
-    m = m0 + tl.arange(0, BM)
-    what = tl.load(kind + m, mask=m < M, other=0)
-    mine = m < M
-    if out.dtype.element_ty != tl.float32:
-        wide = (what & (_SPECIAL | _WIDE)) == _WIDE
-        mine &= wide == (DIGITS == 4)
-        if tl.max(mine.to(tl.int32), 0) == 0:
-            return
-    begin, end = (0, K) if sums is None else _part(K, BK)
-    a = tl.zeros((BN, BM), tl.int32)
-    b = tl.zeros((BN, BM), tl.int32)
-    c = tl.zeros((BN, BM), tl.int32)
-    d = tl.zeros((BN, BM), tl.int32)
-    for k0 in range(begin, end, BK):
-        sign = sign_tile(weight, weight_row, weight_column, planes, key, k0, n0, K, N, BN, BK, INDEX)
-        a = tl.dot(sign, _digit_tile(digits, m0, k0, M, KP, 0, BM, BK), a)
-        b = tl.dot(sign, _digit_tile(digits, m0, k0, M, KP, 1, BM, BK), b)
-        if DIGITS == 4:
-            c = tl.dot(sign, _digit_tile(digits, m0, k0, M, KP, 2, BM, BK), c)
-            d = tl.dot(sign, _digit_tile(digits, m0, k0, M, KP, 3, BM, BK), d)
-    total = (b.to(tl.int64) << 8) + a
-    if DIGITS == 4:
-        total += ((d.to(tl.int64) << 8) + c) << 16
-    if sums is None:
-        total = _value(total, a, what, scale, out.dtype.element_ty)
-    else:
-        out = sums + tl.program_id(1).to(tl.int64) * M * N
-    n = n0 + tl.arange(0, BN)
-    at = m.to(tl.int64)[None, :] * N + n[:, None]
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=mine[None, :] & (n < N)[:, None])
-
-
-@triton.jit
-def add_digits_kernel(sums, kind, out, scale, M, N, parts, BLOCK: tl.constexpr):
-    """out (M, N) of the sums of digits (parts, M, N)."""
-    count = tl.cast(M, tl.int64) * N
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < count
-    total = tl.zeros((1, BLOCK), tl.int64)
-    for part in range(parts):
-        total += tl.load(sums + part * count + i, mask=inside, other=0)[None, :]
-    what = tl.load(kind + i // N, mask=inside, other=0)
-    # Digits of infinities are the lowest ones and nothing else.
-    value = _value(total, total, what, scale, out.dtype.element_ty)
-    tl.store((out + i)[None, :], value.to(out.dtype.element_ty), mask=inside[None, :])
-
-
-@triton.jit
-def product_kernel(
-    grad,
-    out,
-    sums,
-    weight,
-    planes,
-    magnitude,
-    key,
-    scale,
-    M,
-    N,
-    K,
-    grad_row,
-    grad_column,
-    weight_row,
-    weight_column,
-    magnitude_row,
-    magnitude_column,
-    ENTRIES: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """out (M, N) = dY B in the dtype of dY, sums in float32; with `sums` (parts of K, M, N), into those, to be added.
-
-    Tensor cores cut the low bits of their sums; a half type's own rounding is 2^10 times what that loses in a sum of
-    2^12 products. float32 is multiplied outside of them ("ieee").
-    """
-    pid_m, pid_n = _place(tl.cdiv(M, BM), tl.cdiv(N, BN))
-    m0 = pid_m * BM
-    n0 = pid_n * BN
     total = tl.zeros((BN, BM), tl.float32)
-    scale = tl.cast(scale, tl.float32)
-    begin, end = (0, K) if sums is None else _part(K, BK)
-    for k0 in range(begin, end, BK):
-        g = matrix_tile(grad, grad_row, grad_column, m0, k0, M, K, BK, BM, INDEX)
-        b = feedback_tile(
-            weight,
-            weight_row,
-            weight_column,
-            planes,
-            magnitude,
-            magnitude_row,
-            magnitude_column,
-            key,
-            scale,
-            k0,
-            n0,
-            K,
-            N,
-            ENTRIES,
-            BN,
-            BK,
-            INDEX,
-        )
-        total = tl.dot(b.to(g.dtype), g, total, input_precision="ieee")
+    for k0 in range(tiles * part // parts * BK, tl.minimum(tiles * (part + 1) // parts * BK, K), BK):
+        x = matrix_tile(grad, grad_row, grad_column, m0, k0, M, K, BK, BM, WIDE)
+        half: tl.constexpr = tl.bfloat16 if x.dtype == tl.float32 else x.dtype
+        signs = sign_tile(weight, weight_row, weight_column, planes, key, k0, n0, K, N, half, BN, BK, WIDE)
+        if x.dtype == tl.float32:
+            high = x.to(tl.bfloat16)
+            rest = tl.where(tl.abs(x) < float("inf"), x - high.to(tl.float32), 0.0)
+            middle = rest.to(tl.bfloat16)
+            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+            total += tl.dot(signs, high, tl.dot(signs, middle, tl.dot(signs, low)))
+        else:
+            total = tl.dot(signs, x, total)
     m = m0 + tl.arange(0, BM)
     n = n0 + tl.arange(0, BN)
+    if sums is None:
+        total *= _scale(scale, out.dtype.element_ty)
+    else:
+        out = sums + part.to(tl.int64) * M * N
     at = m.to(tl.int64)[None, :] * N + n[:, None]
-    if sums is not None:
-        out = sums + tl.program_id(1).to(tl.int64) * M * N
     tl.store(out + at, total.to(out.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
 
 
 @triton.jit
-def add_parts_kernel(sums, out, count, parts, BLOCK: tl.constexpr):
-    """out (count) of the sums (parts, count), in float32 and always in the same order."""
+def add_kernel(sums, out, scale, count, parts, BLOCK: tl.constexpr):
+    """out (count) = s * the sums (parts, count), in float32 and always in the same order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     total = tl.zeros((BLOCK,), tl.float32)
     for part in range(parts):
         total += tl.load(sums + tl.cast(part, tl.int64) * count + i, mask=inside, other=0.0)
-    tl.store(out + i, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + i, (total * _scale(scale, out.dtype.element_ty)).to(out.dtype.element_ty), mask=inside)
 
 
-def _strides(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (x.stride(0), x.stride(1))
+def tile_for(dtype: torch.dtype, rows: int, source: int, capability: tuple[int, int], shared: int) -> Tile:
+    """The tile for `rows` of dY in `dtype` and signs read from `source` bytes an entry (0: from bits)."""
+    if dtype == torch.float32:
+        # 4 bytes as it is read, three parts of 2 as they are multiplied.
+        return fitting(FLOAT32, rows, 10, source, shared)
+    return fitting(WGMMA if capability[0] in (9, 10) else MMA, rows, 2, source, shared)
 
 
-def _index(*tensors: Tensor | None) -> tl.dtype:
-    # Of places in a tile of at most 128 by 128.
-    return tl.int64 if any(128 * sum(_strides(x)) >= 2**31 for x in tensors) else tl.int32
+def parts_of(m: int, n: int, k: int) -> int:
+    """Parts of K that are summed apart: more than one where tiles are too few; the same for every device."""
+    rows = next((tile.rows for tile in WGMMA if m <= tile.rows), WGMMA[-1].rows)
+    tiles = -(-m // rows) * -(-n // WGMMA[0].columns)
+    return max(1, min(k // _PART, _PROGRAMS // tiles))
 
 
-@triton_op("bioplaus_triton::feedback_mm", mutates_args={})
-def feedback_mm(
-    grad_output: Tensor,
-    weight: Tensor | None,
-    signs: Tensor | None,
-    magnitude: Tensor | None,
-    key: Tensor | None,
-    entries: str,
-    scale: float,
-    in_features: int,
-) -> Tensor:
-    """dX (M, in) = dY (M, out) B (out, in), B as in `feedback_weight`; half types accumulate in float32."""
-    checks.mm(grad_output, in_features)
-    dtype, (m, k), n = grad_output.dtype, grad_output.shape, in_features
+@functools.cache
+def _plan(
+    dtype: torch.dtype, m: int, n: int, k: int, strides: tuple[int, ...], source: int, device: torch.device
+) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """Grid (its second size: parts of K) and constants of a product."""
+    tile = tile_for(dtype, m, source, *device_limits(device))
+    grid = -(-m // tile.rows) * -(-n // tile.columns), parts_of(m, n, k), 1
+    return grid, {**tile.constants(), "WIDE": 256 * sum(strides) >= 2**31}
+
+
+@product(reference.feedback_mm)
+def feedback_mm(grad_output: Tensor, *feedback: Any) -> Tensor:
+    """Of signs (entries "constant") and dY of float32 or a half type."""
+    weight, signs, magnitude, key, entries, scale, n = feedback
+    checks.mm(grad_output, n)
+    (m, k), dtype = grad_output.shape, grad_output.dtype
     if dtype == torch.float64:
         checks.fail("grad_output", "float32, bfloat16 or float16 (Triton has no float64 product)", dtype, TypeError)
+    if entries != "constant":
+        checks.fail("entries", "'constant' (Triton has a kernel for signs alone)", repr(entries))
     checks.feedback(weight, signs, magnitude, key, entries, scale, (k, n), packed_shape((k, n)))
-    out = grad_output.new_empty(m, n)
     if m == 0 or n == 0 or k == 0:
-        return out.zero_()
-    if magnitude is not None and weight is None and signs is None and scale == 1 and magnitude.dtype == dtype:
-        return torch.mm(grad_output, magnitude)
+        return grad_output.new_zeros(m, n)
+    out, shift = grad_output.new_empty(m, n), None
+    if dtype == torch.float32:
+        # bf16's least number is 2^-133: rows move to where all three parts are normal.
+        shift = torch.frexp(grad_output.abs().amax(1, keepdim=True).nan_to_num()).exponent.double()
+        grad_output = (grad_output * torch.exp2(-shift)).float()
     planes, words = None if signs is None else signs.contiguous(), None if key is None else key.contiguous()
-
-    constant = entries == "constant" and k <= _MAX_DEPTH
-    if constant:
-        of = "digits4" if dtype == torch.float32 else "digits2"
-    else:
-        of = "float32" if dtype == torch.float32 else "half"
-    parts = configs.parts(of, configs.architecture(grad_output.device), m, n, k)
-    form = torch.int64 if constant else torch.float32
-    sums = out.new_empty(parts, m, n, dtype=form) if parts > 1 else None
-
-    def grid(meta: dict[str, int]) -> tuple[int, int]:
-        return triton.cdiv(m, meta["BM"]) * triton.cdiv(n, meta["BN"]), parts
-
-    if constant:
-        depth = -(-k // _PAD) * _PAD
-        digits = grad_output.new_empty(4, m, depth, dtype=torch.int8)
-        kind = grad_output.new_empty(m, dtype=torch.int32)
-        rows, columns = QUANTISE_TILES[0 if k > 1024 else 1 if k > 256 else 2]
-        wrap_triton(quantise_kernel)[(triton.cdiv(m, rows),)](
-            grad_output, digits, kind, m, k, depth, *grad_output.stride(), BM=rows, BK=columns
-        )
-        # Half types in two launches, so that each has the registers of its own; the second mostly finds no row.
-        for count in (4,) if dtype == torch.float32 else (2, 4):
-            of, tuned_by = f"digits{count}", ("M", "N", "K", "DIGITS")
-            kernel = configs.tunable(digit_product_kernel, of, grad_output, m, tuned_by)
-            wrap_triton(kernel)[grid](
-                digits,
-                kind,
-                out,
-                sums,
-                weight,
-                planes,
-                words,
-                scale,
-                m,
-                n,
-                k,
-                depth,
-                *_strides(weight),
-                DIGITS=count,
-                INDEX=_index(weight),
-                **configs.tile_for(f"digits{count}", grad_output, m),
-            )
-        if sums is not None:
-            wrap_triton(add_digits_kernel)[(triton.cdiv(m * n, REDUCE),)](
-                sums, kind, out, scale, m, n, parts, BLOCK=REDUCE
-            )
-        return out
-
-    kernel = configs.tunable(product_kernel, of, grad_output, m, ("M", "N", "K", "ENTRIES"))
-    wrap_triton(kernel)[grid](
-        grad_output,
-        out,
-        sums,
-        weight,
-        planes,
-        magnitude,
-        words,
-        scale,
-        m,
-        n,
-        k,
-        *grad_output.stride(),
-        *_strides(weight),
-        *_strides(magnitude),
-        ENTRIES=entries,
-        INDEX=_index(grad_output, weight, magnitude),
-        **configs.tile_for(of, grad_output, m),
-    )
+    strides = (*grad_output.stride(), *((0, 0) if weight is None else weight.stride()))
+    source = 0 if weight is None else weight.element_size()
+    grid, constants = _plan(dtype, m, n, k, strides, source, grad_output.device)
+    parts = grid[1]
+    sums = out.new_empty(parts, m, n, dtype=torch.float32) if parts > 1 else None
+    trace = traced(grad_output)
+    tensors = (grad_output, out, sums, weight, planes, words)
+    launch(wrap_triton(sign_kernel) if trace else sign_kernel, grid, tensors, (scale, m, n, k, *strides), constants)
     if sums is not None:
-        wrap_triton(add_parts_kernel)[(triton.cdiv(m * n, REDUCE),)](sums, out, m * n, parts, BLOCK=REDUCE)
-    return out
+        kernel, grid = wrap_triton(add_kernel) if trace else add_kernel, (-(-m * n // BLOCK), 1, 1)
+        launch(kernel, grid, (sums, out), (scale, m * n, parts), {"BLOCK": BLOCK})
+    return out if shift is None else (out * torch.exp2(shift)).float()

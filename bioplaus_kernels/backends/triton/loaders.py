@@ -91,6 +91,21 @@ def numbers(words, scale, ENTRIES: tl.constexpr):
 
 
 @triton.jit
+def one(dtype: tl.constexpr):
+    """The bits of 1 in a half type."""
+    return 0x3F80 if dtype == tl.bfloat16 else 0x3C00
+
+
+@triton.jit
+def signs_of(w, dtype: tl.constexpr):
+    """Signs of weights of any dtype as numbers of a half type, from their bits: a 0 may be -0, a NaN has none."""
+    width: tl.constexpr = w.dtype.primitive_bitwidth
+    integer: tl.constexpr = tl.int64 if width == 64 else tl.int32 if width == 32 else tl.int16
+    sign = (w.to(integer, bitcast=True) >> (width - 16)).to(tl.int16) & -32768
+    return (sign | tl.where(tl.abs(widen(w)) > 0, one(dtype), 0).to(tl.int16)).to(dtype, bitcast=True)
+
+
+@triton.jit
 def interleave(a, b, c, d):
     """Four (R, C) tiles as one (4 R, C) tile, rows in turn."""
     x = tl.join(tl.join(a, c), tl.join(b, d))  # (R, C, 2, 2), the last two dims in the order of the words
@@ -100,17 +115,18 @@ def interleave(a, b, c, d):
 
 @triton.jit
 def unfold(words):
-    """Bits of an (R, C) tile of words as a (32 R, C) tile of 0 and 1."""
-    bits = (words[:, None, :] >> tl.arange(0, 32)[None, :, None]) & 1
-    return tl.reshape(bits.to(tl.int8), (32 * words.shape[0], words.shape[1]))
+    """Bits of an (R, C) tile of words, each as the highest of 16: (32 R, C) of int16, the other bits anything."""
+    bits = (words.to(tl.int32, bitcast=True)[:, None, :] >> tl.arange(0, 32)[None, :, None]) << 15
+    return tl.reshape(bits.to(tl.int16), (32 * words.shape[0], words.shape[1]))
 
 
 @triton.jit
-def matrix_tile(x, row, column, k0, n0, rows, columns, BN: tl.constexpr, BK: tl.constexpr, INDEX: tl.constexpr):
+def matrix_tile(x, row, column, k0, n0, rows, columns, BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr):
     """Elements of rows k0 ... and columns n0 ... of a strided matrix, transposed: (BN, BK), 0 outside.
 
-    Where the tile lies is one 64-bit number; INDEX, of the places in it, is 32 bits wide unless strides are huge.
+    Where the tile lies is one 64-bit number; the places in it are 32 bits wide unless strides are huge (WIDE).
     """
+    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     k = tl.arange(0, BK)
     n = tl.arange(0, BN)
     x += tl.cast(k0, tl.int64) * row + tl.cast(n0, tl.int64) * column
@@ -120,83 +136,41 @@ def matrix_tile(x, row, column, k0, n0, rows, columns, BN: tl.constexpr, BK: tl.
 
 @triton.jit
 def sign_tile(
-    weight,
-    weight_row,
-    weight_column,
-    planes,
-    key,
-    k0,
-    n0,
-    rows,
-    columns,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """Signs of rows k0 ... and of columns n0 ..., a multiple of 128, transposed: (BN, BK) of int8.
+    weight, weight_row, weight_column, planes, key, k0, n0, rows, columns,
+    dtype: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """Signs of rows k0 ... and of columns n0 ..., a multiple of 128, transposed: (BN, BK) of a half type.
 
     Entries outside the matrix are anything from -1 to 1.
     """
     if weight is not None:
-        return sign_of(matrix_tile(weight, weight_row, weight_column, k0, n0, rows, columns, BN, BK, INDEX))
-    elif planes is not None:
-        words = tl.cdiv(columns, SIGNS_PER_CALL) * 4
-        word = tl.arange(0, BN // 32)
-        k = tl.arange(0, BK)
-        inside = (k0 + k < rows)[None, :] & (n0 // 32 + word < words)[:, None]
-        at = k[None, :] * words + word[:, None]
-        planes += n0 // 32
-        tile = tl.cast(k0, tl.int32) // TILE_ROWS
-        flags = planes + (tl.cast(rows, tl.int64) * 2 + tile) * words
-        flag = tl.load(flags + ((k0 + k) // TILE_ROWS - tile)[None, :] * words + word[:, None], mask=inside, other=0)
-        planes += tl.cast(k0, tl.int64) * words
-        negative = unfold(tl.load(planes + at, mask=inside, other=0))
-        # The second plane is read only where the flag says that a tile holds a zero.
-        planes += tl.cast(rows, tl.int64) * words
-        nonzero = unfold(tl.load(planes + at, mask=inside & (flag != 0), other=-1))
-        return (1 - 2 * negative).to(tl.int8) * nonzero
+        signs = signs_of(matrix_tile(weight, weight_row, weight_column, k0, n0, rows, columns, BN, BK, WIDE), dtype)
     else:
-        call = n0 // SIGNS_PER_CALL + tl.arange(0, BN // SIGNS_PER_CALL)
-        a, b, c, d = draw(key, call[:, None], (k0 + tl.arange(0, BK))[None, :])
-        return (1 - 2 * unfold(interleave(a, b, c, d))).to(tl.int8)
-
-
-@triton.jit
-def feedback_tile(
-    weight,
-    weight_row,
-    weight_column,
-    planes,
-    magnitude,
-    magnitude_row,
-    magnitude_column,
-    key,
-    scale,
-    k0,
-    n0,
-    rows,
-    columns,
-    ENTRIES: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """Entries of B at rows k0 ... and columns n0 ..., transposed: (BN, BK) of float32, finite outside B."""
-    if ENTRIES == "constant":
-        sign = sign_tile(weight, weight_row, weight_column, planes, key, k0, n0, rows, columns, BN, BK, INDEX)
-        b = sign.to(tl.float32) * scale
-    else:
-        if ENTRIES == "stored":
-            b = matrix_tile(magnitude, magnitude_row, magnitude_column, k0, n0, rows, columns, BN, BK, INDEX)
-            b = b.to(tl.float32) * scale
+        units = tl.full((BN, BK), one(dtype), tl.int16)
+        if planes is not None:
+            words = tl.cdiv(columns, SIGNS_PER_CALL) * 4
+            word = tl.arange(0, BN // 32)
+            k = tl.arange(0, BK)
+            inside = (k0 + k < rows)[None, :] & (n0 // 32 + word < words)[:, None]
+            at = k[None, :] * words + word[:, None]
+            planes += n0 // 32
+            tile = tl.cast(k0, tl.int32) // TILE_ROWS
+            flags = planes + (tl.cast(rows, tl.int64) * 2 + tile) * words
+            flag = tl.load(
+                flags + ((k0 + k) // TILE_ROWS - tile)[None, :] * words + word[:, None], mask=inside, other=0
+            )
+            planes += tl.cast(k0, tl.int64) * words
+            negative = tl.load(planes + at, mask=inside, other=0)
+            # The second plane is read only where the flag says that a tile holds a zero.
+            planes += tl.cast(rows, tl.int64) * words
+            nonzero = unfold(tl.load(planes + at, mask=inside & (flag != 0), other=-1))
+            units = tl.where(nonzero < 0, units, 0)
         else:
-            call = n0 // 4 + tl.arange(0, BN // 4)
-            x, y, z, w = numbers(draw(key, call[:, None], (k0 + tl.arange(0, BK))[None, :]), scale, ENTRIES)
-            b = interleave(x, y, z, w)
-        if (weight is not None) or (planes is not None):
-            sign = sign_tile(weight, weight_row, weight_column, planes, key, k0, n0, rows, columns, BN, BK, INDEX)
-            b = sign.to(tl.float32) * tl.abs(b)
-    return b
+            call = n0 // SIGNS_PER_CALL + tl.arange(0, BN // SIGNS_PER_CALL)
+            a, b, c, d = draw(key, call[:, None], (k0 + tl.arange(0, BK))[None, :])
+            negative = interleave(a, b, c, d)
+        signs = ((unfold(negative) & -32768) | units).to(dtype, bitcast=True)
+    return signs
 
 
 @triton.jit
