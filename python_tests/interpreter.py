@@ -115,6 +115,13 @@ def checked() -> Iterator[None]:
         refuse(a)
         return unary(self, a, op)
 
+    def lang_tensor(tensor: Any, scope: Any) -> None:
+        lang(tensor, scope)
+        # Older ones ask an array of one element for an integer, which newer numpy refuses.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    lang = interpreter._patch_lang_tensor
+    patch.setattr(interpreter, "_patch_lang_tensor", lang_tensor)
     patch.setattr(interpreter.GridExecutor, "__call__", call)
     for name, function in (
         ("create_masked_load", masked_load),

@@ -146,10 +146,12 @@ def feedback_mm(grad_output: Tensor, *feedback: Any) -> Tensor:
     planes, words = None if signs is None else signs.contiguous(), None if key is None else key.contiguous()
     strides = (*grad_output.stride(), *((0, 0) if weight is None else weight.stride()))
     source = 0 if weight is None else weight.element_size()
-    grid, constants = _plan(dtype, m, n, k, strides, source, grad_output.device)
+    trace = traced(grad_output)
+    # A traced size may be a symbol, which no cache takes.
+    plan = _plan.__wrapped__ if trace else _plan
+    grid, constants = plan(dtype, m, n, k, strides, source, grad_output.device)
     parts = grid[1]
     sums = out.new_empty(parts, m, n, dtype=torch.float32) if parts > 1 else None
-    trace = traced(grad_output)
     tensors = (grad_output, out, sums, weight, planes, words)
     launch(wrap_triton(sign_kernel) if trace else sign_kernel, grid, tensors, (scale, m, n, k, *strides), constants)
     if sums is not None:

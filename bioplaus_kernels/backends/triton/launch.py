@@ -46,7 +46,6 @@ def device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
     return (of.major, of.minor), of.shared_memory_per_block_optin
 
 
-@functools.cache
 def fitting(tiles: Sequence[Tile], rows: int, left: int, right: int, shared: int) -> Tile:
     """The first of `tiles` that holds `rows`, or the largest, with as many stages as fit; a smaller one if none does.
 
