@@ -150,7 +150,7 @@ class CMakeBuild(build_ext):
             "CMAKE_CXX_COMPILER": cxx,
             "Python_EXECUTABLE": sys.executable,
             "BK_VERSION": self.distribution.get_version(),
-            "BK_SOURCES": runpy.run_path(str(ROOT / "bioplaus_kernels" / "_sources.py"))["digest"](ROOT),
+            "BK_DIGEST": runpy.run_path(str(ROOT / "bioplaus_kernels" / "_sources.py"))["digest"](ROOT),
             "BK_TORCH_VERSION": torch.__version__,
             "BK_TORCH_INCLUDE": torch_root / "include",
             "BK_TORCH_LIB": torch_root / "lib",

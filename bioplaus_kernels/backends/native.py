@@ -63,8 +63,8 @@ library, reason = _load()
 
 def outdated() -> bool:
     """Whether the sources beside the package, as an editable install has them, are others than it was built from."""
-    sources = digest(Path(__file__).parents[2])
-    return library is not None and sources not in ("", library.build_config().get("sources"))
+    found = digest(Path(__file__).parents[2])
+    return library is not None and found not in ("", library.build_config().get("digest"))
 
 
 def missing_kernels(capability: tuple[int, int]) -> str:
