@@ -1,9 +1,10 @@
-# make train | test | test-all | check | lint | format | build | clean
+# make train | test | test-all | test-torch-2.11 | test-torch-2.13 | check | lint | format | build | clean
 #
 # Every target makes what it needs first: the environment in VENV, then the package with its native library.
 
 PYTHON ?= python3
 VENV ?= .venv
+REQUIREMENTS ?= requirements.txt
 PYTEST_ARGS ?=
 
 # One architecture keeps the build short; its PTX runs on newer GPUs as well. `pip install .` builds for more.
@@ -13,14 +14,14 @@ export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
 export OMP_WAIT_POLICY ?= PASSIVE
 
 # Names an environment by what is in it. Also for use on the command line: make test VENV='/some/where/$(KEY)'
-KEY := $(shell { $(PYTHON) -VV; cat requirements.txt; } | sha256sum | cut -c1-12)
+KEY := $(shell { $(PYTHON) -VV; cat $(REQUIREMENTS); } | sha256sum | cut -c1-12)
 
 BIN = $(abspath $(VENV))/bin
 PY = $(BIN)/python
 INSTALLED = $(VENV)/.requirements-$(KEY)
 BUILT = build/.installed
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-SOURCES = CMakeLists.txt setup.py pyproject.toml $(CSRC)
+SOURCES = CMakeLists.txt setup.py pyproject.toml bioplaus_kernels/_sources.py bioplaus_kernels/_version.py $(CSRC)
 
 # A build belongs to one environment and one set of switches, which CMake remembers: for others start anew.
 STATE = $(strip $(abspath $(VENV)) $(KEY) $(TORCH_CUDA_ARCH_LIST) $(BK_CUDA))
@@ -33,7 +34,7 @@ ifneq ($(shell cat $(VENV)/.checkout 2>/dev/null),$(CURDIR))
 STALE = FORCE
 endif
 
-.PHONY: train test test-all check lint format build clean FORCE
+.PHONY: train test test-all test-installed check lint format build clean FORCE
 
 train: build
 	$(PY) -m recipes run recipes/experiments/digits/*.toml
@@ -41,9 +42,27 @@ train: build
 test: lint
 	$(PY) -m pytest -m "not exhaustive" $(PYTEST_ARGS)
 
-# Every configuration of every GPU kernel as well.
+# Every configuration of every GPU kernel as well, and the fast tests on an older torch.
 test-all: lint
 	$(PY) -m pytest $(PYTEST_ARGS)
+	$(MAKE) test-torch-2.11
+
+# On another torch: what requirements-torch-%.txt names, in an environment beside VENV.
+PYTHON_2.11 ?= python3.12
+test-torch-2.11: export PYENV_VERSION ?= 3.12
+FILES_2.13 = $(addprefix python_tests/test_,build.py feedback_mm.py import.py layers.py)
+test-torch-%:
+	@$(or $(PYTHON_$*),$(PYTHON)) -c "" 2>/dev/null || \
+	  { echo "$@: $(or $(PYTHON_$*),$(PYTHON)) does not run; set PYTHON_$* to an interpreter"; exit 1; }
+	$(MAKE) test-installed PYTHON=$(or $(PYTHON_$*),$(PYTHON)) VENV=$(VENV)-torch-$* \
+	  REQUIREMENTS=requirements-torch-$*.txt FILES="$(FILES_$*)"
+
+# As a user has it: installed, and not the checkout that the tests lie in.
+test-installed: $(INSTALLED)
+	rm -rf build/lib* build/site-packages
+	PATH="$(BIN):$$PATH" $(PY) -m pip install --no-build-isolation --no-deps --target build/site-packages .
+	PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/site-packages:$(CURDIR)" \
+	  $(PY) -m pytest -m "not slow and not exhaustive" $(FILES) $(PYTEST_ARGS)
 
 check: lint
 	$(PY) -m pytest -m "not slow and not exhaustive" $(PYTEST_ARGS)
@@ -72,7 +91,8 @@ $(BUILT): $(INSTALLED) $(SOURCES) $(STALE)
 $(INSTALLED):
 	PYTHON="$(PYTHON)" scripts/install_debian_packages.sh
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --requirement requirements.txt
+	$(PY) -m pip install --requirement $(REQUIREMENTS)
+	@rm -f $(VENV)/.requirements-*
 	@touch $@
 
 clean:

@@ -6,6 +6,7 @@ syntax; default 8.0;9.0;10.0+PTX), MAX_JOBS, CXX, CUDA_HOME. No GPU is needed to
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,9 @@ def parse_archs(text):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
         if not match:
             stop(f"TORCH_CUDA_ARCH_LIST: expected entries such as 8.0, 9.0a or 10.0+PTX, got {arch!r}.")
+        if int(match[1]) < 8:
+            say(f"{arch} is left out of TORCH_CUDA_ARCH_LIST: the kernels need 8.0")
+            continue
         people.append(f"sm_{match[1]}{match[2]}{match[4] or ''}")
         codes += [f"sm_{match[1]}{match[2]}"] + ["compute_80"] * bool(match[4])
     if not people:
@@ -146,6 +150,7 @@ class CMakeBuild(build_ext):
             "CMAKE_CXX_COMPILER": cxx,
             "Python_EXECUTABLE": sys.executable,
             "BK_VERSION": self.distribution.get_version(),
+            "BK_DIGEST": runpy.run_path(str(ROOT / "bioplaus_kernels" / "_sources.py"))["digest"](ROOT),
             "BK_TORCH_VERSION": torch.__version__,
             "BK_TORCH_INCLUDE": torch_root / "include",
             "BK_TORCH_LIB": torch_root / "lib",

@@ -19,6 +19,8 @@ def main() -> None:
     else:
         config = native.library.build_config()
         print(f"native library: built with torch {config['torch']}, {config['cxx_compiler']}")
+        if native.outdated():
+            print("  built from other sources than csrc beside the package: build again")
         product = native.product_level()
         print(
             f"  CPU levels {', '.join(config['cpu_levels'])}; active here: {native.library.active_cpu_level()}, "

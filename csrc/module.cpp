@@ -31,6 +31,7 @@ std::vector<std::string> native_ops(c10::DispatchKey key) {
 py::dict build_config() {
   py::dict config;
   config["version"] = BK_VERSION;
+  config["digest"] = BK_DIGEST;
   config["torch"] = BK_TORCH_VERSION;
   config["cxx_compiler"] = BK_CXX_COMPILER;
   config["cpu_levels"] = std::vector<std::string> BK_LEVELS;

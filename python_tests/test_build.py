@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import fresh
 import pytest
@@ -107,6 +107,39 @@ def setup_py(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_arch_list(setup_py: ModuleType, text: str, people: list[str], codes: list[str]) -> None:
     """TORCH_CUDA_ARCH_LIST in torch's own syntax."""
     assert setup_py.parse_archs(text) == (people, codes)
+
+
+def test_old_archs(setup_py: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    """A list made for other programs may start where no kernel of these compiles."""
+    assert setup_py.parse_archs("7.5 8.6+PTX") == (["sm_86+PTX"], ["sm_86", "compute_80"])
+    assert "7.5 is left out of TORCH_CUDA_ARCH_LIST: the kernels need 8.0" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST: expected entries such as 8\.0.*, got '7\.5\+PTX'"):
+        setup_py.parse_archs("7.5+PTX")
+
+
+@pytest.mark.parametrize(
+    ("archs", "run", "lack"),
+    [
+        ("8.0;9.0;10.0+PTX", ["8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0"], ["7.0", "7.5"]),
+        ("8.0+PTX", ["8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0"], ["7.5"]),
+        ("9.0", ["9.0"], ["7.5", "8.0", "8.6", "8.9", "10.0", "10.3", "12.0"]),
+        ("8.6;10.3", ["8.6", "8.9", "10.3"], ["7.5", "8.0", "9.0", "10.0", "12.0"]),
+    ],
+)
+def test_missing_kernels(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, archs: str, run: list[str], lack: list[str]
+) -> None:
+    """Machine code runs on its major version from its minor on, PTX on all that is newer; the rest is named."""
+    people, _ = setup_py.parse_archs(archs)
+    monkeypatch.setattr(native, "library", SimpleNamespace(build_config=lambda: {"cuda_archs": people}))
+    reasons = {text: native.missing_kernels(tuple(map(int, text.split(".")))) for text in (*run, *lack)}
+    assert [text for text, reason in reasons.items() if not reason] == run
+    for text in lack:
+        if text.startswith("7."):
+            assert reasons[text] == f"the CUDA kernels need compute capability 8.0, this GPU has {text}"
+        else:
+            assert reasons[text].startswith(f"the CUDA kernels are built for {', '.join(people)}, this GPU is sm_")
+            assert reasons[text].endswith(f": rebuild with TORCH_CUDA_ARCH_LIST={text}")
 
 
 def test_default_archs(setup_py: ModuleType) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+pytest.importorskip("pycocotools")
 from recipes import __main__ as cli
 from recipes import data, experiment, learn, report
 

@@ -5,6 +5,8 @@ import math
 import pytest
 
 import bioplaus_kernels as bk
+
+pytest.importorskip("pycocotools")
 from recipes import data, experiment, report
 from recipes.run import run
 

@@ -3,16 +3,23 @@
 import json
 import os
 import platform
+import shutil
 import textwrap
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import fresh
 import pytest
 import torch
+from bitwise import needs_native
 from small import RULES, gradients
 
 import bioplaus_kernels as bk
+from bioplaus_kernels.__main__ import main
 from bioplaus_kernels.backends import native, reference
+
+TORCH = torch.__version__.partition("+")[0].encode()
 
 # What each run sets up before the import, and the reason that the report then gives ("" where the library may load).
 SURROUNDINGS = {
@@ -33,18 +40,34 @@ SURROUNDINGS = {
         """,
         "built, but it does not load (undefined symbol: _ZN3c10)",
     ),
-    "native library of other sources": (
-        """
-        stale = types.ModuleType('bioplaus_kernels._C')
-        stale.__spec__ = importlib.machinery.ModuleSpec(stale.__name__, None)
-        sys.modules[stale.__name__] = stale
-        """,
-        "built from other sources than these: no feedback_mm, feedback_weight",
+}
+
+# What becomes of the file of the native library, and the reason.
+DOCTORED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "half": (lambda file: file[: len(file) // 2], "does not load (_C.so is cut off: "),
+    "a byte short": (lambda file: file[:-1], "does not load (_C.so is cut off: "),
+    "empty": (lambda file: b"", "does not load ("),
+    "no library": (lambda file: b"\x7fELF" + bytes(range(256)) * 64, "does not load ("),
+    "another version": (
+        lambda file: file.replace(f"\0{bk.__version__}\0".encode(), b"\0" + b"9" * len(bk.__version__) + b"\0"),
+        f"built for version {'9' * len(bk.__version__)}, this is {bk.__version__}",
+    ),
+    "another torch": (
+        lambda file: file.replace(b"\0" + TORCH, b"\0" + b"9" * len(TORCH)),
+        f"built with torch {'9' * len(TORCH)}, this is torch {TORCH.decode()}",
+    ),
+    "another signature": (
+        lambda file: file.replace(b"(Tensor key, Tensor weight)", b"(Tensor keys,Tensor weight)"),
+        "built from other sources than these: no redraw_key with these arguments",
+    ),
+    "an op less": (
+        lambda file: file.replace(b"redraw_key(Tensor", b"redraw_kex(Tensor"),
+        "built from other sources than these: no redraw_key with these arguments",
     ),
 }
 
 PROGRAM = """
-import importlib.machinery, json, os, runpy, sys, types
+import importlib.machinery, json, os, runpy, sys
 import torch
 {before}
 state = torch.get_rng_state()
@@ -105,6 +128,32 @@ def test_everything_works_where_something_is_missing(case: str) -> None:
         assert report[2].startswith("triton not found, ")
 
 
+@needs_native
+@pytest.mark.parametrize("case", DOCTORED)
+def test_a_library_that_does_not_fit_is_named_and_not_used(case: str, tmp_path: Path) -> None:
+    change, reason = DOCTORED[case]
+    package = tmp_path / "bioplaus_kernels"
+    package.mkdir()
+    for path in Path(bk.__file__).parent.iterdir():
+        if path.suffix != ".so":
+            (package / path.name).symlink_to(path)
+    file = Path(native.library.__file__).read_bytes()
+    doctored = change(file)
+    assert doctored != file
+    (package / "_C.so").write_bytes(doctored)
+    program = """
+        import sys, torch
+        sys.path.insert(0, sys.argv[1])
+        import bioplaus_kernels as bk
+        assert bk.__file__.startswith(sys.argv[1]) and bk.backends.native.library is None
+        bk.nn.Linear(3, 2, feedback="brsf")(torch.ones(1, 3, requires_grad=True)).sum().backward()
+        print(bk.backends.native.reason)
+    """
+    done = fresh.run(textwrap.dedent(program), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert reason in done.stdout and "; rebuild against the torch in use: `pip install " in done.stdout
+
+
 def check_report(report: list[str], native_library: bool) -> None:
     """Versions, what was built, and a row for every op and device with its backend and, if not native, why."""
     assert report[0] == f"bioplaus_kernels {bk.__version__}"
@@ -123,6 +172,28 @@ def check_report(report: list[str], native_library: bool) -> None:
         assert why or backend == device
         if not native_library:
             assert backend == "reference" and why[0].startswith("native library ")
+
+
+@needs_native
+def test_the_report_names_a_build_of_changed_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    root = Path(__file__).parents[1]
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "bioplaus_kernels" / "backends" / "native.py"))
+    assert not native.outdated()  # there are none
+    shutil.copytree(root / "csrc", tmp_path / "csrc")
+    shutil.copy(root / "CMakeLists.txt", tmp_path)
+    assert not native.outdated()
+    kernel = tmp_path / "csrc" / "cpu" / "pack_signs_kernel.cpp"
+    text = kernel.read_text()
+    kernel.write_text(f"{text}\n")
+    assert native.outdated()
+    main()
+    assert "  built from other sources than csrc beside the package: build again" in capsys.readouterr().out
+    kernel.write_text(text)
+    assert not native.outdated()
+    kernel.rename(kernel.with_name("other_kernel.cpp"))
+    assert native.outdated()
 
 
 def test_the_library_in_use_serves_its_ops() -> None:

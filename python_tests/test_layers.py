@@ -6,9 +6,11 @@ import pytest
 import torch
 from oracle import CASES, RICH, TORCH_CASES, Case, assert_same
 from torch import Tensor
-from torch.testing._internal.common_modules import ModuleInput, module_db
 
 import bioplaus_kernels as bk
+
+pytest.importorskip("expecttest")  # of torch's own tests
+from torch.testing._internal.common_modules import ModuleInput, module_db
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -17,6 +17,8 @@ import torchvision
 from PIL import Image
 
 import bioplaus_kernels as bk
+
+pytest.importorskip("pycocotools")
 from recipes import data, experiment, learn, models, report
 from recipes import run as runner
 
