@@ -92,7 +92,3 @@ def product_level() -> str:
 
 # What torch.compiler.assume_constant_result does, without its import of the compiler.
 product_level._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def missing_kernels(capability: tuple[int, int]) -> str:
-    return ""
