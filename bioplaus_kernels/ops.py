@@ -87,13 +87,28 @@ def _like(x: Tensor, size: Sequence[int]) -> Tensor:
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
+def _on_one_device(name: str) -> Callable[..., Tensor]:
+    # One operand on the meta device is enough for the dispatcher to call a fake, whose result on the others nobody writes.
+    fake, names = globals()[f"_fake_{name}"], tuple(inspect.signature(reference.OPS[name]).parameters)
+
+    def checked(*args: Any, **named: Any) -> Tensor:
+        tensors = [(n, x) for n, x in zip(names, args, strict=False) if isinstance(x, Tensor)]
+        (first, one), *others = tensors
+        for other, x in others:
+            if x.device != one.device:
+                raise ValueError(f"{other}: expected a tensor on {one.device}, as {first}, got one on {x.device}")
+        return cast(Tensor, fake(*args, **named))
+
+    return checked
+
+
 if native.library is not None:
     _library = torch.library.Library("bioplaus", "IMPL")
     for _name, _reference in reference.OPS.items():
         _library.impl(_name, _reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"bioplaus::{_name}", globals()[f"_fake_{_name}"])
+        torch.library.register_fake(f"bioplaus::{_name}", _on_one_device(_name))
     if hasattr(torch.ops.bioplaus, "feedback_mm_by"):
-        torch.library.register_fake("bioplaus::feedback_mm_by", _fake_feedback_mm)
+        torch.library.register_fake("bioplaus::feedback_mm_by", _on_one_device("feedback_mm"))
 
 
 def _only(name: str, backend: str, call: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -1,11 +1,15 @@
 """Models built on the meta device: state that was lost is not used, and every way to have it again."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from small import RULES, assert_equal, gradients
 from torch import Tensor, nn
 
 import bioplaus_kernels as bk
+from bioplaus_kernels import ops
+from bioplaus_kernels.backends import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,3 +79,35 @@ def test_meta_without_state_needs_nothing() -> None:
 def test_meta_model_runs_on_meta(rule: str) -> None:
     x = torch.randn(2, 6, device="meta", requires_grad=True)
     assert [grad.shape for grad in through(meta_model(rule), x)] == [(2, 6), (6, 6), (6,)]
+
+
+def on_meta(*arguments: object) -> Iterator[tuple[object, ...]]:
+    """Every mixture: all but one of the tensors here, that one without data."""
+    for i, x in enumerate(arguments):
+        if isinstance(x, Tensor):
+            yield (*arguments[:i], x.to("meta"), *arguments[i + 1 :])
+
+
+@pytest.mark.parametrize("name", [name for name in reference.OPS if not name.endswith("pack_signs")])
+def test_operands_without_data_are_not_mixed_with_others(name: str) -> None:
+    g, w, key = torch.randn(3, 4), torch.randn(4, 5), torch.tensor([1, 2, 3])
+    x, block, geometry = torch.randn(2, 1, 4), torch.randn(4, 2, 1, 1), ([1], [0, 0], [1], 1)
+    calls: dict[str, list[tuple[object, ...]]] = {
+        "feedback_mm": [
+            (g, w, None, None, key, "uniform", 1.0, 5),
+            (g, None, ops.pack_signs(w), w, None, "stored", 1.0, 5),
+        ],
+        "feedback_weight": [(w, None, None, key, "uniform", 1.0, (4, 5))],
+        "redraw_key": [(key, w)],
+        "lc_forward": [(x, block, torch.randn(4, 2), *geometry)],
+        "lc_backward_input": [
+            (torch.randn(2, 2, 4), block, None, None, key, "uniform", 1.0, block.shape, [4], *geometry)
+        ],
+        "lc_backward_weight": [(torch.randn(2, 2, 4), x, [1], *geometry)],
+    }
+    named = {"dtype": torch.float32} if name == "feedback_weight" else {}
+    for arguments in calls[name]:
+        getattr(ops, name)(*arguments, **named)
+        for mixed in on_meta(*arguments):
+            with pytest.raises((ValueError, RuntimeError), match=r"on (cpu|meta)|device"):
+                getattr(ops, name)(*mixed, **named)
