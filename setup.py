@@ -1,7 +1,7 @@
 """Builds the native module with CMake, against the torch in use.
 
 Switches: BK_CUDA=0/1 (default: where torch is a CUDA build and a matching nvcc is found), TORCH_CUDA_ARCH_LIST (torch's
-syntax; default 8.0;9.0;10.0+PTX), MAX_JOBS, CXX, CUDA_HOME. No GPU is needed to build.
+syntax; default 8.0;9.0;10.0;12.0+PTX), MAX_JOBS, CXX, CUDA_HOME. No GPU is needed to build.
 """
 
 import os
@@ -69,8 +69,8 @@ def find_cuda_home():
 
 
 def default_archs(nvcc_version):
-    """Blackwell is known to nvcc from 12.8 on."""
-    return "8.0;9.0;10.0+PTX" if tuple(map(int, nvcc_version.split("."))) >= (12, 8) else "8.0;9.0+PTX"
+    """Blackwell is known to nvcc from 12.8 on; the driver compiles PTX for it too, but for seconds at the first use."""
+    return "8.0;9.0;10.0;12.0+PTX" if tuple(map(int, nvcc_version.split("."))) >= (12, 8) else "8.0;9.0+PTX"
 
 
 def parse_archs(text):

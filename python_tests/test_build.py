@@ -120,7 +120,7 @@ def test_old_archs(setup_py: ModuleType, capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("archs", "run", "lack"),
     [
-        ("8.0;9.0;10.0+PTX", ["8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0"], ["7.0", "7.5"]),
+        ("8.0;9.0;10.0;12.0+PTX", ["8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0"], ["7.0", "7.5"]),
         ("8.0+PTX", ["8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0"], ["7.5"]),
         ("9.0", ["9.0"], ["7.5", "8.0", "8.6", "8.9", "10.0", "10.3", "12.0"]),
         ("8.6;10.3", ["8.6", "8.9", "10.3"], ["7.5", "8.0", "9.0", "10.0", "12.0"]),
@@ -144,7 +144,7 @@ def test_missing_kernels(
 
 def test_default_archs(setup_py: ModuleType) -> None:
     """Nothing that the nvcc at hand does not know."""
-    assert setup_py.default_archs("13.0") == setup_py.default_archs("12.8") == "8.0;9.0;10.0+PTX"
+    assert setup_py.default_archs("13.0") == setup_py.default_archs("12.8") == "8.0;9.0;10.0;12.0+PTX"
     assert setup_py.default_archs("12.6") == "8.0;9.0+PTX"
 
 
