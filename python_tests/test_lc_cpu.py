@@ -78,21 +78,40 @@ def products(backend: object, layer: Layer, x: Tensor, w: Tensor, bias: Tensor |
     ]
 
 
-def check(actual: Tensor, exact: Tensor, plain: Tensor) -> None:
-    """At most twice the error of the reference in the same dtype, plus one rounding; in float64, a few."""
+def check(actual: Tensor, exact: Tensor, plain: Tensor, size: Tensor | float = 1.0) -> None:
+    """At most twice the error of the reference in the same dtype, plus one rounding; in float64, a few.
+
+    `size`: what the errors are measured against, that of each sum's terms.
+    """
     assert (actual.shape, actual.dtype) == (exact.shape, plain.dtype)
     if exact.numel():
-        rounding = torch.finfo(actual.dtype).eps * exact.abs().max() * (1 if actual.dtype != torch.float64 else 16)
-        assert (actual.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max() + rounding
+        rounding = torch.finfo(actual.dtype).eps * (1 if actual.dtype != torch.float64 else 16)
+        own, torchs, unit = (
+            (error.abs() / size).max() for error in (actual.double() - exact, plain.double() - exact, rounding * exact)
+        )
+        assert own <= 2 * torchs + unit
+
+
+def norms(layer: Layer, x: Tensor, w: Tensor, g: Tensor) -> list[Tensor]:
+    """Of the terms of each sum of `products`: of the activations' the root of their squares, of the others the most."""
+    squares = products(reference, layer, x.double().square(), torch.ones_like(w).double(), None, g.double().square())
+    squares[2] = reference.lc_backward_weight(
+        g.double().square(), torch.ones_like(x).double(), layer.kernel, *layer.op()
+    )
+    largest = [float(t.abs().max()) if t.numel() else 1.0 for t in (w, w, x)]
+    # Where all taps lie in the padding there is nothing to measure by, and nothing may be wrong.
+    return [s.sqrt().clamp_min(1e-30) * b for s, b in zip(squares, largest, strict=True)]
 
 
 def check_products(layer: Layer, n: int, dtype: torch.dtype) -> None:
     x, w, bias, g = layer.tensors(n, dtype)
     exact = products(reference, layer, x.double(), w.double(), bias.double(), g.double())
     plain = products(reference, layer, x, w, bias, g)
+    sizes = norms(layer, x, w, g)
+    sizes[0] = sizes[0] + bias.abs().double().movedim(-1, 0)
     for form in (lambda t: t, channels_last):
-        for a, e, p in zip(products(ops, layer, form(x), w, bias, form(g)), exact, plain, strict=True):
-            check(a, e, p)
+        for found in zip(products(ops, layer, form(x), w, bias, form(g)), exact, plain, sizes, strict=True):
+            check(*found)
 
 
 @one_thread
