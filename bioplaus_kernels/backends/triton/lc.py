@@ -10,21 +10,26 @@ writes them); patches are read from the L2 cache, N P J each. Below about N = ra
 an A100, 10 in float32) the weights' bytes decide.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
+from .. import reference
 from ..reference import checks
 from ..reference.lc import memory_format, output_size
-from ..reference.pack_signs import packed_shape
-from . import configs
-from .loaders import feedback_entries
+from ..reference.pack_signs import matrix_shape, packed_shape
+from .launch import Tile, fitting, launch, product, shared_memory, traced
+from .loaders import feedback_entries, feedback_signs
+
+Ints = tuple[int, ...]
 
 
 @triton.jit
@@ -55,9 +60,37 @@ def _patch(
 
 
 @triton.jit
+def _parts(x):
+    """float32 numbers as high + (middle + low / 256) / 256 in bfloat16: lower parts keep their bits at 1e-40 too."""
+    high = x.to(tl.bfloat16)
+    rest = (x - high.to(tl.float32)) * 256.0
+    middle = rest.to(tl.bfloat16)
+    return high, middle, ((rest - middle.to(tl.float32)) * 256.0).to(tl.bfloat16)
+
+
+@triton.jit
+def _add_product(total, b, a, WGMMA: tl.constexpr):
+    """total + b . a. Of float32 by its parts, the least products first: what is left out is below 2^-24 of one."""
+    if not WGMMA or a.dtype != tl.float32:
+        return tl.dot(b.to(a.dtype), a, total, input_precision="ieee")
+    else:
+        high, middle, low = _parts(a)
+        if b.dtype == tl.float32:
+            b0, b1, b2 = _parts(b)
+            least = tl.dot(b0, low, tl.dot(b2, high, tl.dot(b1, middle)))
+            less = tl.dot(b1, high, least * (1.0 / 256))
+        else:  # signs, which are bfloat16's own
+            b0 = b
+            less = tl.dot(b, low) * (1.0 / 256)
+        # Tensor cores cut what they add: each step starts from zero, and is rounded into the sum.
+        return total + tl.dot(b0, high, tl.dot(b0, middle, less) * (1.0 / 256))
+
+
+@triton.jit
 def forward_kernel(
-    x, weight, bias, y, N, G, CI, CO, J, P, I0, I1, I2, O1, O2, K1, K2, S0, S1, S2, B0, B1, B2, D0, D1, D2,
-    BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    x, weight, bias, y, N, G, CI, CO, J, P,
+    I0, I1, I2, O0, O1, O2, K0, K1, K2, S0, S1, S2, B0, B1, B2, D0, D1, D2,
+    BIAS: tl.constexpr, WGMMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
     """y (N, P, G CO) = x (N, I, G CI) gathered . weight (P, G CO, J); BIAS is "", "channel" or "position"."""
     pid = tl.program_id(0)
@@ -69,38 +102,45 @@ def forward_kernel(
     g = pid % G
     position = pid // G
     row = (tl.cast(position, tl.int64) * G + g) * CO + o
-    total = tl.zeros((BM, BN), tl.float32)
+    sample = n.to(tl.int64) * I0 * I1 * I2 * (G * CI)
+    total = tl.zeros((BN, BM), tl.float32)
     for j0 in range(0, J, BK):
         j = j0 + tl.arange(0, BK)
         pixel, c, inside = _patch(j, CI, position, I0, I1, I2, O1, O2, K1, K2, S0, S1, S2, B0, B1, B2, D0, D1, D2)
         at = pixel * (G * CI) + g * CI + c
-        sample = n.to(tl.int64) * I0 * I1 * I2 * (G * CI)
         a = tl.load(x + sample[:, None] + at[None, :], mask=(n < N)[:, None] & (inside & (j < J))[None, :], other=0.0)
-        b = tl.load(weight + row[None, :] * J + j[:, None], mask=(o < CO)[None, :] & (j < J)[:, None], other=0.0)
-        total = tl.dot(a, b, total, input_precision="ieee")
+        b = tl.load(weight + row[:, None] * J + j[None, :], mask=(o < CO)[:, None] & (j < J)[None, :], other=0.0)
+        total = _add_product(total, b, tl.trans(a), WGMMA)
     if BIAS != "":
         where = row if BIAS == "position" else g * CO + o
-        total += tl.load(bias + where, mask=o < CO, other=0.0).to(tl.float32)[None, :]
-    to = (n.to(tl.int64) * P + position)[:, None] * (G * CO) + (g * CO + o)[None, :]
-    tl.store(y + to, total.to(y.dtype.element_ty), mask=(n < N)[:, None] & (o < CO)[None, :])
+        total += tl.load(bias + where, mask=o < CO, other=0.0).to(tl.float32)[:, None]
+    to = (n.to(tl.int64) * P + position)[None, :] * (G * CO) + (g * CO + o)[:, None]
+    tl.store(y + to, total.to(y.dtype.element_ty), mask=(o < CO)[:, None] & (n < N)[None, :])
 
 
 @triton.jit
-def _position(pixel, tap, stride, before, dilation, out):
-    """The position that reads `pixel` with `tap`, and whether there is one."""
-    start = pixel + before - tap * dilation
-    position = start // stride
-    return position, (start >= 0) & (position * stride == start) & (position < out)
+def _readers(pixel, positions, K, S, B, D):
+    """In one dim, the positions that read `pixel`: how many, their taps (first, step) and they (last, step)."""
+    start = pixel + B
+    step = 1
+    while step * D % S != 0:
+        step += 1
+    tap = tl.maximum(0, tl.cdiv(start - (positions - 1) * S, D))
+    while (tap < K) & ((start - tap * D) % S != 0):
+        tap += 1
+    count = tl.maximum(0, tl.cdiv(tl.minimum(K, start // D + 1) - tap, step))
+    return count, tap, step, (start - tap * D) // S, step * D // S
 
 
 @triton.jit
 def backward_input_kernel(
     grad, weight, planes, magnitude, key, scale, dx, N, G, CI, CO, J, P, ROWS, COLUMNS,
     I0, I1, I2, O0, O1, O2, K0, K1, K2, S0, S1, S2, B0, B1, B2, D0, D1, D2,
-    ENTRIES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    ENTRIES: tl.constexpr, WGMMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
     """dx (N, I, G CI) = sum over taps of grad (N, P, G CO) at the position that reads the pixel, times its block."""
-    scale = tl.cast(scale, tl.float32)
+    TYPE: tl.constexpr = grad.dtype.element_ty
+    SIGN: tl.constexpr = TYPE if TYPE.primitive_bitwidth == 16 else tl.bfloat16
     pid = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(N, BM), tl.cdiv(CI, BN)
     n = pid % tiles_m * BM + tl.arange(0, BM)
@@ -110,36 +150,49 @@ def backward_input_kernel(
     g = pid % G
     pixel = pid // G
     x0, x1, x2 = _coordinates(pixel, I1, I2)
-    total = tl.zeros((BM, BN), tl.float32)
-    for t0 in range(0, K0):
-        p0, in0 = _position(x0, t0, S0, B0, D0, O0)
-        for t1 in range(0, K1):
-            p1, in1 = _position(x1, t1, S1, B1, D1, O1)
-            for t2 in range(0, K2):
-                p2, in2 = _position(x2, t2, S2, B2, D2, O2)
-                if in0 & in1 & in2:
-                    position = (p0.to(tl.int64) * O1 + p1) * O2 + p2
-                    tap = (t0 * K1 + t1) * K2 + t2
-                    for o0 in range(0, CO, BK):
-                        o = o0 + tl.arange(0, BK)
-                        at = (n.to(tl.int64) * P + position)[:, None] * (G * CO) + (g * CO + o)[None, :]
-                        a = tl.load(grad + at, mask=(n < N)[:, None] & (o < CO)[None, :], other=0.0)
-                        # An entry's place in the tile is 32 bits wide: two numbers a lane less, and no long division.
-                        first = (position * (G * CO) + (g * CO + o0)) * J + tap * CI
-                        offset = tl.arange(0, BK)[:, None] * J + c[None, :]
-                        inside = (o < CO)[:, None] & (c < CI)[None, :]
-                        b = feedback_entries(
-                            weight, planes, magnitude, key, scale, first, offset, inside, ROWS, COLUMNS, ENTRIES
-                        )
-                        total = tl.dot(a, b.to(a.dtype), total, input_precision="ieee")
-    to = (n.to(tl.int64) * (I0 * I1 * I2) + pixel)[:, None] * (G * CI) + (g * CI + c)[None, :]
-    tl.store(dx + to, total.to(dx.dtype.element_ty), mask=(n < N)[:, None] & (c < CI)[None, :])
+    count0, tap0, step0, first0, apart0 = _readers(x0, O0, K0, S0, B0, D0)
+    count1, tap1, step1, first1, apart1 = _readers(x1, O1, K1, S1, B1, D1)
+    count2, tap2, step2, first2, apart2 = _readers(x2, O2, K2, S2, B2, D2)
+    i0, i1, i2, o0 = 0, 0, 0, 0
+    total = tl.zeros((BN, BM), tl.float32)
+    for _ in range(0, count0 * count1 * count2 * tl.cdiv(CO, BK)):
+        tap = ((tap0 + i0 * step0) * K1 + tap1 + i1 * step1) * K2 + tap2 + i2 * step2
+        position = tl.cast(first0 - i0 * apart0, tl.int64) * O1 + first1 - i1 * apart1
+        position = position * O2 + first2 - i2 * apart2
+        o = o0 + tl.arange(0, BK)
+        at = (n.to(tl.int64) * P + position)[:, None] * (G * CO) + (g * CO + o)[None, :]
+        a = tl.load(grad + at, mask=(n < N)[:, None] & (o < CO)[None, :], other=0.0)
+        # An entry's place in the tile is 32 bits wide: two numbers a lane less, and no long division.
+        first = (position * (G * CO) + (g * CO + o0)) * J + tap * CI
+        offset = tl.arange(0, BK)[None, :] * J + c[:, None]
+        inside = (c < CI)[:, None] & (o < CO)[None, :]
+        if ENTRIES == "stored" and scale is None:  # B as it lies there
+            b = tl.load(magnitude + first + offset, mask=inside, other=0.0).to(TYPE)
+        elif ENTRIES == "constant":
+            b = feedback_signs(weight, planes, key, first, offset, inside, ROWS, COLUMNS, SIGN, WGMMA)
+        else:
+            b = feedback_entries(
+                weight, planes, magnitude, key, scale, first, offset, inside, ROWS, COLUMNS, ENTRIES
+            ).to(TYPE)
+        total = _add_product(total, b, tl.trans(a), WGMMA)
+        o0 += BK
+        i2 = tl.where(o0 < CO, i2, i2 + 1)
+        o0 = tl.where(o0 < CO, o0, 0)
+        i1 = tl.where(i2 < count2, i1, i1 + 1)
+        i2 = tl.where(i2 < count2, i2, 0)
+        i0 = tl.where(i1 < count1, i0, i0 + 1)
+        i1 = tl.where(i1 < count1, i1, 0)
+    if ENTRIES == "constant":
+        total *= tl.cast(scale, tl.float32).to(TYPE).to(tl.float32)
+    to = (n.to(tl.int64) * (I0 * I1 * I2) + pixel)[None, :] * (G * CI) + (g * CI + c)[:, None]
+    tl.store(dx + to, total.to(TYPE), mask=(c < CI)[:, None] & (n < N)[None, :])
 
 
 @triton.jit
 def backward_weight_kernel(
-    grad, x, dw, N, G, CI, CO, J, P, I0, I1, I2, O1, O2, K1, K2, S0, S1, S2, B0, B1, B2, D0, D1, D2,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    grad, x, dw, N, G, CI, CO, J, P,
+    I0, I1, I2, O0, O1, O2, K0, K1, K2, S0, S1, S2, B0, B1, B2, D0, D1, D2,
+    WGMMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
     """dw (P, G CO, J) = grad (N, P, G CO), transposed, . x (N, I, G CI) gathered."""
     pid = tl.program_id(0)
@@ -153,199 +206,172 @@ def backward_weight_kernel(
     pixel, c, inside = _patch(j, CI, position, I0, I1, I2, O1, O2, K1, K2, S0, S1, S2, B0, B1, B2, D0, D1, D2)
     at = pixel * (G * CI) + g * CI + c
     inside &= j < J
-    total = tl.zeros((BM, BN), tl.float32)
+    total = tl.zeros((BN, BM), tl.float32)
     for n0 in range(0, N, BK):
         n = n0 + tl.arange(0, BK)
-        of = (n.to(tl.int64) * P + position)[None, :] * (G * CO) + (g * CO + o)[:, None]
-        a = tl.load(grad + of, mask=(n < N)[None, :] & (o < CO)[:, None], other=0.0)
+        of = (n.to(tl.int64) * P + position)[:, None] * (G * CO) + (g * CO + o)[None, :]
+        a = tl.load(grad + of, mask=(n < N)[:, None] & (o < CO)[None, :], other=0.0)
         sample = n.to(tl.int64) * I0 * I1 * I2 * (G * CI)
-        b = tl.load(x + sample[:, None] + at[None, :], mask=(n < N)[:, None] & inside[None, :], other=0.0)
-        total = tl.dot(a, b, total, input_precision="ieee")
-    to = ((tl.cast(position, tl.int64) * G + g) * CO + o)[:, None] * J + j[None, :]
-    tl.store(dw + to, total.to(dw.dtype.element_ty), mask=(o < CO)[:, None] & (j < J)[None, :])
+        b = tl.load(x + at[:, None] + sample[None, :], mask=inside[:, None] & (n < N)[None, :], other=0.0)
+        total = _add_product(total, b, a, WGMMA)
+    to = ((tl.cast(position, tl.int64) * G + g) * CO + o)[None, :] * J + j[:, None]
+    tl.store(dw + to, total.to(dw.dtype.element_ty), mask=(j < J)[:, None] & (o < CO)[None, :])
 
 
-def _three(values: Sequence[int], fill: int) -> tuple[int, ...]:
-    return (*(fill,) * (3 - len(values)), *values)
+@functools.cache
+def _wgmma(device: torch.device) -> bool:
+    """Whether a warp group's tensor cores take operands from shared memory: sm_90, and sm_100 and its kin."""
+    return (
+        device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] in (9, 10, 11)
+    )
 
 
+# In order of rows. Compiled for sm_80 to sm_120 without spills; not yet timed on hardware.
+_HALF = Tile(16, 64, 32, 4, 4), Tile(64, 64, 32, 4, 4), Tile(128, 64, 32, 4, 4)
+_FLOAT32 = Tile(16, 64, 16, 4, 3), Tile(64, 64, 16, 4, 3), Tile(128, 64, 32, 8, 3)
+
+
+@functools.cache
+def _tiled(device: torch.device, width: int, rows: int, entries: str = "") -> tuple[Tile, dict[str, Any]]:
+    """The tile of a product of `rows` rows of numbers of `width` bytes, and the last constants of its kernel."""
+    wgmma = _wgmma(device)
+    tiles = _HALF if width == 2 else _FLOAT32
+    # The largest leaves no registers for normal draws, nor for sums that are not the tensor cores'.
+    tiles = tiles[:-1] if entries == "normal" or (width == 4 and not wgmma) else tiles
+    rows = next((tile.rows for tile in tiles if rows <= tile.rows), tiles[-1].rows)  # a number, of a symbol too
+    tile = fitting(tiles, rows, width, width, shared_memory(device))
+    return tile, {"WGMMA": wgmma, **tile.constants()}
+
+
+def _kept(function: Any, recorded: bool) -> Any:
+    """A cached `function`, without its cache where sizes may be symbols, which have no hash."""
+    return function.__wrapped__ if recorded else function
+
+
+class _Geometry(NamedTuple):
+    """What the kernels take of a layer, beside its samples."""
+
+    out: Ints
+    packed: Ints  # size of the signs
+    matrix: Ints  # ROWS, COLUMNS
+    sizes: Ints  # G, CI, CO, J, P
+    places: Ints  # I0, I1, I2, O0, ... D2
+
+
+@functools.cache
 def _geometry(
-    size: Sequence[int],
-    out: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> dict[str, int]:
-    """The kernels' arguments, in three dims."""
-    named = (
-        ("I", size, 1), ("O", out, 1), ("K", kernel, 1), ("S", stride, 1), ("B", padding[::2], 0), ("D", dilation, 1)
-    )  # fmt: skip
-    return {f"{name}{i}": v for name, values, fill in named for i, v in enumerate(_three(values, fill))}
+    weight_size: Ints, input_size: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int, channels: int | None
+) -> _Geometry:
+    """The kernels' integers, of arguments that are checked here: a layer's are the same at each call."""
+    d = len(stride)
+    kernel, c = weight_size[d + 1 : -1], weight_size[-1]
+    checks.geometry(stride, padding, dilation, groups, kernel)
+    out = tuple(output_size(input_size, kernel, stride, padding, dilation))
+    checks.lc_shapes(weight_size, input_size, out, groups, channels)
+    three = [(1,) * (3 - d) + values for values in (input_size, out, kernel, stride, dilation)]
+    before = (0,) * (3 - d) + padding[::2]
+    sizes = groups, c, weight_size[d] // groups, math.prod(kernel) * c, math.prod(out)
+    places = (*itertools.chain(*three[:4]), *before, *three[4])
+    return _Geometry(out, packed_shape(weight_size), matrix_shape(weight_size), sizes, places)
 
 
-def _supported(name: str, x: Tensor) -> None:
+def _supported(name: str, x: Tensor, d: int) -> None:
     checks.floating(name, x)
     if x.dtype == torch.float64:
         checks.fail(name, "float32, bfloat16 or float16 (Triton has no float64 product)", x.dtype, TypeError)
+    checks.rank(name, x, d + 2)
 
 
-_TUNED_BY = ("N", "CI", "CO", "J")
-
-
-def _kind(x: Tensor) -> str:
-    return "lc_float32" if x.dtype == torch.float32 else "lc_half"
-
-
-def _taken(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if name in kernel.arg_names}
+def _formed(x: Tensor) -> tuple[Tensor, torch.memory_format]:
+    """`x` in four dims or five, and the format that has its channels innermost."""
+    return x.unsqueeze(2) if x.dim() == 3 else x, torch.channels_last_3d if x.dim() == 5 else torch.channels_last
 
 
 def _last(x: Tensor) -> Tensor:
-    return x.movedim(1, -1).contiguous()
+    x, form = _formed(x)
+    return x.contiguous(memory_format=form)
 
 
 def _result(size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
     """A result in the format of `like`, and what a kernel writes, channels-last: the same memory where that fits."""
     result = torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
-    last = result.movedim(1, -1)
-    return result, last if last.is_contiguous() else torch.empty_like(last, memory_format=torch.contiguous_format)
+    x, form = _formed(result)
+    return result, result if x.is_contiguous(memory_format=form) else torch.empty_like(x, memory_format=form)
 
 
-def _finished(result: Tensor, written: Tensor) -> Tensor:
-    last = result.movedim(1, -1)
-    if not last.is_contiguous():
-        last.copy_(written)
-    return result
-
-
-@triton_op("bioplaus_triton::lc_forward", mutates_args={})
-def lc_forward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """y[n, o, p] = bias[p, o] + sum over t, c of weight[p, o, t, c] * x[n, c, p * stride + t * dilation - before]."""
-    d = len(stride)
-    _supported("input", input)
-    checks.rank("input", input, d + 2)
+@product(reference.lc_forward)
+def lc_forward(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    d, groups = len(geometry[0]), geometry[3]
+    _supported("input", input, d)
     checks.rank("weight", weight, 2 * d + 2)
-    out, o, kernel = weight.shape[:d], weight.shape[d], weight.shape[d + 1 : -1]
-    checks.geometry(stride, padding, dilation, groups, kernel)
-    expected = output_size(input.shape[2:], kernel, stride, padding, dilation)
-    checks.lc_shapes(weight.shape, input.shape[2:], expected, groups, input.shape[1])
     checks.same("weight", weight, input)
+    recorded = traced(input)
+    at = _kept(_geometry, recorded)(weight.shape, input.shape[2:], *map(tuple, geometry[:3]), groups, input.shape[1])
+    n, o = input.shape[0], weight.shape[d]
     if bias is not None:
         checks.same("bias", bias, input)
-        checks.shape("bias", bias, (*out, o) if bias.dim() > 1 else (o,))
-    n, c = input.shape[0], input.shape[1] // groups
-    x, (result, y) = _last(input), _result((n, o, *out), input)
-    positions = math.prod(out)
-    if y.numel() > 0:
-        arguments = _geometry(input.shape[2:], out, kernel, stride, padding, dilation) | {
-            "x": x, "weight": weight.contiguous(), "bias": None if bias is None else bias.contiguous(), "y": y, "N": n,
-            "G": groups, "CI": c, "CO": o // groups, "J": math.prod(kernel) * c, "P": positions,
-            "BIAS": "" if bias is None else "channel" if bias.dim() == 1 else "position",
-        }  # fmt: skip
-
-        def grid(meta: dict[str, int]) -> tuple[int]:
-            return (triton.cdiv(n, meta["BM"]) * triton.cdiv(o // groups, meta["BN"]) * groups * positions,)
-
-        product = configs.tunable(forward_kernel, _kind(input), input, n, _TUNED_BY)
-        tile = configs.tile_for(_kind(input), input, n)
-        wrap_triton(product)[grid](**_taken(forward_kernel, arguments), **tile)
-    return _finished(result, y)
+        checks.shape("bias", bias, (*at.out, o) if bias.dim() > 1 else (o,))
+        bias = bias.contiguous()
+    result, y = _result((n, o, *at.out), input)
+    if n > 0:
+        g, _, co, _, positions = at.sizes
+        tile, constants = _kept(_tiled, recorded)(input.device, input.element_size(), n)
+        launch(
+            forward_kernel if not recorded else wrap_triton(forward_kernel),
+            (-(-n // tile.rows) * -(-co // tile.columns) * g * positions, 1, 1),
+            (_last(input), weight.contiguous(), bias, y, n, *at.sizes, *at.places),
+            {"BIAS": "" if bias is None else "channel" if bias.dim() == 1 else "position", **constants},
+        )
+    return result if y is result else result.copy_(y.view(result.shape))
 
 
-@triton_op("bioplaus_triton::lc_backward_input", mutates_args={})
-def lc_backward_input(
-    grad_output: Tensor,
-    weight: Tensor | None,
-    signs: Tensor | None,
-    magnitude: Tensor | None,
-    key: Tensor | None,
-    entries: str,
-    scale: float,
-    weight_size: Sequence[int],
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """dx: each position's block of B, transposed, times its output gradient, summed where patches overlap."""
-    d = len(stride)
-    _supported("grad_output", grad_output)
-    checks.rank("grad_output", grad_output, d + 2)
-    out, kernel = weight_size[:d], weight_size[d + 1 : -1]
-    checks.geometry(stride, padding, dilation, groups, kernel)
-    checks.lc_shapes(weight_size, input_size, output_size(input_size, kernel, stride, padding, dilation), groups)
-    checks.shape("grad_output", grad_output, (grad_output.shape[0], weight_size[d], *out))
-    checks.feedback(weight, signs, magnitude, key, entries, scale, weight_size, packed_shape(weight_size))
-    n, o, c = grad_output.shape[0], weight_size[d] // groups, weight_size[-1]
-    result, dx = _result((n, c * groups, *input_size), grad_output)
-    if grad_output.numel() == 0 or dx.numel() == 0:
-        dx.zero_()
-    else:
-        arguments = _geometry(input_size, out, kernel, stride, padding, dilation) | {
-            "grad": _last(grad_output), "weight": None if weight is None else weight.contiguous(),
-            "planes": None if signs is None else signs.contiguous(),
-            "magnitude": None if magnitude is None else magnitude.contiguous(),
-            "key": None if key is None else key.contiguous(), "scale": scale, "dx": dx, "N": n, "G": groups, "CI": c,
-            "CO": o, "J": math.prod(kernel) * c, "P": math.prod(out), "ROWS": weight_size[0],
-            "COLUMNS": math.prod(weight_size[1:]), "ENTRIES": entries,
-        }  # fmt: skip
-        pixels = math.prod(input_size)
-
-        def grid(meta: dict[str, int]) -> tuple[int]:
-            return (triton.cdiv(n, meta["BM"]) * triton.cdiv(c, meta["BN"]) * groups * pixels,)
-
-        product = configs.tunable(backward_input_kernel, _kind(grad_output), grad_output, n, _TUNED_BY)
-        tile = configs.tile_for(_kind(grad_output), grad_output, n)
-        wrap_triton(product)[grid](**_taken(backward_input_kernel, arguments), **tile)
-    return _finished(result, dx)
+@product(reference.lc_backward_input)
+def lc_backward_input(grad_output: Tensor, *rest: Any) -> Tensor:
+    weight, signs, magnitude, key, entries, scale, weight_size, input_size, *geometry = rest
+    d, groups = len(geometry[0]), geometry[3]
+    _supported("grad_output", grad_output, d)
+    size = tuple(weight_size)
+    recorded = traced(grad_output)
+    at = _kept(_geometry, recorded)(size, tuple(input_size), *map(tuple, geometry[:3]), groups, None)
+    n = grad_output.shape[0]
+    checks.shape("grad_output", grad_output, (n, size[d], *at.out))
+    checks.feedback(weight, signs, magnitude, key, entries, scale, size, at.packed)
+    g, c, *_ = at.sizes
+    result, dx = _result((n, c * g, *input_size), grad_output)
+    if n > 0:
+        tile, constants = _kept(_tiled, recorded)(grad_output.device, grad_output.element_size(), n, entries)
+        sources = [None if x is None else x.contiguous() for x in (weight, signs, magnitude, key)]
+        plain = magnitude is not None and weight is None and signs is None and scale == 1
+        launch(
+            backward_input_kernel if not recorded else wrap_triton(backward_input_kernel),
+            (-(-n // tile.rows) * -(-c // tile.columns) * g * math.prod(at.places[:3]), 1, 1),
+            (_last(grad_output), *sources, None if plain else scale, dx, n, *at.sizes, *at.matrix, *at.places),
+            {"ENTRIES": entries, **constants},
+        )
+    return result if dx is result else result.copy_(dx.view(result.shape))
 
 
-@triton_op("bioplaus_triton::lc_backward_weight", mutates_args={})
-def lc_backward_weight(
-    grad_output: Tensor,
-    input: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """dW[p, o, t, c] = sum over n of grad_output[n, o, p] * input[n, c, p * stride + t * dilation - before]."""
-    d = len(stride)
-    _supported("input", input)
+@product(reference.lc_backward_weight)
+def lc_backward_weight(grad_output: Tensor, input: Tensor, kernel_size: Sequence[int], *geometry: Any) -> Tensor:
+    d, groups = len(geometry[0]), geometry[3]
+    _supported("input", input, d)
     checks.same("grad_output", grad_output, input)
-    checks.rank("input", input, d + 2)
-    checks.geometry(stride, padding, dilation, groups, kernel_size)
-    if input.shape[1] % groups:
-        checks.fail("groups", f"a divisor of the {input.shape[1]} input channels", groups)
-    n, o, out, c = input.shape[0], grad_output.shape[1], grad_output.shape[2:], input.shape[1] // groups
-    expected = output_size(input.shape[2:], kernel_size, stride, padding, dilation)
-    checks.lc_shapes((*expected, o, *kernel_size, c), input.shape[2:], expected, groups)
-    checks.shape("grad_output", grad_output, (n, o, *expected))
-    dw = grad_output.new_empty(*out, o, *kernel_size, c)
-    columns, positions = math.prod(kernel_size) * c, math.prod(out)
+    n, channels = input.shape[:2]
+    if groups < 1 or channels % groups:
+        checks.fail("groups", f"a divisor of the {channels} input channels", groups)
+    size = (*grad_output.shape[2:], grad_output.shape[1], *kernel_size, channels // groups)
+    recorded = traced(grad_output)
+    at = _kept(_geometry, recorded)(size, input.shape[2:], *map(tuple, geometry[:3]), groups, channels)
+    checks.shape("grad_output", grad_output, (n, size[d], *at.out))
+    dw = grad_output.new_empty(size)
     if n == 0:
         return dw.zero_()
-    if dw.numel() > 0:
-        arguments = _geometry(input.shape[2:], out, kernel_size, stride, padding, dilation) | {
-            "grad": _last(grad_output), "x": _last(input), "dw": dw, "N": n, "G": groups, "CI": c, "CO": o // groups,
-            "J": columns, "P": positions,
-        }  # fmt: skip
-
-        def grid(meta: dict[str, int]) -> tuple[int]:
-            return (triton.cdiv(o // groups, meta["BM"]) * triton.cdiv(columns, meta["BN"]) * groups * positions,)
-
-        product = configs.tunable(backward_weight_kernel, _kind(input), input, o // groups, _TUNED_BY)
-        tile = configs.tile_for(_kind(input), input, o // groups)
-        wrap_triton(product)[grid](**_taken(backward_weight_kernel, arguments), **tile)
+    g, _, co, columns, positions = at.sizes
+    tile, constants = _kept(_tiled, recorded)(input.device, input.element_size(), co)
+    launch(
+        backward_weight_kernel if not recorded else wrap_triton(backward_weight_kernel),
+        (-(-co // tile.rows) * -(-columns // tile.columns) * g * positions, 1, 1),
+        (_last(grad_output), _last(input), dw, n, *at.sizes, *at.places),
+        constants,
+    )
     return dw

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 SIGNS_PER_CALL = tl.constexpr(128)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 TILE_ROWS = tl.constexpr(64)  # of a flag of packed signs
 
 
@@ -201,7 +202,9 @@ def feedback_entries(
     i = first // columns
     j = first - i * columns
     if ENTRIES == "stored":
-        b = tl.load(magnitude + first + offset, mask=inside, other=0.0).to(tl.float32) * scale
+        b = tl.load(magnitude + first + offset, mask=inside, other=0.0)
+        if scale is not None:
+            b = b.to(tl.float32) * scale
     elif ENTRIES == "constant":
         b = tl.full(offset.shape, 1.0, tl.float32) * scale
     else:
@@ -226,3 +229,19 @@ def feedback_entries(
         negative = choose(words, place // 32 % 4) >> (place % 32).to(tl.uint32)
         b = tl.where((negative & 1) != 0, -b, b)
     return tl.where(inside, b, 0.0)
+
+
+@triton.jit
+def feedback_signs(weight, planes, key, first, offset, inside, rows, columns, TYPE: tl.constexpr, WGMMA: tl.constexpr):
+    """Signs of a dense B, as feedback_entries finds its entries, in a half type."""
+    if weight is not None:
+        w = tl.load(weight + first + offset, mask=inside, other=0.0)
+        if INTERPRETED:
+            w = widen(w)
+        sign = tl.where(w > 0, 1.0, tl.where(w < 0, -1.0, 0.0))
+        # A mask, although nothing is to be masked: without it every warp that needs a sign makes it anew.
+        return (sign if WGMMA else tl.where(inside, sign, 0.0)).to(TYPE)
+    else:
+        return feedback_entries(weight, planes, None, key, 1.0, first, offset, inside, rows, columns, "constant").to(
+            TYPE
+        )
