@@ -130,12 +130,15 @@ class Gpu:
         yield
 
     def CUDAGraph(self) -> SimpleNamespace:
-        graph = SimpleNamespace(launches=[])
+        graph = SimpleNamespace(launches=[], register_generator_state=lambda generator: None)
         graph.replay = lambda: [launch() for launch in graph.launches]
         return graph
 
+    def graph_pool_handle(self) -> None:
+        pass
+
     @contextmanager
-    def graph(self, graph: SimpleNamespace) -> Iterator[None]:
+    def graph(self, graph: SimpleNamespace, pool: None) -> Iterator[None]:
         self.capturing = graph.launches
         try:
             yield
