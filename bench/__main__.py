@@ -40,7 +40,9 @@ def main() -> None:
     run.add_argument("--without", default="", help="leave out variants that match this regular expression")
     run.add_argument("--seconds", type=float, default=1.0, help="timing of each variant (default 1)")
     run.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is begun")
-    run.add_argument("--continue", action="store_true", dest="go_on", help="keep what OUT holds, and do the rest")
+    going_on = run.add_mutually_exclusive_group()
+    going_on.add_argument("--continue", action="store_true", dest="go_on", help="keep what OUT holds, and do the rest")
+    going_on.add_argument("--again", action="store_true", help="keep what OUT holds but for these cases")
     run.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     run.add_argument("--instructions", action="store_true", help="count those of overhead in valgrind too (minutes)")
     run.add_argument("--out", type=Path, help="default: build/DEVICE.json; bench/results holds those that are kept")
@@ -104,8 +106,16 @@ def _measure(args: argparse.Namespace, cases: list[registry.Case], where: device
     out.parent.mkdir(parents=True, exist_ok=True)
     # All of float32, but where a variant says TF32.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    if args.go_on and out.exists():
+    if (args.go_on or args.again) and out.exists():
         result: dict[str, Any] = json.loads(out.read_text())
+        commit = machine.header(where)["commit"]
+        if commit not in result["machine"]["commit"]:
+            result["machine"]["commit"] += f", then {commit}"
+        if args.again:
+            these = {(case.op, case.label) for case in cases}
+            for rows in ("lost", "rows"):
+                result[rows] = [row for row in result[rows] if (row["op"], row["case"]) not in these]
+            _save(result, out)
     else:
         roofline = machine.roofline(where, min(0.5, args.seconds))
         result = {"machine": machine.header(where), "roofline": roofline, "lost": [], "left_out": [], "rows": []}
@@ -127,7 +137,7 @@ def _measure(args: argparse.Namespace, cases: list[registry.Case], where: device
             result["lost"].append({"op": case.op, "case": case.label, "variant": error.variant, "failed": str(error)})
             _save(result, out)
             # Another process has a GPU again, and goes on without that variant.
-            again = [a for a in sys.argv[1:] if a != "--continue"]
+            again = [a for a in sys.argv[1:] if a not in ("--continue", "--again")]
             budget = ["--budget", str(end - time.monotonic())] if args.budget != float("inf") else []
             os.execv(sys.executable, [sys.executable, "-m", "bench", *again, "--continue", *budget])
         _save(result, out)
