@@ -1,7 +1,10 @@
 """Fills Triton's cache, on a machine without a GPU, with what the first minutes on one launch (gpu_prepare.sh)."""
 
+# ruff: noqa: I001  # before the library
 import re
 from collections.abc import Iterator
+
+from . import gpu_pretend  # noqa: F401
 
 import torch
 

@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh where there is no GPU: what needs none runs, what is cut off keeps what it wrote, a call goes on."""
+"""scripts/gpu_check.sh where there is no GPU: what needs none runs, what is cut off is kept, another call goes on."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,10 @@ def test_a_stage_that_is_cut_off_keeps_what_it_wrote(tmp_path: Path, check: Any)
     assert [r["case"] for r in call.results()] == ["first"]  # without the half line
     assert "before" in (tmp_path / "out" / "log.txt").read_text()
     assert "not done: slow: cut off at its limit of 2 s" in (tmp_path / "out" / "verdict.txt").read_text()
-    assert not any(alive(int(pid)) for pid in (tmp_path / "slow.pids").read_text().split())
+    pids = (tmp_path / "slow.pids").read_text().split()
+    while any(alive(int(pid)) for pid in pids):
+        assert time.monotonic() - start < 20, "what the stage started runs on"
+        time.sleep(0.05)
 
 
 def test_another_call_goes_on(tmp_path: Path, check: Any) -> None:
@@ -92,9 +96,8 @@ def test_another_call_goes_on(tmp_path: Path, check: Any) -> None:
 
     assert runs() == [1, 1]
     stages = [stage if stage.name == "fast" else sleeps(tmp_path, "slow", 0) for stage in stages]
-    for stage in stages:
-        object.__setattr__(stage, "needs_gpu", True)
-    (tmp_path / "state" / "results.jsonl").open("a").write('\n{"stage": "machine", "gpu": "G", "library": "loads"}\n')
+    stages = [replace(stage, needs_gpu=True) for stage in stages]
+    (tmp_path / "state" / "results.jsonl").open("a").write('\n{"stage": "machine", "gpu": "G"}\n')
     check().run(stages, again=False)
     assert runs() == [1, 2]
     call = check()
@@ -106,10 +109,10 @@ def test_another_call_goes_on(tmp_path: Path, check: Any) -> None:
 
 def test_the_budget_holds(tmp_path: Path, check: Any) -> None:
     start = time.monotonic()
-    call = check(budget=8)
+    call = check(budget=6)
     call.run([sleeps(tmp_path, "slow", 60), sleeps(tmp_path, "late", 0)], again=False)
     assert time.monotonic() - start < 10
-    assert call.records["slow"]["status"] == "cut" and call.records["slow"]["limit"] < 8
+    assert call.records["slow"]["status"] == "cut" and call.records["slow"]["limit"] < 6
     assert call.records["late"] == {"status": "skipped", "why": "no time left of BUDGET", "commit": ""}
     assert not (tmp_path / "late.pids").exists()
 
