@@ -50,8 +50,8 @@ class Cpu:
             function()
         return time.perf_counter() - start
 
-    def host_seconds(self, function: Run) -> float | None:
-        """Of the processor for one call, where another device does the work."""
+    def host_seconds(self, function: Run, times: int) -> float | None:
+        """Of the processor for one of so many calls, where another device does the work."""
         return None
 
     def lost(self) -> bool:
@@ -139,15 +139,15 @@ class Cuda:
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
-    def host_seconds(self, function: Run) -> float | None:
-        """Of the processor for one call: the least of three times 20 that wait for nothing."""
+    def host_seconds(self, function: Run, times: int) -> float | None:
+        """Of the processor for one of so many calls that wait for nothing: the least of three."""
         taken = []
         for _ in range(3):
             self.cuda.synchronize()
             start = time.perf_counter()
-            for _ in range(20):
+            for _ in range(times):
                 function()
-            taken.append((time.perf_counter() - start) / 20)
+            taken.append((time.perf_counter() - start) / times)
         self.cuda.synchronize()
         return min(taken)
 

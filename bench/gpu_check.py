@@ -101,7 +101,7 @@ class Check:
             if again or not stage.needs_gpu:  # perhaps another machine
                 self._forget(stage.name)
                 stage = replace(stage, command=stage.command.replace("--continue", "--again"))
-            if self.records.get(stage.name, {}).get("status") == "done":
+            elif self.records.get(stage.name, {}).get("status") == "done":
                 self.say(f"{stage.name}: done before")
                 continue
             record = self._why_not(stage) or self._run(stage)
@@ -115,7 +115,6 @@ class Check:
 
     def _forget(self, stage: str) -> None:
         # Rows of the bench it forgets itself.
-        self.records.pop(stage, None)
         kept = [json.dumps(r) + "\n" for r in self.results() if r["stage"] != stage]
         self._file("results.jsonl").write_text("".join(kept))
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,22 @@ def found(stage: str, results: Rows) -> list[str]:
     tests = {r["test"]: r for r in mine if "test" in r}  # of one that ran twice the last
     counts = Counter(r["outcome"] for r in tests.values())
     lines = [", ".join(f"{counts[o]} {o}" for o in ("passed", "failed", "skipped"))] if tests else []
-    lines += [f"  {r['test']}: {_why(r['said'])}" for r in tests.values() if r["outcome"] == "failed"][:_FIRST]
+    lines += _first((r["test"], _why(r["said"])) for r in tests.values() if r["outcome"] == "failed")
     cases = [r for r in mine if "ok" in r]
     wrong = [r for r in cases if not r["ok"]]
     if cases:
         right = f"{len(cases) - len(wrong)} of {len(cases)} right"
         lines.append(f"{'dead' if len(wrong) == len(cases) else 'alive'}, {right}" if stage in BACKENDS else right)
-        lines += [f"  {r['case']}: {r['said']}" for r in wrong[:_FIRST]]
+        lines += _first((r["case"], r["said"]) for r in wrong)
     said = [r["said"] for r in mine if "said" in r and "ok" not in r and "test" not in r]
     return lines + [f"dead: {line}" if stage in BACKENDS else line for line in said]
+
+
+def _first(failures: Iterable[tuple[str, str]]) -> list[str]:
+    # One of each kind before the second of any.
+    lines = {f"  {name}: {why}": why[:60] for name, why in failures}
+    kinds = {why: line for line, why in reversed(lines.items())}
+    return list(dict.fromkeys([*sorted(kinds.values(), key=list(lines).index), *lines]))[:_FIRST]
 
 
 def _why(said: str) -> str:
@@ -122,10 +130,10 @@ def text(results: Rows, records: dict[str, dict[str, Any]], bench: Path) -> str:
     rows = _measured(bench)["rows"]
     if rows:
         failed = [row for row in rows if "failed" in row]
-        over = [row for row in rows if (row["error_over_bound"] or 0.0) > 1]
+        over = [row for row in rows if row["error_over_bound"] is not None and not row["error_over_bound"] <= 1]
         said.append(f"bench: {len(rows)} rows, {len(failed)} failed, {len(over)} over the error bound")
         named = [(row, row["failed"]) for row in failed] + [(r, f"error {r['error_over_bound']:.2g}") for r in over]
-        said += list(dict.fromkeys(f"  {r['op']} {r['case']}, {r['variant']}: {why}" for r, why in named))[:_FIRST]
+        said += _first((f"{r['op']} {r['case']}, {r['variant']}", why) for r, why in named)
         said += ["time over torch's dY @ W, as graphs:", *(f"  {line}" for line in ratios(rows))]
         said += ["host µs of an eager call, the most:", *(f"  {line}" for line in host(rows))]
         said += ["worst regrets:", *(f"  {regret:.2f} {what}" for regret, what in regrets(rows)[:_FIRST])]
