@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import re
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,18 @@ def main() -> None:
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     run.add_argument("--op", action="append", help="only this op; repeat for several")
     run.add_argument("--quick", action="store_true", help="a few small cases")
+    run.add_argument("--headline", action="store_true", help="the product's few cases of most worth, most worth first")
     run.add_argument("--match", default="", help="only cases whose label matches this regular expression")
+    run.add_argument("--state", action="append", default=[], help="only warm, cold or graph; repeat for several")
+    run.add_argument("--without", default="", help="leave out variants that match this regular expression")
     run.add_argument("--seconds", type=float, default=1.0, help="timing of each variant (default 1)")
+    run.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is begun")
+    going_on = run.add_mutually_exclusive_group()
+    going_on.add_argument("--continue", action="store_true", dest="go_on", help="keep what OUT holds, and do the rest")
+    going_on.add_argument("--again", action="store_true", help="keep what OUT holds but for these cases")
     run.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     run.add_argument("--instructions", action="store_true", help="count those of overhead in valgrind too (minutes)")
-    run.add_argument("--out", type=Path, help="default: bench/results/DEVICE.json")
+    run.add_argument("--out", type=Path, help="default: build/DEVICE.json; bench/results holds those that are kept")
     show = commands.add_parser("report", help="write the Markdown tables and pictures from result files")
     show.add_argument("--results", type=Path, nargs="+", default=_results(), help="the first one's pictures are drawn")
     show.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
@@ -68,22 +77,16 @@ def main() -> None:
         where = device.Cuda() if args.device == "cuda" else device.Cpu()
     except RuntimeError as error:
         parser.error(f"--device {args.device}: {error}")
+    if unknown := set(args.state) - set(where.states(cold=True)):
+        parser.error(f"--state: expected {', '.join(where.states(cold=True))}, got {', '.join(sorted(unknown))}")
     try:
-        cases = [c for c in registry.cases(args.op, args.quick) if re.search(args.match, c.label)]
+        cases = [c for c in registry.cases(args.op, args.quick, args.headline) if re.search(args.match, c.label)]
     except ValueError as error:
         parser.error(str(error))
     if not cases:
         parser.error(f"--match: no label matches {args.match!r}")
-    result: dict[str, Any] = {"machine": machine.header(where), "roofline": machine.roofline(where), "rows": []}
-    if isinstance(where, device.Cuda):
-        # Once it has worked.
-        result["machine"] |= machine.driver_and_clocks(where)
-    out = args.out or RESULTS / f"{args.device}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for case in tqdm(cases, unit="case", disable=None):
-        result["rows"] += runner.run(case, args.seconds, where)
-        # After every case, so that an interrupted run keeps what it has measured.
-        _save(result, out)
+    out = args.out or Path("build", f"{args.device}.json")
+    result = _measure(args, cases, where, out)
     if args.instructions:
         try:
             counted = instructions.count("overhead")
@@ -95,6 +98,50 @@ def main() -> None:
         _save(result, out)
     print(report.table(result))
     print(out)
+
+
+def _measure(args: argparse.Namespace, cases: list[registry.Case], where: device.Device, out: Path) -> dict[str, Any]:
+    # Saved after every case, so that a run that is cut off keeps what it has measured.
+    end = time.monotonic() + args.budget
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # All of float32, but where a variant says TF32.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if (args.go_on or args.again) and out.exists():
+        result: dict[str, Any] = json.loads(out.read_text())
+        commit = machine.header(where)["commit"]
+        if commit not in result["machine"]["commit"]:
+            result["machine"]["commit"] += f", then {commit}"
+        if args.again:
+            these = {(case.op, case.label) for case in cases}
+            for rows in ("lost", "rows"):
+                result[rows] = [row for row in result[rows] if (row["op"], row["case"]) not in these]
+            _save(result, out)
+    else:
+        roofline = machine.roofline(where, min(0.5, args.seconds))
+        result = {"machine": machine.header(where), "roofline": roofline, "lost": [], "left_out": [], "rows": []}
+        if isinstance(where, device.Cuda):
+            # Once it has worked.
+            result["machine"] |= machine.driver_and_clocks(where)
+    done = {(row["op"], row["case"]) for row in result["rows"]}
+    left = [case for case in cases if (case.op, case.label) not in done]
+    for i, case in enumerate(tqdm(left, unit="case", disable=None)):
+        result["left_out"] = [f"{c.op}: {c.label}" for c in left[i:]] if time.monotonic() > end else []
+        if result["left_out"]:
+            _save(result, out)
+            break
+        here = (row for row in result["lost"] if (row["op"], row["case"]) == (case.op, case.label))
+        lost = {row["variant"]: row["failed"] for row in here}
+        try:
+            result["rows"] += runner.run(case, args.seconds, where, args.state, args.without, lost)
+        except runner.DeviceLost as error:
+            result["lost"].append({"op": case.op, "case": case.label, "variant": error.variant, "failed": str(error)})
+            _save(result, out)
+            # Another process has a GPU again, and goes on without that variant.
+            again = [a for a in sys.argv[1:] if a not in ("--continue", "--again")]
+            budget = ["--budget", str(end - time.monotonic())] if args.budget != float("inf") else []
+            os.execv(sys.executable, [sys.executable, "-m", "bench", *again, "--continue", *budget])
+        _save(result, out)
+    return result
 
 
 def _save(result: dict[str, Any], out: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 import bioplaus_kernels as bk
 from bioplaus_kernels import ops
 
+from .device import Device, with_tf32
 from .gate import mm_gate
 from .registry import Bench, Case, Run, Work, register
 
@@ -32,11 +33,11 @@ def cases() -> Iterator[Case]:
     """Batch 16; --quick keeps a small one."""
     for c, o, size in LAYERS:
         label = f"1x1 {c} to {o}, {size}x{size}, N=16"
-        yield Case("convolution", label, lambda device, a=(c, o, size): build(16, *a), quick=size == 2)
+        yield Case("convolution", label, lambda device, a=(c, o, size): build(device, 16, *a), quick=size == 2)
 
 
-def build(n: int, c: int, o: int, size: int) -> Bench:
-    """The input gradient alone."""
+def build(device: Device, n: int, c: int, o: int, size: int) -> Bench:
+    """The input gradient alone; on a GPU with TF32 too."""
     torch.manual_seed(0)
     x, g = (torch.randn(n, k, size, size).contiguous(memory_format=torch.channels_last) for k in (c, o))
     w = torch.randn(o, c, 1, 1)
@@ -58,6 +59,9 @@ def build(n: int, c: int, o: int, size: int) -> Bench:
     b = layer.feedback_matrix()
     scale = float(b.abs().max())
     variants = {"backprop": gradient(F.conv2d(x, w)), "B formed": formed, "bioplaus, usf": gradient(layer(x))}
+
+    if device.backends:
+        variants |= {f"{name}, TF32": with_tf32(run) for name, run in variants.items()}
 
     def rows(t: Tensor) -> Tensor:
         return t.movedim(1, -1).flatten(0, -2)

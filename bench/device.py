@@ -1,7 +1,7 @@
 """Where a benchmark runs: how calls are timed there, caches emptied, memory counted, and what is compared."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,9 +30,13 @@ class Cpu:
         """In which states a case is timed; `cold`: the case asks for empty caches."""
         return ("warm", "cold") if cold else ("warm",)
 
-    def prepared(self, function: Run, state: str) -> Run:
-        """What is timed for `function` in `state`."""
-        return function
+    def sets(self, size: int) -> int:
+        """How many sets of operands of `size` bytes a state needs that is to find none of them in a cache."""
+        return 1
+
+    def prepared(self, functions: Sequence[Run], state: str, generators: Sequence[torch.Generator] = ()) -> Run:
+        """What is timed in `state` for a variant over each of its sets of operands."""
+        return functions[0]
 
     def flusher(self) -> Run:
         """A function that leaves nothing useful in the caches."""
@@ -45,6 +49,14 @@ class Cpu:
         for _ in range(times):
             function()
         return time.perf_counter() - start
+
+    def host_seconds(self, function: Run, times: int) -> float | None:
+        """Of the processor for one of so many calls, where another device does the work."""
+        return None
+
+    def lost(self) -> bool:
+        """Whether nothing more can run in this process."""
+        return False
 
     def peak_bytes(self, function: Run) -> int:
         """Most bytes that torch's allocator held at once for one call, above what was held before it."""
@@ -61,8 +73,9 @@ class Cpu:
 class Cuda:
     """The current GPU, by its own clock: CUDA events around the calls, in the current stream.
 
-    Each case is timed warm, with an empty L2 cache before each call ("cold"), and so as the replay of a CUDA graph
-    ("graph", L2 cache empty too), which leaves out what the processor takes to launch. `cuda` is torch.cuda, or what
+    Each case is timed warm, with an empty L2 cache before each call ("cold"), and as the replay of a CUDA graph
+    ("graph"), which leaves out what the processor takes to launch: of calls over sets of operands that the L2 cache
+    does not hold together, or of one call, L2 cache empty, where a case has one set. `cuda` is torch.cuda, or what
     stands in for it in a test.
     """
 
@@ -77,26 +90,35 @@ class Cuda:
             built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
             raise RuntimeError(f"no CUDA device in this machine (torch {torch.__version__}, built with {built})")
         self.cuda = cuda
+        self.pool = cuda.graph_pool_handle()
 
     def states(self, cold: bool) -> tuple[str, ...]:
         """All three, whatever the case asks for."""
         return ("warm", "cold", "graph")
 
-    def prepared(self, function: Run, state: str) -> Run:
-        """The function itself, run once, or the replay of what it launches; raises what these raise."""
+    def sets(self, size: int) -> int:
+        """Three times what the L2 cache holds, in at most 64 sets."""
+        return min(64, 3 * self.cuda.get_device_properties().L2_cache_size // size + 1)
+
+    def prepared(self, functions: Sequence[Run], state: str, generators: Sequence[torch.Generator] = ()) -> Run:
+        """The first function, run once, or the replay of what all of them launch; raises what these raise."""
         if state != "graph":
-            function()
+            functions[0]()
             self.cuda.synchronize()
-            return function
+            return functions[0]
         stream = self.cuda.Stream()
         stream.wait_stream(self.cuda.current_stream())
         with self.cuda.stream(stream):
             for _ in range(3):
-                function()
+                functions[0]()
         self.cuda.current_stream().wait_stream(stream)
         graph = self.cuda.CUDAGraph()
-        with self.cuda.graph(graph):
-            function()
+        for generator in generators:
+            graph.register_generator_state(generator)
+        # One pool for all: nobody reads what a graph leaves, and only one runs at a time.
+        with self.cuda.graph(graph, pool=self.pool):
+            for function in functions:
+                function()
         return graph.replay
 
     def flusher(self) -> Run:
@@ -117,6 +139,26 @@ class Cuda:
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
+    def host_seconds(self, function: Run, times: int) -> float | None:
+        """Of the processor for one of so many calls that wait for nothing: the least of three."""
+        taken = []
+        for _ in range(3):
+            self.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(times):
+                function()
+            taken.append((time.perf_counter() - start) / times)
+        self.cuda.synchronize()
+        return min(taken)
+
+    def lost(self) -> bool:
+        """Whether an error, an illegal access say, has left this process without its GPU."""
+        try:
+            self.cuda.synchronize()
+        except self.failures:
+            return True
+        return False
+
     def peak_bytes(self, function: Run) -> int:
         """Most bytes that torch's allocator held at once for one call, above what was held before it."""
         self.cuda.synchronize()
@@ -128,6 +170,21 @@ class Cuda:
 
 
 Device = Cpu | Cuda
+
+
+def with_tf32(function: Run) -> Run:
+    """`function` with TF32 allowed, in torch's products and in cuDNN; without it all of float32 is computed."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+
+    def allowed() -> object:
+        before = matmul.allow_tf32, cudnn.allow_tf32
+        matmul.allow_tf32 = cudnn.allow_tf32 = True
+        try:
+            return function()
+        finally:
+            matmul.allow_tf32, cudnn.allow_tf32 = before
+
+    return allowed
 
 
 def ways(device: Device) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """dX = dY B for a linear layer, against dY @ W and against forming B and multiplying."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -8,17 +10,19 @@ import torch
 from bioplaus_kernels import ops
 from bioplaus_kernels.feedback import feedback_key
 
-from .device import Device, ways
+from .device import Device, ways, with_tf32
 from .gate import mm_gate
 from .registry import Bench, Case, Run, Work, register
 
 SHAPES = ((512, 512), (1024, 4096), (4096, 4096))
 BATCHES = (1, 8, 32, 128, 512, 2048, 4096)
+# Those of most worth first.
+HEADLINE = list(product(SHAPES[:0:-1], (128, 4096, 1, 512, 8), (torch.float32, torch.bfloat16)))
 
 
 @register("feedback_mm")
 def cases() -> Iterator[Case]:
-    """Shapes out x in, batches and dtypes of the issue; --quick keeps 1024 x 4096 in float32."""
+    """Shapes out x in, batches and dtypes; --quick keeps 1024 x 4096 in float32."""
     for dtype in (torch.float32, torch.bfloat16):
         for out, n in SHAPES:
             for m in BATCHES:
@@ -29,6 +33,7 @@ def cases() -> Iterator[Case]:
                     lambda device, m=m, out=out, n=n, dtype=dtype: build(device, m, out, n, dtype),
                     quick=(out, n) == (1024, 4096) and m in (8, 128) and dtype == torch.float32,
                     cold=(out, n) == (4096, 4096) and m in (8, 128),
+                    headline=HEADLINE.index(key) + 1 if (key := ((out, n), m, dtype)) in HEADLINE else 0,
                 )
 
 
@@ -42,9 +47,8 @@ def magnitude_then_matmul(g: torch.Tensor, w: torch.Tensor, magnitude: torch.Ten
     return g @ (torch.sign(w) * magnitude.abs())
 
 
-def draw_then_matmul(g: torch.Tensor, w: torch.Tensor, s: float) -> torch.Tensor:
-    """The plain-torch way of seeded feedback that keeps no tensor."""
-    generator = torch.Generator(w.device).manual_seed(0)
+def draw_then_matmul(g: torch.Tensor, w: torch.Tensor, s: float, generator: torch.Generator) -> torch.Tensor:
+    """The plain-torch way of seeded feedback that keeps no tensor (which would seed the generator anew each time)."""
     return g @ torch.empty_like(w).uniform_(-s, s, generator=generator)
 
 
@@ -57,6 +61,22 @@ def bf16_parts(g: torch.Tensor, w: torch.Tensor, s: float) -> torch.Tensor:
     return ((low @ sign).float() + (middle @ sign).float() + (high @ sign).float()) * s
 
 
+def stacked_int_mm(g: torch.Tensor, w: torch.Tensor, s: float) -> torch.Tensor:
+    """The plain-torch way by integers: dY as four int8 digits (two of half types), stacked, times signs as int8."""
+    m, count = g.shape[0], 4 if g.dtype == torch.float32 else 2
+    _, exponent = torch.frexp(g.abs().amax(1, keepdim=True).double())
+    place = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent - (8 * count - 2))
+    q, digits = (g / place).round().to(torch.int32), []
+    for _ in range(count):
+        digits.append(q.to(torch.int8))
+        q = (q + 128) >> 8
+    # _int_mm wants more than 16 rows, and the second operand's columns contiguous.
+    rows = torch.nn.functional.pad(torch.cat(digits), (0, 0, 0, max(0, 17 - count * m)))
+    sums = torch._int_mm(rows, torch.sign(w).to(torch.int8).t().contiguous().t())[: count * m].view(count, m, -1)
+    total = sum(digit.double() * 256.0**i for i, digit in enumerate(sums))
+    return (total * (place * s)).to(g.dtype)
+
+
 def form_then_matmul(g: torch.Tensor, *feedback: Any) -> torch.Tensor:
     """B by its own kernel, then the vendor's product."""
     b = ops.feedback_weight(*feedback[:-1], (g.shape[1], feedback[-1]), dtype=g.dtype)
@@ -66,17 +86,49 @@ def form_then_matmul(g: torch.Tensor, *feedback: Any) -> torch.Tensor:
 def products(device: Device) -> dict[str, Callable[..., torch.Tensor]]:
     """dY B as a layer makes it, and where there is a choice of ways by each of them."""
     found = {way: backend.feedback_mm for way, backend in ways(device).items()}
-    return found | {", feedback_weight + cuBLAS": form_then_matmul} if device.backends else found
+    if not device.backends:
+        return found
+    if hasattr(torch.ops.bioplaus, "feedback_mm_by"):
+        for way in ("digits", "int_mm", "formed"):
+            found[f", {way}"] = lambda *arguments, way=way: torch.ops.bioplaus.feedback_mm_by(*arguments, way)
+    return found | {", feedback_weight + cuBLAS": form_then_matmul}
 
 
 def build(device: Device, m: int, out: int, n: int, dtype: torch.dtype) -> Bench:
     """All rules on one shape, by every way there is."""
-    torch.manual_seed(0)
-    g, w = torch.randn(m, out).to(dtype), (torch.randn(out, n) / out**0.5).to(dtype)
-    s, key, signs = n**-0.5, feedback_key(0).to(w.device), ops.pack_signs(w)
     torch._dynamo.reset()
-    compiled = torch.compile(sign_then_matmul, dynamic=False)
-    magnitudes = torch.compile(magnitude_then_matmul, dynamic=False)
+    names = "sign, then matmul, torch.compile", "sign x magnitude, then matmul, torch.compile"
+    functions = sign_then_matmul, magnitude_then_matmul
+    compiled = {name: torch.compile(f, dynamic=False) for name, f in zip(names, functions, strict=True)}
+    generator = torch.Generator(device.device)
+    size = torch.finfo(dtype).bits // 8
+    # The least that a way reads and writes: packed signs in the place of W.
+    sets = device.sets((m * out + m * n) * size + out * n // 8)
+    (variants, gate), *others = [one_set(device, m, out, n, dtype, i, generator, compiled) for i in range(sets)]
+    return Bench(
+        variants,
+        gate,
+        (Work(2.0 * m * out * n, float((m * out + out * n + m * n) * size)),),
+        str(dtype).removeprefix("torch."),
+        copies=[copy for copy, _ in others],
+        generators=(generator,),
+    )
+
+
+def one_set(
+    device: Device,
+    m: int,
+    out: int,
+    n: int,
+    dtype: torch.dtype,
+    seed: int,
+    generator: torch.Generator,
+    compiled: dict[str, Callable[..., torch.Tensor]],
+) -> tuple[dict[str, Run], dict[str, Callable[[], float]]]:
+    """Every variant over operands of its own, and their gates."""
+    torch.manual_seed(seed)
+    g, w = torch.randn(m, out).to(dtype), (torch.randn(out, n) / out**0.5).to(dtype)
+    s, key, signs = n**-0.5, feedback_key(seed).to(w.device), ops.pack_signs(w)
     stored = ops.feedback_weight(None, None, None, key, "uniform", s, w.shape, dtype=dtype)
     arguments = {
         "usf, signs from W": (w, None, None, None, "constant", s),
@@ -87,24 +139,33 @@ def build(device: Device, m: int, out: int, n: int, dtype: torch.dtype) -> Bench
         "frsf stored": (w, None, stored, None, "stored", 1.0),
         "fa stored": (None, None, stored, None, "stored", 1.0),
     }
+    sign, magnitude = compiled.items()
     variants: dict[str, Run] = {
         "torch dY @ W": lambda: g @ w,
         "sign, then matmul": lambda: sign_then_matmul(g, w, s),
-        "sign, then matmul, torch.compile": lambda: compiled(g, w, s),
+        sign[0]: lambda: sign[1](g, w, s),
         "sign x magnitude, then matmul": lambda: magnitude_then_matmul(g, w, stored),
-        "sign x magnitude, then matmul, torch.compile": lambda: magnitudes(g, w, stored),
-        "draw uniform, then matmul": lambda: draw_then_matmul(g, w, s),
+        magnitude[0]: lambda: magnitude[1](g, w, stored),
+        "draw uniform, then matmul": lambda: draw_then_matmul(g, w, s, generator),
     }
-    gate = {}
+    gate: dict[str, Callable[[], float]] = {}
+
+    def add(name: str, function: Run, b: Callable[[], torch.Tensor]) -> None:
+        variants[name], gate[name] = function, lambda: mm_gate(function(), g, b())
+
+    def signed() -> torch.Tensor:
+        return torch.sign(w.double()) * s
+
+    if device.backends:
+        if dtype == torch.float32:
+            variants["torch dY @ W, TF32"] = with_tf32(variants["torch dY @ W"])
+        add("stacked digits by torch._int_mm", lambda: stacked_int_mm(g, w, s), signed)
     # Without the instructions a processor takes minutes.
     if dtype == torch.float32 and (w.is_cuda or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        variants["three bf16 parts x sign"] = lambda: bf16_parts(g, w, s)
-        gate["three bf16 parts x sign"] = lambda: mm_gate(bf16_parts(g, w, s), g, torch.sign(w) * s)
+        add("three bf16 parts x sign", lambda: bf16_parts(g, w, s), signed)
     for name, feedback in arguments.items():
-        for way, product in products(device).items():
-            variants[name + way] = lambda f=feedback, product=product: product(g, *f, n)
-            gate[name + way] = lambda f=feedback, product=product: mm_gate(
-                product(g, *f, n), g, ops.feedback_weight(*f, w.shape, dtype=torch.float64)
-            )
-    traffic = (g.numel() + w.numel() + m * n) * g.element_size()
-    return Bench(variants, gate, (Work(2.0 * m * out * n, traffic),), str(dtype).removeprefix("torch."))
+        formed = partial(ops.feedback_weight, *feedback, w.shape, dtype=torch.float64)
+        for way, ours in products(device).items():
+            if way not in (", digits", ", int_mm") or (feedback[4] == "constant" and dtype == torch.float32):
+                add(name + way, partial(ours, g, *feedback, n), formed)
+    return variants, gate

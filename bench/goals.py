@@ -1,4 +1,4 @@
-"""What the CPU kernels are to reach, and what one set of runs reached: the worst row unless a mean is named."""
+"""What the kernels are to reach, and what one set of runs reached: the worst row unless a mean is named."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -24,10 +24,11 @@ PLAIN = {
 
 
 def cases(result: Result, op: str) -> Cases:
-    """Timed rows of `op`, warm, by case and variant."""
+    """Timed rows of `op` by case and variant: calls one after another, on a GPU as graphs, without the host's time."""
+    state = "graph" if "gpu" in result["machine"] else "warm"
     found: Cases = {}
     for row in result["rows"]:
-        if row["op"] == op and row["state"] == "warm" and "ms" in row:
+        if row["op"] == op and row["state"] == state and "ms" in row:
             found.setdefault(row["case"], {})[row["variant"]] = row
     return found
 
@@ -82,6 +83,14 @@ def _lc_speedup(result: Result) -> float | None:
     return geometric_mean(faster) if faster else None
 
 
+def _lc_worst(result: Result, variant: str) -> float | None:
+    lc = cases(result, "locally_connected")
+    rows = [rows for case, rows in lc.items() if "forward + backward" in case and variant in rows]
+    return max(
+        (r[variant]["ms"] / min(r["unfold + bmm"]["ms"], r["unfold + einsum"]["ms"]) for r in rows), default=None
+    )
+
+
 def _lc_roofline(result: Result) -> float | None:
     rows = [r["bioplaus, backprop"] for r in _layers(result)]
     times = [row["ms"] / 1e3 / (least_seconds(row, result["roofline"]) or 1.0) for row in rows]
@@ -118,6 +127,7 @@ def _overhead(result: Result, backward: bool) -> float | None:
 
 LARGE, SMALL = (128, 512, 2048, 4096), (1, 8, 32)
 RESNET = "ResNet-18 N=16 {}"
+HOPPER = "CUDA sm_90"
 # What, level it is for (None: any), limit, at least rather than at most, how it is found.
 GOALS: tuple[tuple[str, str | None, float, bool, Callable[[Result], float | None]], ...] = (
     ("usf fp32, signs from W, M ≥ 128", "AMX", 0.40, False, lambda r: _ratio(r, CONSTANT[0], LARGE)),
@@ -154,6 +164,12 @@ GOALS: tuple[tuple[str, str | None, float, bool, Callable[[Result], float | None
     ("building the ImageNet LC layers / torch.empty and uniform_", "AMX", 1.05, False, _construction),
     ("layer forward on 1×8×8, µs over torch.nn", "AMX", 5.0, False, lambda r: _overhead(r, False)),
     ("layer backward on 1×8×8, µs over torch.nn", "AMX", 5.0, False, lambda r: _overhead(r, True)),
+    ("usf fp32, signs from W, M = 512", HOPPER, 0.25, False, lambda r: _ratio(r, CONSTANT[0], (512,))),
+    ("usf fp32, signs from W, M ≥ 4096", HOPPER, 0.22, False, lambda r: _ratio(r, CONSTANT[0], (4096,))),
+    ("usf fp32, packed signs, M ≥ 512", HOPPER, 0.20, False, lambda r: _ratio(r, CONSTANT[1], (512, 4096))),
+    ("usf bf16, signs from W", HOPPER, 1.2, False, lambda r: _ratio(r, CONSTANT[0], (*SMALL, *LARGE), "bfloat16")),
+    ("usf bf16, packed signs, M ≤ 64", HOPPER, 0.6, False, lambda r: _ratio(r, CONSTANT[1], SMALL, "bfloat16")),
+    ("LC forward + backward / faster torch way", HOPPER, 0.4, False, lambda r: _lc_worst(r, "bioplaus, usf")),
 )
 
 

@@ -14,16 +14,15 @@ import torch
 import bioplaus_kernels as bk
 from bioplaus_kernels.backends import native
 
-from .device import Cuda, Device, best
+from .device import Cuda, Device, best, with_tf32
+from .registry import Run
 
 
 def header(device: Device) -> dict[str, Any]:
-    """What a reader needs to judge the numbers."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    """What a reader needs to judge the numbers; BIOPLAUS_COMMIT names the sources where git does not."""
     common = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit or "unknown",
+        "commit": os.environ.get("BIOPLAUS_COMMIT") or _commit() or "unknown",
         "processor": _processor(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "library_level": native.product_level() or "reference",
@@ -36,6 +35,14 @@ def header(device: Device) -> dict[str, Any]:
         "load_at_start": round(os.getloadavg()[0], 2),
     }
     return common | _gpu(device) if isinstance(device, Cuda) else common
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 def _gpu(device: Cuda) -> dict[str, Any]:
@@ -87,25 +94,33 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def roofline(device: Device) -> dict[str, float]:
+def roofline(device: Device, seconds: float = 0.5) -> dict[str, float | str]:
     """Peak products (flop/s by dtype) and memory bandwidths (byte/s: read, copy, write in place, write to a
-    fresh tensor)."""
-    peaks = {}
+    fresh tensor), each the best of `seconds`; the error of one that cannot be measured."""
+    peaks: dict[str, float | str] = {}
+
+    def fastest(run: Run) -> float:
+        return best(device, run, seconds)
+
     n = device.product
     with device.device:
         for dtype in device.dtypes:
             a, b = torch.randn(2, n, n).to(dtype)
-            peaks[str(dtype).removeprefix("torch.")] = 2 * n**3 / best(device, lambda a=a, b=b: a @ b)
+            peaks[str(dtype).removeprefix("torch.")] = 2 * n**3 / fastest(lambda a=a, b=b: a @ b)
+        if device.backends:
+            a, b = torch.randn(2, n, n)
+            peaks["tf32"] = 2 * n**3 / fastest(with_tf32(lambda: a @ b))
         a8 = torch.randint(-127, 127, (n, n), dtype=torch.int8)
         try:
-            peaks["int8"] = 2 * n**3 / best(device, lambda: torch._int_mm(a8, a8))
-        except RuntimeError:
-            peaks["int8"] = 0.0
+            # CUDA 13 multiplies rows by columns only.
+            peaks["int8"] = 2 * n**3 / fastest(lambda: torch._int_mm(a8, a8.t()))
+        except RuntimeError as error:
+            peaks["int8"] = f"failed: {error}".splitlines()[0]
         big = torch.ones(device.numbers)
     target = torch.empty_like(big)
     size = big.numel() * 4
-    peaks["read"] = size / best(device, lambda: big.sum())
-    peaks["copy"] = 2 * size / best(device, lambda: target.copy_(big))
-    peaks["write"] = size / best(device, lambda: target.fill_(1.0))
-    peaks["write_fresh"] = size / best(device, lambda: torch.full_like(big, 1.0))
+    peaks["read"] = size / fastest(lambda: big.sum())
+    peaks["copy"] = 2 * size / fastest(lambda: target.copy_(big))
+    peaks["write"] = size / fastest(lambda: target.fill_(1.0))
+    peaks["write_fresh"] = size / fastest(lambda: torch.full_like(big, 1.0))
     return peaks

@@ -1,10 +1,12 @@
 """What is measured: cases by op, each with interleaved variants, a correctness gate and its least work."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from torch import Generator
+
     from .device import Device
 
 Run = Callable[[], object]
@@ -23,6 +25,9 @@ class Bench:
     """One built case.
 
     variants: what is timed, by name; the first is the baseline that ratios are to.
+    copies: the same over operands of their own, as many as `Device.sets` says, for states that are to find none in a
+        cache.
+    generators: of random numbers that variants draw, which a CUDA graph must know of.
     gate: error of a variant over its bound (at most 1 passes); a variant without an entry is torch's own.
     work: its passes, for the roofline; none where it has none. unit: the dtype whose product rate counts.
     inputs, outputs: bytes of the operands, for the share of the memory that comes on top; 0 where it does not count.
@@ -34,6 +39,8 @@ class Bench:
     unit: str = "float32"
     inputs: int = 0
     outputs: int = 0
+    copies: Sequence[dict[str, Run]] = ()
+    generators: tuple["Generator", ...] = ()
 
 
 @dataclass
@@ -41,6 +48,7 @@ class Case:
     """One row group of the report: built only when it runs, so that one case's memory is held at a time.
 
     build: called with the device as torch's default for new tensors.
+    headline: its place among the few that `--headline` runs, those of most worth first; 0 for the others.
     """
 
     op: str
@@ -48,6 +56,7 @@ class Case:
     build: Callable[["Device"], Bench]
     quick: bool = False
     cold: bool = False
+    headline: int = 0
 
 
 _REGISTRY: dict[str, Callable[[], Iterator[Case]]] = {}
@@ -63,10 +72,11 @@ def register(op: str) -> Callable[[Callable[[], Iterator[Case]]], Callable[[], I
     return add
 
 
-def cases(ops: list[str] | None = None, quick: bool = False) -> list[Case]:
+def cases(ops: list[str] | None = None, quick: bool = False, headline: bool = False) -> list[Case]:
     """The registered cases, of `ops` only if given; raises ValueError for an unknown op."""
     from . import convolution, feedback_mm, feedback_weight, layers, locally_connected, steps  # noqa: F401
 
     if unknown := set(ops or ()) - set(_REGISTRY):
         raise ValueError(f"--op: expected one of {', '.join(_REGISTRY)}, got {', '.join(sorted(unknown))}")
-    return [c for op in ops or _REGISTRY for c in _REGISTRY[op]() if c.quick or not quick]
+    found = [c for op in ops or _REGISTRY for c in _REGISTRY[op]() if c.quick or not quick]
+    return sorted((c for c in found if c.headline), key=lambda c: c.headline) if headline else found

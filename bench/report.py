@@ -62,6 +62,12 @@ def table(result: dict[str, Any]) -> str:
         if any("instructions" in row for row in rows):
             cells = [[*row, f"{r['instructions']:,.0f}"] for row, r in zip(cells, rows, strict=True)]
             columns = (*_COLUMNS, "instructions")
+        if any("host_ms" in row for row in rows):
+            cells = [
+                [*row, f"{1e3 * r['host_ms']:.3g}" if "host_ms" in r else ""]
+                for row, r in zip(cells, rows, strict=True)
+            ]
+            columns = (*columns, "host µs")
         lines += [tabulate(cells, columns, tablefmt="pipe", disable_numparse=True), ""]
     return "\n".join(lines)
 
@@ -94,7 +100,8 @@ def _properties(title: str, values: dict[str, Any]) -> str:
 
 
 def _rates(result: dict[str, Any]) -> dict[str, str]:
-    return {key: f"{value / 1e9:.4g}" for key, value in result["roofline"].items()}
+    rates = result["roofline"].items()
+    return {key: value if isinstance(value, str) else f"{value / 1e9:.4g}" for key, value in rates}
 
 
 def write(results: list[Path], out: Path) -> None:
@@ -118,7 +125,8 @@ dtype plus one rounding, against float64) is not timed. Ratios are to the first 
 too. The roofline's share is max(flops / product rate, bytes / rate of memory), pass by pass and from the rates below,
 over the time taken; a product by int8 digits can pass 100 % of the float32 rate. Peak is what torch's allocator held
 for one call, results included. On a GPU calls are timed by CUDA events, eager with a warm and a cold L2 cache, and cold
-as the replay of a CUDA graph.
+as the replay of a CUDA graph, which alone tells what the kernels take: a short eager call takes what the processor
+needs to launch it, the column of host µs. There float32 is computed without TF32 but where a variant names it.
 
 {_properties("machine", result["machine"])}
 

@@ -1,6 +1,8 @@
 """Runs cases: gate first, then interleaved timing and the peak memory of one call."""
 
+import re
 import time
+from collections.abc import Collection, Sequence
 from statistics import median, quantiles
 from typing import Any
 
@@ -11,73 +13,137 @@ from .registry import Bench, Case, Run
 _SLOW = 0.3
 
 
-def run(case: Case, seconds: float, device: Device) -> list[dict[str, Any]]:
-    """One result row for each variant in each state of the device; `seconds` of timing a variant."""
+class DeviceLost(RuntimeError):
+    """`variant` failed in a way that leaves the process without its GPU; the message says how."""
+
+    def __init__(self, variant: str, said: str) -> None:
+        super().__init__(said)
+        self.variant = variant
+
+
+def run(
+    case: Case,
+    seconds: float,
+    device: Device,
+    states: Collection[str] = (),
+    without: str = "",
+    lost: dict[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """One result row for each variant in each state of the device; `seconds` of timing a variant.
+
+    states: of the device's, these only. without: a regular expression of variants to leave out, but for the first.
+    lost: variants not to be run, and why. What fails is a row; raises DeviceLost where nothing can follow.
+    """
+    wanted = [state for state in device.states(case.cold) if not states or state in states]
+    row: dict[str, Any] = {"op": case.op, "case": case.label}
+    failed = dict(lost or {})
+    try:
+        if "building" not in failed:
+            with device.device:
+                bench = case.build(device)
+    except device.failures as error:
+        failed["building"] = _said("building", error, device)
+    if said := failed.get("building"):
+        return [row | {"state": s, "variant": "building", "error_over_bound": None, "failed": said} for s in wanted]
+    first, *others = bench.variants
+    names = [first, *(name for name in others if not without or not re.search(without, name))]
     with device.device:
-        bench = case.build(device)
-        errors, broken = _gates(bench, device)
+        errors, broken = _gates(bench, names, device, failed)
     rows = []
-    for state in device.states(case.cold):
+    for state in wanted:
+        copies = (bench.variants, *bench.copies) if state == "graph" else (bench.variants,)
         ready, failed = {}, dict(broken)
-        for name, function in bench.variants.items():
+        for name in names:
             if name not in failed and errors.get(name, 0.0) <= 1.0:
                 try:
-                    ready[name] = device.prepared(function, state)
+                    ready[name] = device.prepared([variants[name] for variants in copies], state, bench.generators)
                 except device.failures as error:
-                    failed[name] = _said(error)
-        measured = _interleave(ready, seconds, device, cold=state != "warm") if ready else {}
-        baseline = measured.get(next(iter(bench.variants)))
-        for name, function in bench.variants.items():
-            row: dict[str, Any] = {"op": case.op, "case": case.label, "state": state, "variant": name}
-            row["error_over_bound"] = errors.get(name)
+                    failed[name] = _said(name, error, device)
+        # Sets of operands that no cache holds need no flush.
+        cold = state != "warm" and len(copies) == 1
+        measured = _interleave(ready, seconds, device, cold, len(copies), failed)
+        baseline = measured.get(first)
+        for name in names:
+            found = row | {"state": state, "variant": name, "error_over_bound": errors.get(name)}
             if name in measured:
-                row |= _summary(measured[name], median(baseline) if baseline else None, bench)
-                row["peak_bytes"] = device.peak_bytes(function) if state == "warm" else None
+                found |= _summary(measured[name], median(baseline) if baseline else None, bench)
+                if state == "warm":
+                    found |= _of_one_call(name, ready[name], median(measured[name]), device)
             elif name in failed:
-                row["failed"] = failed[name]
-            rows.append(row)
+                found["failed"] = failed[name]
+            rows.append(found)
     return rows
 
 
-def _gates(bench: Bench, device: Device) -> tuple[dict[str, float], dict[str, str]]:
-    errors, failed = {}, {}
-    for name, gate in bench.gate.items():
-        try:
-            errors[name] = gate()
-        except device.failures as error:
-            failed[name] = _said(error)
+def _gates(
+    bench: Bench, names: Sequence[str], device: Device, lost: dict[str, str]
+) -> tuple[dict[str, float], dict[str, str]]:
+    errors, failed = {}, dict(lost)
+    for name in names:
+        if name in bench.gate and name not in lost:
+            try:
+                errors[name] = bench.gate[name]()
+            except device.failures as error:
+                failed[name] = _said(name, error, device)
     return errors, failed
 
 
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+def _said(name: str, error: BaseException, device: Device) -> str:
+    said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    if device.lost():
+        raise DeviceLost(name, said) from error
+    return said
 
 
-def _interleave(variants: dict[str, Run], seconds: float, device: Device, cold: bool) -> dict[str, list[float]]:
+def _of_one_call(name: str, function: Run, seconds: float, device: Device) -> dict[str, Any]:
+    try:
+        # As many as a few milliseconds hold.
+        host = device.host_seconds(function, max(1, min(20, int(0.005 / max(seconds, 1e-6)))))
+        return {"peak_bytes": device.peak_bytes(function)} | ({} if host is None else {"host_ms": host * 1e3})
+    except device.failures as error:
+        return {"peak_bytes": None, "failed": _said(name, error, device)}
+
+
+def _interleave(
+    variants: dict[str, Run], seconds: float, device: Device, cold: bool, calls: int, failed: dict[str, str]
+) -> dict[str, list[float]]:
     # Rounds over all variants, so that a slow spell of the machine falls on all of them; each sample is long enough to
     # read on the clock, and follows a call that brings back what the other variants drove out of the caches, where
-    # the caches matter.
-    flush = device.flusher() if cold else None
+    # the caches matter. A variant makes `calls` calls; one that raises goes into `failed`.
+    flush = device.flusher() if cold and variants else None
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    repeats = {}
-    for name, function in variants.items():
-        first, once = device.seconds(function), 0.0
-        if first > _SLOW:
-            samples[name].append(first)
-        else:
-            once = device.seconds(function)
-        repeats[name] = 1 if cold or not once else max(1, int(0.002 / once))
-    slow = {name for name, taken in samples.items() if taken}
-    least = 2 if slow else 3
-    end = time.perf_counter() + seconds * len(variants)
-    while time.perf_counter() < end or min(len(taken) for taken in samples.values()) < least:
-        for name, function in variants.items():
+    repeats: dict[str, int] = {}
+    slow = set()
+
+    def sample(name: str) -> None:
+        function = variants[name]
+        try:
+            if name not in repeats:
+                first, once = device.seconds(function), 0.0
+                if first > _SLOW:
+                    samples[name].append(first / calls)
+                    slow.add(name)
+                else:
+                    once = device.seconds(function)
+                repeats[name] = 1 if cold or not once else max(1, int(0.002 / once))
+                return
             if flush is not None:
                 flush()
-            elif name not in slow:
+            elif name not in slow and calls == 1:
                 function()
             n = repeats[name]
-            samples[name].append(device.seconds(function, n) / n)
+            samples[name].append(device.seconds(function, n) / (n * calls))
+        except device.failures as error:
+            failed[name] = _said(name, error, device)
+            del samples[name]
+
+    for name in variants:
+        sample(name)
+    least = 2 if slow else 3
+    end = time.perf_counter() + seconds * len(variants)
+    while samples and (time.perf_counter() < end or min(map(len, samples.values())) < least):
+        for name in list(samples):
+            sample(name)
     return samples
 
 
@@ -93,4 +159,5 @@ def _summary(samples: list[float], baseline: float | None, bench: Bench) -> dict
         "unit": bench.unit,
         "inputs": bench.inputs,
         "outputs": bench.outputs,
+        "peak_bytes": None,
     }

@@ -9,6 +9,7 @@ import torchvision
 import bioplaus_kernels as bk
 from recipes import models
 
+from .device import Device, with_tf32
 from .registry import Bench, Case, Run, register
 
 RULES = ("usf", "frsf", "brsf", "fa", bk.FeedbackAlignment(stored=True))
@@ -18,11 +19,12 @@ RULES = ("usf", "frsf", "brsf", "fa", bk.FeedbackAlignment(stored=True))
 def cases() -> Iterator[Case]:
     """The models and batches of the issue; --quick keeps the small multilayer perceptron."""
     for n in (64, 512):
-        yield Case("training_step", f"MLP 5x2048 N={n}", lambda device, n=n: build(mlp, (n, 2048)))
-    yield Case("training_step", "LeNet N=64", lambda device: build(lenet, (64, 1, 32, 32)), quick=True)
+        yield Case("training_step", f"MLP 5x2048 N={n}", lambda device, n=n: build(device, mlp, (n, 2048)))
+    yield Case("training_step", "LeNet N=64", lambda device: build(device, lenet, (64, 1, 32, 32)), quick=True)
     for size in (64, 224):
-        yield Case("training_step", f"ResNet-18 N=16 {size}", lambda device, s=size: build(resnet, (16, 3, s, s)))
-    yield Case("training_step", "CIFAR LC net N=16", lambda device: build(cifar_lc, (16, 3, 32, 32)))
+        images = (16, 3, size, size)
+        yield Case("training_step", f"ResNet-18 N=16 {size}", lambda device, s=images: build(device, resnet, s))
+    yield Case("training_step", "CIFAR LC net N=16", lambda device: build(device, cifar_lc, (16, 3, 32, 32)))
 
 
 def mlp() -> torch.nn.Module:
@@ -57,8 +59,8 @@ def _step(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> Run:
     return step
 
 
-def build(make: Callable[[], torch.nn.Module], shape: tuple[int, ...]) -> Bench:
-    """One step by each rule; torch.nn's model is the baseline."""
+def build(device: Device, make: Callable[[], torch.nn.Module], shape: tuple[int, ...]) -> Bench:
+    """One step by each rule; torch.nn's model is the baseline. On a GPU with TF32 too."""
     torch.manual_seed(0)
     x, y = torch.randn(shape), torch.randint(10, (shape[0],))
     state = make().state_dict()
@@ -74,4 +76,6 @@ def build(make: Callable[[], torch.nn.Module], shape: tuple[int, ...]) -> Bench:
 
         for mode in ("usf", "frsf", "brsf", "fa"):
             variants[f"BioTorch {mode}"] = _step(BioModule(make(), mode=mode), x, y)
+    if device.backends:
+        variants |= {f"{name}, TF32": with_tf32(step) for name, step in variants.items()}
     return Bench(variants)

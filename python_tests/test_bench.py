@@ -64,6 +64,29 @@ def test_header_names_the_machine() -> None:
     assert header["torch"] == torch.__version__ and header["processor"] and header["commit"]
 
 
+def test_commit_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert machine.header(device.Cpu())["commit"] == "unknown"
+    monkeypatch.setenv("BIOPLAUS_COMMIT", "v1-2-gabc")
+    assert machine.header(device.Cpu())["commit"] == "v1-2-gabc"
+
+
+def test_roofline_says_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        # As CUDA 13 has it: columns of the second operand contiguous.
+        if b.is_contiguous():
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nmore")
+        return a
+
+    where = OnTestGpu()
+    monkeypatch.setattr(torch, "_int_mm", no_kernel)
+    assert machine.roofline(where, 0.001)["int8"] > 0
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: no_kernel(a, a))
+    peaks = machine.roofline(where, 0.001)
+    assert peaks["int8"] == "failed: CUBLAS_STATUS_NOT_SUPPORTED" and peaks["tf32"] > 0
+    assert report._rates({"roofline": peaks})["int8"] == peaks["int8"]
+
+
 @pytest.mark.slow
 def test_command_line(tmp_path: Path) -> None:
     out = tmp_path / "cpu.json"
@@ -130,12 +153,15 @@ class Gpu:
         yield
 
     def CUDAGraph(self) -> SimpleNamespace:
-        graph = SimpleNamespace(launches=[])
+        graph = SimpleNamespace(launches=[], register_generator_state=lambda generator: None)
         graph.replay = lambda: [launch() for launch in graph.launches]
         return graph
 
+    def graph_pool_handle(self) -> None:
+        pass
+
     @contextmanager
-    def graph(self, graph: SimpleNamespace) -> Iterator[None]:
+    def graph(self, graph: SimpleNamespace, pool: None) -> Iterator[None]:
         self.capturing = graph.launches
         try:
             yield
@@ -206,6 +232,115 @@ def test_gpu_states_and_failures() -> None:
     assert gpu.read and min(gpu.read) > gpu.L2
     text = report.table({"rows": rows, "roofline": {}})
     assert "(cold, CUDA graph)" in text and "MemoryError" in text and "3: over the bound" in text
+
+
+def test_operands_take_turns_in_a_graph() -> None:
+    gpu = Gpu()
+    variants, *copies = [{"base": lambda i=i: gpu.work(f"base {i}", 4e-2)} for i in range(4)]
+    bench = registry.Bench(variants, copies=copies)
+    rows = runner.run(registry.Case("op", "label", lambda _: bench), 0.0, OnTestGpu(gpu), ["graph"])
+    # No call finds its operands in the cache, and nothing is read to empty it.
+    assert [row["state"] for row in rows] == ["graph"] and rows[0]["ms"] == pytest.approx(40, rel=0.1)
+    assert not gpu.read
+    assert OnTestGpu(gpu).sets(2**30) == 1 and OnTestGpu(gpu).sets(2**18) * 2**18 > 3 * gpu.L2
+
+
+def test_what_fails_is_a_row() -> None:
+    def broken(_: device.Device) -> registry.Bench:
+        raise MemoryError("no room\nat all")
+
+    rows = runner.run(registry.Case("op", "label", broken), 0.0, OnTestGpu())
+    assert [(row["state"], row["failed"]) for row in rows] == [
+        (state, "MemoryError: no room") for state in ("warm", "cold", "graph")
+    ]
+    gpu, calls = Gpu(), []
+
+    def fails_late() -> None:
+        gpu.work("late", 1e-3)
+        calls.append(gpu.now)
+        if len(calls) > 3:
+            raise RuntimeError("late")
+
+    def no_memory() -> None:
+        raise RuntimeError("no statistics")
+
+    gpu.reset_peak_memory_stats = no_memory
+    bench = registry.Bench({"base": lambda: gpu.work("base", 1e-3), "late": fails_late})
+    base, late = runner.run(registry.Case("op", "label", lambda _: bench), 0.0, OnTestGpu(gpu), ["warm"])
+    assert base["ms"] and base["failed"] == "RuntimeError: no statistics" and base["peak_bytes"] is None
+    assert late["failed"] == "RuntimeError: late" and "ms" not in late
+    assert "RuntimeError: late" in report.table({"rows": [base, late], "roofline": {}})
+
+
+def test_a_lost_gpu_ends_the_process_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu()
+
+    def illegal() -> None:
+        gpu.capturing = []  # from now on synchronize raises
+        raise RuntimeError("an illegal memory access was encountered")
+
+    variants = {"base": lambda: gpu.work("base", 1e-3), "bad": illegal}
+    cases = [registry.Case("op", label, lambda _: registry.Bench(variants)) for label in ("one", "two")]
+
+    class Replaced(Exception):
+        pass
+
+    def execv(path: str, words: list[str]) -> None:
+        raise Replaced(words)
+
+    out = tmp_path / "cuda.json"
+    monkeypatch.setattr(OnTestGpu.__init__, "__defaults__", (gpu,))
+    monkeypatch.setattr(device, "Cuda", OnTestGpu)
+    monkeypatch.setattr(registry, "cases", lambda *_: cases)
+    monkeypatch.setattr(os, "execv", execv)
+    words = ["run", "--device", "cuda", "--state", "warm", "--seconds", "0.001", "--threads", "1", "--out", str(out)]
+    for _ in cases:
+        monkeypatch.setattr(sys, "argv", ["bench", *words, "--budget", "100"])
+        with pytest.raises(Replaced) as replaced:
+            command.main()
+        again = replaced.value.args[0]
+        assert again[1:3] == ["-m", "bench"] and again[-3:-1] == ["--continue", "--budget"]
+        gpu.capturing = None
+        if "--continue" not in words:
+            words.append("--continue")
+    monkeypatch.setattr(sys, "argv", ["bench", *words])
+    command.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["case"], row["variant"], "ms" in row) for row in rows] == [
+        (case, variant, variant == "base") for case in ("one", "two") for variant in ("base", "bad")
+    ]
+    assert all("illegal memory" in row["failed"] for row in rows if row["variant"] == "bad")
+
+
+def test_a_run_has_a_budget_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    def case(label: str) -> registry.Case:
+        def build(_: device.Device) -> registry.Bench:
+            built.append(label)
+            return registry.Bench({"base": lambda: None, "torch.compile": lambda: None})
+
+        return registry.Case("op", label, build)
+
+    monkeypatch.setattr(registry, "cases", lambda *_: [case("one"), case("two")])
+    monkeypatch.setattr(machine, "roofline", lambda *_: {})
+    out = tmp_path / "cpu.json"
+
+    def run(*words: str) -> dict:
+        arguments = ("--seconds", "0.001", "--threads", "1", "--without", "torch.compile", "--out", str(out))
+        monkeypatch.setattr(sys, "argv", ["bench", "run", *arguments, *words])
+        command.main()
+        return json.loads(out.read_text())
+
+    assert run("--match", "one")["left_out"] == [] and built == ["one"]
+    result = run("--continue", "--budget", "0")
+    assert result["left_out"] == ["op: two"] and built == ["one"]
+    monkeypatch.setenv("BIOPLAUS_COMMIT", "later")
+    result = run("--continue")
+    assert built == ["one", "two"] and result["left_out"] == [] and result["machine"]["commit"].endswith(", then later")
+    result = run("--again", "--match", "two")
+    assert built == ["one", "two", "two"]
+    assert [(row["case"], row["variant"]) for row in result["rows"]] == [("one", "base"), ("two", "base")]
 
 
 def test_gpu_without_its_baseline() -> None:

@@ -8,17 +8,18 @@ import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageDraw
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torchvision import datasets, tv_tensors
 from torchvision.transforms import v2
 
 from recipes.data import Data
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 Target = dict[str, Any]
 Box = tuple[int, int, int, int]  # x, y, width, height
@@ -171,6 +172,9 @@ def average_precision(truth: COCO, detections: list[dict[str, Any]]) -> dict[str
 
     Detections are in COCO's format of results: image_id, category_id, bbox (x, y, width, height), score.
     """
+    # Here, so that classifiers train without the package.
+    from pycocotools.cocoeval import COCOeval
+
     if not detections:
         return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
     with contextlib.redirect_stdout(io.StringIO()):
