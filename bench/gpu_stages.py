@@ -93,7 +93,8 @@ def user() -> None:
     jobs = [["digits", path.stem] for path in sorted(RECIPES.glob("*.toml"))]
     jobs += [["step", net, rule, backend] for backend in ("", "triton", "cuda") for net in NETS for rule in RULES]
     command = [sys.executable, "-m", "bench.gpu_stages"]
-    for process in [subprocess.Popen([*command, *job], cwd=ROOT) for job in jobs]:
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    for process in [subprocess.Popen([*command, *job], cwd=ROOT, env=environment) for job in jobs]:
         process.wait()
 
 

@@ -1,15 +1,20 @@
 """The three locally-connected products in Triton: test_lc_ops.py's geometries and contracts, with `use("triton")`."""
 
+from collections.abc import Callable, Iterator
+
 import pytest
+import test_feedback_mm as matrices
 import test_lc_ops as contract
 import torch
 from test_lc_ops import GEOMETRIES, Geometry, geometries
-from test_triton import DTYPES, devices, dtypes, in_triton  # noqa: F401
+from test_triton import DTYPES, devices, dtypes, in_triton, needs_interpreter  # noqa: F401
+from test_triton_static import outcome
 from torch import Tensor
 
 from bioplaus_kernels import ops
 from bioplaus_kernels.backends import reference
 from bioplaus_kernels.backends.reference.lc import memory_format
+from bioplaus_kernels.backends.triton import lc
 
 pytestmark = pytest.mark.slow
 
@@ -18,6 +23,10 @@ TILES = [
     Geometry("more samples than a tile", (3, 4), (4,), (2,), (3,), n=131),
     Geometry("more channels than a tile", (67, 66), (3,), (2,), (2,), n=2),
     Geometry("a sum that wraps the pipeline", (40, 3), (3, 3), (3, 3), (1, 1), n=2),
+    Geometry("more channels than a step, of several taps", (3, 40), (4, 3), (2, 2), (3, 2), n=2),
+    # A pixel is read by every tap, every second one, or none.
+    Geometry("stride and dilation with a common factor", (3, 4), (17, 9), (3, 3), (2, 3), (4, 2), dilation=(6, 2)),
+    Geometry("stride and dilation without one", (3, 4), (11,), (3,), (3,), (3,), dilation=(2,)),
 ]
 grid = pytest.mark.parametrize("geometry", [*GEOMETRIES, *TILES], ids=str)
 
@@ -130,3 +139,113 @@ def test_errors_name_the_argument(device: str) -> None:
         ops.lc_backward_input(
             g, weight, ops.pack_signs(weight), None, None, "constant", 1.0, weight.shape, geometry.size, *geometry.op()
         )
+
+
+# The product dY B of matrices as each op does it: one position that sees one pixel.
+AT = ((1,), (0, 0), (1,), 1)
+AS_MATRICES: dict[str, Callable[..., Tensor]] = {
+    "output": lambda g, b, entries, scale: ops.lc_forward(g[:, :, None], b.t()[None, :, None], None, *AT),
+    "grad_input": lambda g, b, entries, scale: ops.lc_backward_input(
+        g[:, :, None], *((None, None, b[None, :, None]) if entries == "stored" else (b[None, :, None], None, None)),
+        None, entries, scale,
+        (1, len(b), 1, b.shape[1]), (1,), *AT
+    ),
+    "grad_weight": lambda g, b, entries, scale: ops.lc_backward_weight(g.t()[:, :, None], b[:, :, None], (1,), *AT),
+}  # fmt: skip
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """float32 by bfloat16 parts, as on devices whose tensor cores make six such products faster than one of FMA."""
+    monkeypatch.setattr(lc, "_wgmma", lambda device: True)
+    lc._tiled.cache_clear()
+    yield
+    lc._tiled.cache_clear()
+
+
+@needs_interpreter
+@grid
+def test_error_by_parts(parts: None, geometry: Geometry) -> None:
+    contract.check_error(geometry, torch.float32, "cpu")
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", AS_MATRICES)
+@pytest.mark.parametrize("data", [*matrices.DATA, "small B", "signs"])
+def test_parts_of_every_kind_of_rows(
+    parts: None, data: Callable[[int, int], Tensor] | str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The contract of test_feedback_mm.py; parts not scaled lose half the bits of small rows and of a small B."""
+    if data == "signs" and name != "grad_input":
+        pytest.skip("only B has signs")
+
+    def by_lc(grad_output: Tensor, *feedback: object) -> Tensor:
+        weight, _, magnitude, _, entries, scale, columns = feedback
+        b = weight if magnitude is None else magnitude
+        return AS_MATRICES[name](grad_output, b, entries, scale).reshape(len(grad_output), columns)
+
+    monkeypatch.setattr(ops, "feedback_mm", by_lc)
+    m, k, n = 9, 70, 20
+    g = matrices.tiny_rows(m, k) if data == "signs" else (matrices.normal if data == "small B" else data)(m, k)
+    b = torch.randn(k, n) * (1e-36 if data == "small B" else 1)
+    feedback = (b, None, None, None, "constant", 0.37) if data == "signs" else (None, None, b, None, "stored", 1.0)
+    matrices.check(g.float(), feedback, n)
+
+
+@devices
+@dtypes
+def test_signs_of_special_weights(dtype: torch.dtype, device: str) -> None:
+    values = [0.0, -0.0, torch.nan, -torch.nan, torch.inf, -torch.inf, torch.finfo(dtype).tiny, -2e-7]
+    expected = torch.tensor([0, 0, 0, 0, 1, -1, 1, -1.0]).to(device, dtype) * 0.5
+    for of in {dtype, torch.float32}:
+        w = torch.tensor(values, dtype=of, device=device)[None, None, None]
+        one = torch.ones(1, 1, 1, dtype=dtype, device=device)
+        dx = ops.lc_backward_input(one, w, None, None, None, "constant", 0.5, w.shape, (1,), *AT)
+        assert torch.equal(dx.flatten(), expected), of
+
+
+HOST = """
+import json, sys
+import torch
+from bioplaus_kernels.backends.triton import launch, lc
+
+class Kernel:
+    def __getitem__(self, grid):
+        return lambda *args: None
+
+class Ready(dict):  # every kernel is compiled, and takes no time
+    def get(self, key):
+        hash(key)
+        return Kernel()
+
+launch._compiled = Ready()
+torch.cuda.current_device = lambda: None  # where tensors of the CPU are
+calls, count = {}, 0
+
+def profile(frame, event, arg):
+    global count
+    count += event in ("call", "c_call")
+
+last = torch.channels_last
+x, w = torch.randn(4, 8, 6, 6).to(memory_format=last), torch.randn(4, 4, 16, 3, 3, 8)
+g, at = torch.randn(4, 16, 4, 4).to(memory_format=last), ((1, 1), (0, 0, 0, 0), (1, 1), 1)
+for name, call in (
+    ("lc_forward", lambda: lc.lc_forward(x, w, None, *at)),
+    ("lc_backward_input", lambda: lc.lc_backward_input(
+        g, w, None, None, None, "constant", 0.5, w.shape, x.shape[2:], *at)),
+    ("lc_backward_weight", lambda: lc.lc_backward_weight(g, x, (3, 3), *at)),
+):
+    call()
+    count = 0
+    sys.setprofile(profile)
+    call()
+    sys.setprofile(None)
+    calls[name] = count
+print(json.dumps(calls))
+"""
+
+
+def test_a_call_costs_the_host_little() -> None:
+    """Calls of functions, Python's and C's, in an eager call of an op whose kernel is compiled: 15 to 20 us of them."""
+    for name, count in outcome(HOST).items():
+        assert count <= 180, f"{name}: {count} calls"

@@ -14,7 +14,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -39,6 +39,18 @@ def _coordinates(index, D1, D2):
 
 
 @triton.jit
+def _block(rows, columns, G, BM: tl.constexpr, BN: tl.constexpr):
+    """Rows and columns of this program's tile, its group, and its position or pixel; neighbours share weights."""
+    tiles_m, tiles_n = tl.cdiv(rows, BM), tl.cdiv(columns, BN)
+    tile = tl.program_id(0)
+    m = tile % tiles_m * BM + tl.arange(0, BM)
+    tile //= tiles_m
+    n = tile % tiles_n * BN + tl.arange(0, BN)
+    tile //= tiles_n
+    return m, n, tile % G, tile // G
+
+
+@triton.jit
 def _tap(start, tap, dilation, size):
     """Input coordinate of a tap, and whether it lies in the input."""
     at = start + tap * dilation
@@ -46,9 +58,7 @@ def _tap(start, tap, dilation, size):
 
 
 @triton.jit
-def _patch(
-    j, CI, position, I0, I1, I2, O1, O2, K1, K2, S0, S1, S2, B0, B1, B2, D0, D1, D2
-):  # fmt: skip
+def _patch(j, CI, position, I0, I1, I2, O1, O2, K1, K2, S0, S1, S2, B0, B1, B2, D0, D1, D2):
     """Pixel and channel of the group that columns j of the block of `position` read, and whether they are inside."""
     p0, p1, p2 = _coordinates(position, O1, O2)
     tap = j // CI
@@ -93,14 +103,7 @@ def forward_kernel(
     BIAS: tl.constexpr, WGMMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
     """y (N, P, G CO) = x (N, I, G CI) gathered . weight (P, G CO, J); BIAS is "", "channel" or "position"."""
-    pid = tl.program_id(0)
-    tiles_m, tiles_n = tl.cdiv(N, BM), tl.cdiv(CO, BN)
-    n = pid % tiles_m * BM + tl.arange(0, BM)  # programs that share weights are neighbours
-    pid //= tiles_m
-    o = pid % tiles_n * BN + tl.arange(0, BN)
-    pid //= tiles_n
-    g = pid % G
-    position = pid // G
+    n, o, g, position = _block(N, CO, G, BM, BN)
     row = (tl.cast(position, tl.int64) * G + g) * CO + o
     sample = n.to(tl.int64) * I0 * I1 * I2 * (G * CI)
     total = tl.zeros((BN, BM), tl.float32)
@@ -141,14 +144,7 @@ def backward_input_kernel(
     """dx (N, I, G CI) = sum over taps of grad (N, P, G CO) at the position that reads the pixel, times its block."""
     TYPE: tl.constexpr = grad.dtype.element_ty
     SIGN: tl.constexpr = TYPE if TYPE.primitive_bitwidth == 16 else tl.bfloat16
-    pid = tl.program_id(0)
-    tiles_m, tiles_n = tl.cdiv(N, BM), tl.cdiv(CI, BN)
-    n = pid % tiles_m * BM + tl.arange(0, BM)
-    pid //= tiles_m
-    c = pid % tiles_n * BN + tl.arange(0, BN)
-    pid //= tiles_n
-    g = pid % G
-    pixel = pid // G
+    n, c, g, pixel = _block(N, CI, G, BM, BN)
     x0, x1, x2 = _coordinates(pixel, I1, I2)
     count0, tap0, step0, first0, apart0 = _readers(x0, O0, K0, S0, B0, D0)
     count1, tap1, step1, first1, apart1 = _readers(x1, O1, K1, S1, B1, D1)
@@ -195,14 +191,7 @@ def backward_weight_kernel(
     WGMMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
     """dw (P, G CO, J) = grad (N, P, G CO), transposed, . x (N, I, G CI) gathered."""
-    pid = tl.program_id(0)
-    tiles_m, tiles_n = tl.cdiv(CO, BM), tl.cdiv(J, BN)
-    o = pid % tiles_m * BM + tl.arange(0, BM)
-    pid //= tiles_m
-    j = pid % tiles_n * BN + tl.arange(0, BN)
-    pid //= tiles_n
-    g = pid % G
-    position = pid // G
+    o, j, g, position = _block(CO, J, G, BM, BN)
     pixel, c, inside = _patch(j, CI, position, I0, I1, I2, O1, O2, K1, K2, S0, S1, S2, B0, B1, B2, D0, D1, D2)
     at = pixel * (G * CI) + g * CI + c
     inside &= j < J
@@ -218,12 +207,10 @@ def backward_weight_kernel(
     tl.store(dw + to, total.to(dw.dtype.element_ty), mask=(j < J)[:, None] & (o < CO)[None, :])
 
 
-@functools.cache
 def _wgmma(device: torch.device) -> bool:
     """Whether a warp group's tensor cores take operands from shared memory: sm_90, and sm_100 and its kin."""
-    return (
-        device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] in (9, 10, 11)
-    )
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device)[0] in (9, 10, 11)
 
 
 # In order of rows. Compiled for sm_80 to sm_120 without spills; not yet timed on hardware.
@@ -235,9 +222,9 @@ _FLOAT32 = Tile(16, 64, 16, 4, 3), Tile(64, 64, 16, 4, 3), Tile(128, 64, 32, 8, 
 def _tiled(device: torch.device, width: int, rows: int, entries: str = "") -> tuple[Tile, dict[str, Any]]:
     """The tile of a product of `rows` rows of numbers of `width` bytes, and the last constants of its kernel."""
     wgmma = _wgmma(device)
-    tiles = _HALF if width == 2 else _FLOAT32
     # The largest leaves no registers for normal draws, nor for sums that are not the tensor cores'.
-    tiles = tiles[:-1] if entries == "normal" or (width == 4 and not wgmma) else tiles
+    fewer = entries == "normal" or (width == 4 and not wgmma)
+    tiles = (_HALF if width == 2 else _FLOAT32)[: 2 if fewer else 3]
     rows = next((tile.rows for tile in tiles if rows <= tile.rows), tiles[-1].rows)  # a number, of a symbol too
     tile = fitting(tiles, rows, width, width, shared_memory(device))
     return tile, {"WGMMA": wgmma, **tile.constants()}
@@ -248,38 +235,31 @@ def _kept(function: Any, recorded: bool) -> Any:
     return function.__wrapped__ if recorded else function
 
 
-class _Geometry(NamedTuple):
-    """What the kernels take of a layer, beside its samples."""
-
-    out: Ints
-    packed: Ints  # size of the signs
-    matrix: Ints  # ROWS, COLUMNS
-    sizes: Ints  # G, CI, CO, J, P
-    places: Ints  # I0, I1, I2, O0, ... D2
-
-
 @functools.cache
 def _geometry(
-    weight_size: Ints, input_size: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int, channels: int | None
-) -> _Geometry:
-    """The kernels' integers, of arguments that are checked here: a layer's are the same at each call."""
+    weight_size: Any, input_size: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int, channels: Any = None
+) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+    """Sizes of output and signs, checked, and of kernels: (ROWS, COLUMNS), (G, CI, CO, J, P), (I0, I1, ... D2)."""
     d = len(stride)
     kernel, c = weight_size[d + 1 : -1], weight_size[-1]
     checks.geometry(stride, padding, dilation, groups, kernel)
     out = tuple(output_size(input_size, kernel, stride, padding, dilation))
+    weight_size = out + weight_size[d:] if weight_size[0] is None else weight_size  # a weight that is to be
     checks.lc_shapes(weight_size, input_size, out, groups, channels)
-    three = [(1,) * (3 - d) + values for values in (input_size, out, kernel, stride, dilation)]
-    before = (0,) * (3 - d) + padding[::2]
     sizes = groups, c, weight_size[d] // groups, math.prod(kernel) * c, math.prod(out)
-    places = (*itertools.chain(*three[:4]), *before, *three[4])
-    return _Geometry(out, packed_shape(weight_size), matrix_shape(weight_size), sizes, places)
+    named = (input_size, 1), (out, 1), (kernel, 1), (stride, 1), (padding[::2], 0), (dilation, 1)
+    places = tuple(itertools.chain.from_iterable((fill,) * (3 - d) + values for values, fill in named))
+    return out, packed_shape(weight_size), matrix_shape(weight_size), sizes, places
 
 
-def _supported(name: str, x: Tensor, d: int) -> None:
+def _begin(name: str, x: Tensor, geometry: Sequence[Any]) -> tuple[int, bool, tuple[Any, ...]]:
+    """Dimensions, whether the launch is recorded, and stride, padding, dilation, groups with a hash; `x` is checked."""
     checks.floating(name, x)
     if x.dtype == torch.float64:
         checks.fail(name, "float32, bfloat16 or float16 (Triton has no float64 product)", x.dtype, TypeError)
+    d = len(geometry[0])
     checks.rank(name, x, d + 2)
+    return d, traced(x), (*map(tuple, geometry[:3]), geometry[3])
 
 
 def _formed(x: Tensor) -> tuple[Tensor, torch.memory_format]:
@@ -288,6 +268,7 @@ def _formed(x: Tensor) -> tuple[Tensor, torch.memory_format]:
 
 
 def _last(x: Tensor) -> Tensor:
+    """`x` with its channels innermost in dense memory."""
     x, form = _formed(x)
     return x.contiguous(memory_format=form)
 
@@ -301,25 +282,23 @@ def _result(size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
 
 @product(reference.lc_forward)
 def lc_forward(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    d, groups = len(geometry[0]), geometry[3]
-    _supported("input", input, d)
+    d, recorded, geometry = _begin("input", input, geometry)
     checks.rank("weight", weight, 2 * d + 2)
     checks.same("weight", weight, input)
-    recorded = traced(input)
-    at = _kept(_geometry, recorded)(weight.shape, input.shape[2:], *map(tuple, geometry[:3]), groups, input.shape[1])
     n, o = input.shape[0], weight.shape[d]
+    out, _, _, sizes, places = _kept(_geometry, recorded)(weight.shape, input.shape[2:], *geometry, input.shape[1])
     if bias is not None:
         checks.same("bias", bias, input)
-        checks.shape("bias", bias, (*at.out, o) if bias.dim() > 1 else (o,))
+        checks.shape("bias", bias, (*out, o) if bias.dim() > 1 else (o,))
         bias = bias.contiguous()
-    result, y = _result((n, o, *at.out), input)
+    result, y = _result((n, o, *out), input)
     if n > 0:
-        g, _, co, _, positions = at.sizes
+        g, _, co, _, positions = sizes
         tile, constants = _kept(_tiled, recorded)(input.device, input.element_size(), n)
         launch(
             forward_kernel if not recorded else wrap_triton(forward_kernel),
             (-(-n // tile.rows) * -(-co // tile.columns) * g * positions, 1, 1),
-            (_last(input), weight.contiguous(), bias, y, n, *at.sizes, *at.places),
+            (_last(input), weight.contiguous(), bias, y, n, *sizes, *places),
             {"BIAS": "" if bias is None else "channel" if bias.dim() == 1 else "position", **constants},
         )
     return result if y is result else result.copy_(y.view(result.shape))
@@ -327,16 +306,14 @@ def lc_forward(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: An
 
 @product(reference.lc_backward_input)
 def lc_backward_input(grad_output: Tensor, *rest: Any) -> Tensor:
-    weight, signs, magnitude, key, entries, scale, weight_size, input_size, *geometry = rest
-    d, groups = len(geometry[0]), geometry[3]
-    _supported("grad_output", grad_output, d)
+    weight, signs, magnitude, key, entries, scale, weight_size, input_size, *layer = rest
+    d, recorded, geometry = _begin("grad_output", grad_output, layer)
     size = tuple(weight_size)
-    recorded = traced(grad_output)
-    at = _kept(_geometry, recorded)(size, tuple(input_size), *map(tuple, geometry[:3]), groups, None)
+    out, packed, matrix, sizes, places = _kept(_geometry, recorded)(size, tuple(input_size), *geometry)
     n = grad_output.shape[0]
-    checks.shape("grad_output", grad_output, (n, size[d], *at.out))
-    checks.feedback(weight, signs, magnitude, key, entries, scale, size, at.packed)
-    g, c, *_ = at.sizes
+    checks.shape("grad_output", grad_output, (n, size[d], *out))
+    checks.feedback(weight, signs, magnitude, key, entries, scale, size, packed)
+    g, c, *_ = sizes
     result, dx = _result((n, c * g, *input_size), grad_output)
     if n > 0:
         tile, constants = _kept(_tiled, recorded)(grad_output.device, grad_output.element_size(), n, entries)
@@ -344,8 +321,8 @@ def lc_backward_input(grad_output: Tensor, *rest: Any) -> Tensor:
         plain = magnitude is not None and weight is None and signs is None and scale == 1
         launch(
             backward_input_kernel if not recorded else wrap_triton(backward_input_kernel),
-            (-(-n // tile.rows) * -(-c // tile.columns) * g * math.prod(at.places[:3]), 1, 1),
-            (_last(grad_output), *sources, None if plain else scale, dx, n, *at.sizes, *at.matrix, *at.places),
+            (-(-n // tile.rows) * -(-c // tile.columns) * g * math.prod(places[:3]), 1, 1),
+            (_last(grad_output), *sources, None if plain else scale, dx, n, *sizes, *matrix, *places),
             {"ENTRIES": entries, **constants},
         )
     return result if dx is result else result.copy_(dx.view(result.shape))
@@ -353,25 +330,21 @@ def lc_backward_input(grad_output: Tensor, *rest: Any) -> Tensor:
 
 @product(reference.lc_backward_weight)
 def lc_backward_weight(grad_output: Tensor, input: Tensor, kernel_size: Sequence[int], *geometry: Any) -> Tensor:
-    d, groups = len(geometry[0]), geometry[3]
-    _supported("input", input, d)
+    d, recorded, geometry = _begin("input", input, geometry)
     checks.same("grad_output", grad_output, input)
     n, channels = input.shape[:2]
-    if groups < 1 or channels % groups:
-        checks.fail("groups", f"a divisor of the {channels} input channels", groups)
-    size = (*grad_output.shape[2:], grad_output.shape[1], *kernel_size, channels // groups)
-    recorded = traced(grad_output)
-    at = _kept(_geometry, recorded)(size, input.shape[2:], *map(tuple, geometry[:3]), groups, channels)
-    checks.shape("grad_output", grad_output, (n, size[d], *at.out))
-    dw = grad_output.new_empty(size)
-    if n == 0:
-        return dw.zero_()
-    g, _, co, columns, positions = at.sizes
+    if geometry[3] < 1 or channels % geometry[3]:
+        checks.fail("groups", f"a divisor of the {channels} input channels", geometry[3])
+    block = grad_output.shape[1], *kernel_size, channels // geometry[3]
+    out, _, _, sizes, places = _kept(_geometry, recorded)(((None,) * d) + block, input.shape[2:], *geometry, channels)
+    checks.shape("grad_output", grad_output, (n, block[0], *out))
+    dw = grad_output.new_empty(*out, *block)
+    g, _, co, columns, positions = sizes
     tile, constants = _kept(_tiled, recorded)(input.device, input.element_size(), co)
     launch(
         backward_weight_kernel if not recorded else wrap_triton(backward_weight_kernel),
         (-(-co // tile.rows) * -(-columns // tile.columns) * g * positions, 1, 1),
-        (_last(grad_output), _last(input), dw, n, *at.sizes, *at.places),
+        (_last(grad_output), _last(input), dw, n, *sizes, *places),
         constants,
     )
     return dw

@@ -202,9 +202,7 @@ def feedback_entries(
     i = first // columns
     j = first - i * columns
     if ENTRIES == "stored":
-        b = tl.load(magnitude + first + offset, mask=inside, other=0.0)
-        if scale is not None:
-            b = b.to(tl.float32) * scale
+        b = tl.load(magnitude + first + offset, mask=inside, other=0.0).to(tl.float32) * scale
     elif ENTRIES == "constant":
         b = tl.full(offset.shape, 1.0, tl.float32) * scale
     else:
@@ -242,6 +240,5 @@ def feedback_signs(weight, planes, key, first, offset, inside, rows, columns, TY
         # A mask, although nothing is to be masked: without it every warp that needs a sign makes it anew.
         return (sign if WGMMA else tl.where(inside, sign, 0.0)).to(TYPE)
     else:
-        return feedback_entries(weight, planes, None, key, 1.0, first, offset, inside, rows, columns, "constant").to(
-            TYPE
-        )
+        b = feedback_entries(weight, planes, None, key, 1.0, first, offset, inside, rows, columns, "constant")
+        return b.to(TYPE)
