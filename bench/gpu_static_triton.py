@@ -111,11 +111,13 @@ def _arguments(variant: Variant, tile: Tile, target: str) -> tuple[dict[str, str
         typed["weight"] = variant.parameters
     pointers = {"grad", "out", "x", "y", "dx", "dw", "weight", "magnitude", "planes", "key", "sums"}
     constants: dict[str, Any] = {
-        "ENTRIES": variant.entries, "BIAS": "", "WIDE": False, "BM": tile.rows, "BN": tile.columns, "BK": tile.depth,
+        "ENTRIES": variant.entries, "BIAS": "", "WIDE": False, "WGMMA": capability(target)[0] in (9, 10), "BM": tile.rows, "BN": tile.columns, "BK": tile.depth,
         "BLOCK": tile.columns, "grad_column": 1, "weight_column": 1,
         # A 2-D product of stride and dilation 1.
         "I0": 1, "O0": 1, "K0": 1, "S0": 1, "S1": 1, "S2": 1, "D0": 1, "D1": 1, "D2": 1, "B0": 0,
     }  # fmt: skip
+    if (variant.source, variant.entries) == ("none", "stored"):
+        constants["scale"] = None  # B as it lies there
     types = {}
     for name in variant.kernel.arg_names:
         if name in constants:
@@ -227,7 +229,7 @@ def tiles(variant: Variant, target: str) -> tuple[Tile, ...]:
         source = size[variant.parameters or variant.dtype] if variant.source == "weight" else 0
         found = [feedback_mm.tile_for(DTYPES[variant.dtype], 2**i, source, *limits) for i in range(4, 9)]
     else:
-        found = [lc.tile_for(DTYPES[variant.dtype], 2**i, *limits) for i in range(4, 9)]
+        found = [lc.tile_for(size[variant.dtype], 2**i, variant.entries, *limits)[0] for i in range(4, 9)]
     return tuple(dict.fromkeys(found))
 
 

@@ -94,7 +94,7 @@ def launch(
     kernel: Any,
     grid: tuple[int, int, int],
     tensors: tuple[Tensor | None, ...],
-    numbers: tuple[float, ...],
+    numbers: tuple[float | None, ...],
     constants: dict[str, Any],
 ) -> None:
     """kernel[grid](*tensors, *numbers, **constants), on the device of the first tensor, whichever is the current one.

@@ -26,8 +26,8 @@ from .. import reference
 from ..reference import checks
 from ..reference.lc import memory_format, output_size
 from ..reference.pack_signs import matrix_shape, packed_shape
-from .launch import Tile, fitting, launch, product, shared_memory, traced
-from .loaders import feedback_entries, feedback_signs
+from .launch import Tile, device_limits, fitting, launch, product, traced
+from .loaders import block_entries, block_signs
 
 Ints = tuple[int, ...]
 
@@ -137,7 +137,7 @@ def _readers(pixel, positions, K, S, B, D):
 
 @triton.jit
 def backward_input_kernel(
-    grad, weight, planes, magnitude, key, scale, dx, N, G, CI, CO, J, P, ROWS, COLUMNS,
+    grad, weight, planes, magnitude, key, dx, scale, N, G, CI, CO, J, P, ROWS, COLUMNS,
     I0, I1, I2, O0, O1, O2, K0, K1, K2, S0, S1, S2, B0, B1, B2, D0, D1, D2,
     ENTRIES: tl.constexpr, WGMMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
@@ -165,11 +165,11 @@ def backward_input_kernel(
         if ENTRIES == "stored" and scale is None:  # B as it lies there
             b = tl.load(magnitude + first + offset, mask=inside, other=0.0).to(TYPE)
         elif ENTRIES == "constant":
-            b = feedback_signs(weight, planes, key, first, offset, inside, ROWS, COLUMNS, SIGN, WGMMA)
+            b = block_signs(weight, planes, key, first, offset, inside, ROWS, COLUMNS, SIGN)
         else:
-            b = feedback_entries(
-                weight, planes, magnitude, key, scale, first, offset, inside, ROWS, COLUMNS, ENTRIES
-            ).to(TYPE)
+            b = block_entries(weight, planes, magnitude, key, scale, first, offset, inside, ROWS, COLUMNS, ENTRIES).to(
+                TYPE
+            )
         total = _add_product(total, b, tl.trans(a), WGMMA)
         o0 += BK
         i2 = tl.where(o0 < CO, i2, i2 + 1)
@@ -207,26 +207,25 @@ def backward_weight_kernel(
     tl.store(dw + to, total.to(dw.dtype.element_ty), mask=(j < J)[:, None] & (o < CO)[None, :])
 
 
-def _wgmma(device: torch.device) -> bool:
-    """Whether a warp group's tensor cores take operands from shared memory: sm_90, and sm_100 and its kin."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return nvidia and torch.cuda.get_device_capability(device)[0] in (9, 10, 11)
-
-
 # In order of rows. Compiled for sm_80 to sm_120 without spills; not yet timed on hardware.
 _HALF = Tile(16, 64, 32, 4, 4), Tile(64, 64, 32, 4, 4), Tile(128, 64, 32, 4, 4)
 _FLOAT32 = Tile(16, 64, 16, 4, 3), Tile(64, 64, 16, 4, 3), Tile(128, 64, 32, 8, 3)
 
 
-@functools.cache
-def _tiled(device: torch.device, width: int, rows: int, entries: str = "") -> tuple[Tile, dict[str, Any]]:
-    """The tile of a product of `rows` rows of numbers of `width` bytes, and the last constants of its kernel."""
-    wgmma = _wgmma(device)
+def tile_for(width: int, rows: int, entries: str, capability: tuple[int, int], shared: int) -> tuple[Tile, bool]:
+    """The tile of a product of `rows` rows of numbers of `width` bytes, and whether float32 is multiplied in parts."""
+    wgmma = capability[0] in (9, 10)
     # The largest leaves no registers for normal draws, nor for sums that are not the tensor cores'.
     fewer = entries == "normal" or (width == 4 and not wgmma)
     tiles = (_HALF if width == 2 else _FLOAT32)[: 2 if fewer else 3]
     rows = next((tile.rows for tile in tiles if rows <= tile.rows), tiles[-1].rows)  # a number, of a symbol too
-    tile = fitting(tiles, rows, width, width, shared_memory(device))
+    return fitting(tiles, rows, width, width, shared), wgmma
+
+
+@functools.cache
+def _tiled(device: torch.device, width: int, rows: int, entries: str = "") -> tuple[Tile, dict[str, Any]]:
+    """The tile on `device`, and the last constants of its kernel."""
+    tile, wgmma = tile_for(width, rows, entries, *device_limits(device))
     return tile, {"WGMMA": wgmma, **tile.constants()}
 
 
@@ -298,7 +297,8 @@ def lc_forward(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: An
         launch(
             forward_kernel if not recorded else wrap_triton(forward_kernel),
             (-(-n // tile.rows) * -(-co // tile.columns) * g * positions, 1, 1),
-            (_last(input), weight.contiguous(), bias, y, n, *sizes, *places),
+            (_last(input), weight.contiguous(), bias, y),
+            (n, *sizes, *places),
             {"BIAS": "" if bias is None else "channel" if bias.dim() == 1 else "position", **constants},
         )
     return result if y is result else result.copy_(y.view(result.shape))
@@ -322,7 +322,8 @@ def lc_backward_input(grad_output: Tensor, *rest: Any) -> Tensor:
         launch(
             backward_input_kernel if not recorded else wrap_triton(backward_input_kernel),
             (-(-n // tile.rows) * -(-c // tile.columns) * g * math.prod(places[:3]), 1, 1),
-            (_last(grad_output), *sources, None if plain else scale, dx, n, *sizes, *matrix, *places),
+            (_last(grad_output), *sources, dx),
+            (None if plain else scale, n, *sizes, *matrix, *places),
             {"ENTRIES": entries, **constants},
         )
     return result if dx is result else result.copy_(dx.view(result.shape))
@@ -344,7 +345,8 @@ def lc_backward_weight(grad_output: Tensor, input: Tensor, kernel_size: Sequence
     launch(
         backward_weight_kernel if not recorded else wrap_triton(backward_weight_kernel),
         (-(-co // tile.rows) * -(-columns // tile.columns) * g * positions, 1, 1),
-        (_last(grad_output), _last(input), dw, n, *sizes, *places),
+        (_last(grad_output), _last(input), dw),
+        (n, *sizes, *places),
         constants,
     )
     return dw

@@ -8,19 +8,12 @@ import triton
 import triton.language as tl
 
 SIGNS_PER_CALL = tl.constexpr(128)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 TILE_ROWS = tl.constexpr(64)  # of a flag of packed signs
 
 
 @triton.jit
 def widen(x):
     return x.to(tl.float32) if x.dtype.primitive_bitwidth < 32 else x
-
-
-@triton.jit
-def sign_of(w):
-    w = widen(w)
-    return (w > 0).to(tl.int8) - (w < 0).to(tl.int8)
 
 
 @triton.jit
@@ -181,64 +174,47 @@ def choose(words, which):
 
 
 @triton.jit
-def feedback_entries(
-    weight,
-    planes,
-    magnitude,
-    key,
-    scale,
-    first,
-    offset,
-    inside,
-    rows,
-    columns,
-    ENTRIES: tl.constexpr,
-):
-    """Entries of a dense B at `first` (one 64-bit index) + `offset` (any tile, 32 bits), in one row of B; float32.
+def block_signs(weight, planes, key, first, offset, inside, rows, columns, dtype: tl.constexpr):
+    """Signs of a dense B at `first` (one 64-bit index) + `offset` (any tile, 32 bits) in one row of B; a half type.
 
     Locally-connected blocks start anywhere in a row of B, so each entry finds its own word; the words that neighbours
-    share come from the cache, and their draws are made for each.
+    share come from the cache, and their draws are made for each. Not inside: anything from -1 to 1.
     """
-    i = first // columns
-    j = first - i * columns
-    if ENTRIES == "stored":
-        b = tl.load(magnitude + first + offset, mask=inside, other=0.0).to(tl.float32) * scale
-    elif ENTRIES == "constant":
-        b = tl.full(offset.shape, 1.0, tl.float32) * scale
-    else:
-        place = (j % 4).to(tl.int32) + offset
-        words = draw(key, (j // 4).to(tl.int32) + place // 4, i)
-        b = choose(numbers(words, scale, ENTRIES), place % 4)
-    place = (j % SIGNS_PER_CALL).to(tl.int32) + offset
     if weight is not None:
-        sign = sign_of(tl.load(weight + first + offset, mask=inside, other=0.0)).to(tl.float32)
-        b = sign * tl.abs(b) if ENTRIES != "constant" else sign * b
-    elif planes is not None:
-        words = tl.cdiv(columns, SIGNS_PER_CALL) * 4
-        planes += (j // SIGNS_PER_CALL) * 4
+        signs = signs_of(tl.load(weight + first + offset, mask=inside, other=0.0), dtype)
+    else:
+        i = first // columns
+        j = first - i * columns
+        place = (j % SIGNS_PER_CALL).to(tl.int32) + offset
         word = place // 32
-        flag = tl.load(planes + (2 * rows + i // TILE_ROWS) * words + word, mask=inside, other=0)
-        negative = tl.load(planes + i * words + word, mask=inside, other=0) >> (place % 32)
-        nonzero = tl.load(planes + (rows + i) * words + word, mask=inside & (flag != 0), other=-1) >> (place % 32)
-        sign = ((1 - 2 * (negative & 1)) * (nonzero & 1)).to(tl.float32)
-        b = sign * tl.abs(b) if ENTRIES != "constant" else sign * b
-    elif ENTRIES == "constant":
-        words = draw(key, (j // SIGNS_PER_CALL).to(tl.int32) + place // SIGNS_PER_CALL, i)
-        negative = choose(words, place // 32 % 4) >> (place % 32).to(tl.uint32)
-        b = tl.where((negative & 1) != 0, -b, b)
-    return tl.where(inside, b, 0.0)
+        units = tl.full(offset.shape, one(dtype), tl.int16)
+        if planes is not None:
+            words = tl.cdiv(columns, SIGNS_PER_CALL) * 4
+            planes += (j // SIGNS_PER_CALL) * 4
+            flag = tl.load(planes + (2 * rows + i // TILE_ROWS) * words + word, mask=inside, other=0)
+            negative = tl.load(planes + i * words + word, mask=inside, other=0)
+            nonzero = tl.load(planes + (rows + i) * words + word, mask=inside & (flag != 0), other=-1) >> (place % 32)
+            units = tl.where((nonzero & 1) != 0, units, 0)
+        else:
+            negative = choose(draw(key, (j // SIGNS_PER_CALL).to(tl.int32) + word // 4, i), word % 4)
+        bit = (negative.to(tl.int32, bitcast=True) >> (place % 32)) << 15
+        signs = ((bit.to(tl.int16) & -32768) | units).to(dtype, bitcast=True)
+    return signs
 
 
 @triton.jit
-def feedback_signs(weight, planes, key, first, offset, inside, rows, columns, TYPE: tl.constexpr, WGMMA: tl.constexpr):
-    """Signs of a dense B, as feedback_entries finds its entries, in a half type."""
-    if weight is not None:
-        w = tl.load(weight + first + offset, mask=inside, other=0.0)
-        if INTERPRETED:
-            w = widen(w)
-        sign = tl.where(w > 0, 1.0, tl.where(w < 0, -1.0, 0.0))
-        # A mask, although nothing is to be masked: without it every warp that needs a sign makes it anew.
-        return (sign if WGMMA else tl.where(inside, sign, 0.0)).to(TYPE)
+def block_entries(
+    weight, planes, magnitude, key, scale, first, offset, inside, rows, columns, ENTRIES: tl.constexpr
+):  # fmt: skip
+    """Entries of such a B, stored or drawn, times signs where something gives them; float32, 0 where not inside."""
+    if ENTRIES == "stored":
+        b = tl.load(magnitude + first + offset, mask=inside, other=0.0).to(tl.float32) * scale
     else:
-        b = feedback_entries(weight, planes, None, key, 1.0, first, offset, inside, rows, columns, "constant")
-        return b.to(TYPE)
+        i = first // columns
+        j = first - i * columns
+        place = (j % 4).to(tl.int32) + offset
+        b = choose(numbers(draw(key, (j // 4).to(tl.int32) + place // 4, i), scale, ENTRIES), place % 4)
+    if (weight is not None) or (planes is not None):
+        signs = block_signs(weight, planes, key, first, offset, inside, rows, columns, tl.bfloat16)
+        b = signs.to(tl.float32) * tl.abs(b)
+    return tl.where(inside, b, 0.0)
