@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -246,8 +247,10 @@ def fingerprint() -> str:
 def install_prepared() -> str:
     """Put the module of scripts/gpu_prepare.sh into the package, and its Triton cache where it was filled."""
     cache = os.environ.get("TRITON_CACHE_DIR")
-    if cache and (PREPARED / "triton").is_dir():
-        shutil.copytree(PREPARED / "triton", cache, dirs_exist_ok=True)
+    filled = PREPARED / "triton.tar.gz"
+    if cache and filled.exists():
+        with tarfile.open(filled) as archive:
+            archive.extractall(cache, filter="data")
     stamp = PREPARED / "sources"
     if not stamp.exists():
         return "nothing was prepared"

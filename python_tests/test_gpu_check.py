@@ -118,6 +118,32 @@ def test_the_budget_holds(tmp_path: Path, check: Any) -> None:
     assert not (tmp_path / "late.pids").exists()
 
 
+def test_what_was_prepared_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("build/gpu", "bioplaus_kernels", "csrc", "filled/key"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("setup.py", "CMakeLists.txt", "csrc/a.cu", "build/gpu/_C.so", "filled/key/kernel.cubin"):
+        (tmp_path / name).write_text(name)
+    prepared, cache = tmp_path / "build" / "gpu", tmp_path / "cache"
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "PREPARED", prepared)
+    monkeypatch.setattr(gpu_check, "STAMP", tmp_path / "stamp")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    assert gpu_check.install_prepared() == "nothing was prepared"
+    subprocess.run(["tar", "-C", tmp_path / "filled", "-czf", prepared / "triton.tar.gz", "."], check=True)
+    (prepared / "sources").write_text(gpu_check.fingerprint())
+    assert "was put into the package" in gpu_check.install_prepared()
+    assert (tmp_path / "bioplaus_kernels" / "_C.so").read_text() == "build/gpu/_C.so"
+    assert (cache / "key" / "kernel.cubin").exists()
+    call = Check(tmp_path / "out", tmp_path / "out", 100, lambda text: None)
+    build = next(stage for stage in gpu_check.STAGES if stage.name == "build")
+    call.run([build], again=False)
+    assert call.records["build"]["why"] == "the library loads"
+    # Of other sources: neither what was prepared nor what it has become is used.
+    (tmp_path / "csrc" / "a.cu").write_text("changed")
+    assert "of other sources" in gpu_check.install_prepared()
+    assert call._why_not(build) is None
+
+
 def test_files_are_few_and_small(tmp_path: Path) -> None:
     long = tmp_path / "log.txt"
     long.write_bytes(b"a" * 5000 + b"z" * 5000)
