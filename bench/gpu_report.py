@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from bioplaus_kernels.backends import rule
 from bioplaus_kernels.backends.triton import configs
 
 from . import gpu_static
@@ -39,23 +38,18 @@ def _reads(element: int) -> int:
     return 2 if element == 4 else 3
 
 
-def cuda_digits(m: int, n: int, k: int, element: int, source: float | None) -> Bytes:
-    """feedback_mm_digits.cu after feedback_mm_quantise.cu, and after pack_signs.cu where a weight is given."""
-    digits = 4 if element == 4 else 2
-    blocks = _up(m, 8) * digits // 2
-    held, columns = (2, 256) if blocks <= 2 else (4, 256) if blocks <= 4 else (8, 128)
-    rows = held * 16 // digits
-    tiles = _up(m, rows) * _up(n, columns)
-    splits = rule.parts("cuda", f"digits{digits}", k, "sm_80", tiles)
+def cuda_digits(m: int, n: int, k: int, source: float | None) -> Bytes:
+    """feedback_mm_digits.cu in float32, after feedback_mm_quantise.cu and, where a weight is given, pack_signs.cu."""
+    rows, columns = (8, 256) if m <= 8 else (16, 256) if m <= 16 else (32, 128)
+    splits = min(256 // (_up(m, rows) * _up(n, columns)), _up(k, 64) // 8)
     partial = 16 * splits * m * n if splits > 1 else 0
-    signs, packing = (n * k / 8, 0.0) if source is not None else (n * k / 8, n * k * (element + 0.25))
-    signs = 0.0 if source == 0 else signs
-    grad, out, cut = element * m * k, element * m * n, digits * m * k
-    given = n * k * (element if source is None else source)
+    packing = 0.0 if source is not None else 4.25 * n * k
+    signs = 0.0 if source == 0 else n * k / 8
+    grad, out = 4 * m * k, 4 * m * n
     return Bytes(
-        grad + 2 * cut + packing + signs + partial + out,
-        _reads(element) * grad + cut * (1 + _up(n, columns)) + packing + signs * _up(m, rows) + partial + out,
-        grad + given + out,
+        3 * grad + packing + signs + partial + out,
+        grad * (3 + _up(n, columns)) + packing + signs * _up(m, rows) + partial + out,
+        grad + n * k * (4 if source is None else source) + out,
     )
 
 
@@ -79,16 +73,8 @@ def triton_digits(m: int, n: int, k: int, element: int, source: float | None) ->
     )
 
 
-def cuda_formed(m: int, n: int, k: int, element: int, source: float) -> Bytes:
-    """csrc/cuda/feedback_mm.cu, B formed a tile at a time of `source` bytes an entry."""
-    rows, columns = (128, 64) if element == 2 else (16, 256) if m <= 16 else (128, 32)
-    of = "half" if element == 2 else "float32"
-    splits = rule.parts("cuda", of, k, "sm_80", _up(m, rows) * _up(n, columns))
-    return _formed(m, n, k, element, source, rows, columns, 8 * splits * m * n if splits > 1 else 0)
-
-
 def triton_formed(m: int, n: int, k: int, element: int, source: float) -> Bytes:
-    """The same in Triton, with sm_80's tiles."""
+    """B formed a tile at a time of `source` bytes an entry in Triton, with sm_80's tiles."""
     of = "float32" if element == 4 else "half"
     tile = configs.pick(of, "sm_80", m)
     return _formed(m, n, k, element, source, tile.rows, tile.columns, _partial(of, m, n, k, 4))
@@ -141,7 +127,7 @@ def _kernels(target: str) -> Iterator[list[str]]:
 def _by_shape(columns: list) -> Iterator[list[str]]:
     for k, n in SHAPES:
         for m in BATCHES:
-            yield [f"{k}x{n} M={m}", *(str(f(m, n, k, element, source)) for f, element, source in columns)]
+            yield [f"{k}x{n} M={m}", *(str(f(m, n, k, *of)) for f, *of in columns)]
 
 
 def _lc_tile(backend: str, part: str, n: int, outputs: int) -> tuple[int, int]:
@@ -174,7 +160,7 @@ def text() -> str:
         f"machine code (bench/gpu_static.csv; {', '.join(toolchains)}). Last, a step of the product: the instructions",
         "of the innermost loop with products, those of them that are products (tensor-core instructions, or FMA where",
         "there are none), and how many of the first come with one of the second. Both sides of every branch count:",
-        "where a kernel has all loaders in that loop (half_kernel, lc_kernel of half types) far fewer run.",
+        "where a kernel has all loaders in that loop (lc_kernel of half types) far fewer run.",
         "",
     ]
     for target in sorted({r.target for r in gpu_static.read()}, key=lambda t: (len(t), t)):
@@ -189,13 +175,14 @@ def text() -> str:
         "feedback_weight and pack_signs read every operand and write every result once: 1.0 at any shape.",
         "",
     ]
-    for backend, digits in (("CUDA", cuda_digits), ("Triton", triton_digits)):
-        cells = [(digits, e, s) for e in DTYPES.values() for s in SOURCES.values()]
-        names = [f"{d}, {s}" for d in DTYPES for s in SOURCES]
-        lines += [f"### ±s feedback, {backend}", "", *_table(["shape", *names], _by_shape(cells))]
-    formed = [(f, e, s) for f in (cuda_formed, triton_formed) for e in DTYPES.values() for s in (0.0, float(e))]
-    names = [f"{b} {d}, {s}" for b in ("CUDA", "Triton") for d in DTYPES for s in ("drawn", "signs of W, drawn")]
-    lines += ["### Uniform feedback", "", *_table(["shape", *names], _by_shape(formed))]
+    cells = [(cuda_digits, s) for s in SOURCES.values()]
+    lines += ["### ±s feedback, CUDA, float32", "", *_table(["shape", *SOURCES], _by_shape(cells))]
+    cells = [(triton_digits, e, s) for e in DTYPES.values() for s in SOURCES.values()]
+    names = [f"{d}, {s}" for d in DTYPES for s in SOURCES]
+    lines += ["### ±s feedback, Triton", "", *_table(["shape", *names], _by_shape(cells))]
+    cells = [(triton_formed, e, s) for e in DTYPES.values() for s in (0.0, float(e))]
+    names = [f"{d}, {s}" for d in DTYPES for s in ("drawn", "signs of W, drawn")]
+    lines += ["### Uniform feedback, Triton", "", *_table(["shape", *names], _by_shape(cells))]
     parts = [(b, p) for b in ("CUDA", "Triton") for p in ("forward", "backward input", "backward weight")]
     lines += [
         "### Locally-connected products, float32, channels-last",

@@ -168,8 +168,7 @@ static __device__ void signs(const FeedbackParams& p, Chunk<acc_t, N, kStrided>&
         break;
     }
   } else if (p.entries == Entries::Constant) {
-    const Philox4 x = draw(read_key(p.key), c.row, c.first / kSignsPerCall);
-    flip(c, pick(x.w, static_cast<int>(c.first / 32 % 4)) >> shift);
+    flip(c, seeded_signs(p.key, c.row, c.first / 32).negative >> shift);
   }
 }
 
