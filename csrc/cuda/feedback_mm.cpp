@@ -17,8 +17,8 @@
 namespace bioplaus {
 namespace {
 
-// Bytes that a way holds at once beside its operands and its result, as far as a few rows or columns need no more: of B
-// or σ as bytes; of dY's digits; of these with their int32 sums.
+// Bytes that a way holds at once beside operands and result, or what a few rows or columns take: of B, or of σ as
+// bytes; of dY's digits; of these with their int32 sums.
 constexpr int64_t kSlabBytes = int64_t{32} << 20;
 constexpr int64_t kDigitBytes = int64_t{64} << 20;
 constexpr int64_t kSumBytes = int64_t{256} << 20;
@@ -108,7 +108,7 @@ at::Tensor sign_product(const at::Tensor& grad, const FeedbackArgs& args, bool i
 
 // dX = dY · B by torch's product, B formed some columns at a time. A stored B is itself.
 at::Tensor formed_product(const at::Tensor& grad, const FeedbackArgs& args) {
-  // The layers' own function is dX's gradient: a product into a result has none.
+  // Gradients are the layers' own; with one asked for, a product into a given result is refused.
   const at::AutoDispatchBelowAutograd guard;
   at::Tensor out = at::empty({grad.size(0), args.size[1]}, grad.options());
   FeedbackParams b{};
@@ -123,12 +123,8 @@ at::Tensor formed_product(const at::Tensor& grad, const FeedbackArgs& args) {
   b.signs = args.signs ? planes.const_data_ptr<int32_t>() : nullptr;
   b.key = args.key ? key.const_data_ptr<int64_t>() : nullptr;
   Operands operands(b, args.size, false);
-  if (args.weight) {
-    operands.add(b.weight, *args.weight, const_cast<void*>(args.weight->const_data_ptr()));
-  }
-  if (args.magnitude) {
-    operands.add(b.magnitude, *args.magnitude, const_cast<void*>(args.magnitude->const_data_ptr()));
-  }
+  operands.add(b.weight, args.weight);
+  operands.add(b.magnitude, args.magnitude);
   operands.finish();
   const int64_t width = as_fit(kSlabBytes, b.rows * grad.element_size(), b.cols, kSignsPerCall);
   const at::Tensor slab = at::empty({b.rows, width}, grad.options());
