@@ -14,8 +14,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-template <typename T, typename acc_t>
-__device__ void store_as(const FeedbackParams& p, const Chunk<acc_t>& c, int64_t first) {
+template <typename T, typename acc_t, bool kStrided>
+__device__ void store_as(const FeedbackParams& p, const Chunk<acc_t, kColumns, kStrided>& c, int64_t first) {
   alignas(16) T from[kColumns];
 #pragma unroll
   for (int t = 0; t < kColumns; ++t) {
@@ -30,14 +30,18 @@ __device__ void store_as(const FeedbackParams& p, const Chunk<acc_t>& c, int64_t
 #pragma unroll
   for (int t = 0; t < kColumns; ++t) {
     if (t < c.n) {
-      row[column_offset(p, p.out, at + t)] = from[t];
+      row[kStrided ? strided_offset(p, p.out, at + t) : at + t] = from[t];
     }
   }
 }
 
-__device__ void store(const FeedbackParams& p, const Chunk<double>& c, int64_t first) { store_as<double>(p, c, first); }
+template <bool kStrided>
+__device__ void store(const FeedbackParams& p, const Chunk<double, kColumns, kStrided>& c, int64_t first) {
+  store_as<double>(p, c, first);
+}
 
-__device__ void store(const FeedbackParams& p, const Chunk<float>& c, int64_t first) {
+template <bool kStrided>
+__device__ void store(const FeedbackParams& p, const Chunk<float, kColumns, kStrided>& c, int64_t first) {
   switch (p.out.dtype) {
     case DType::BFloat16:
       store_as<__nv_bfloat16>(p, c, first);
@@ -50,13 +54,14 @@ __device__ void store(const FeedbackParams& p, const Chunk<float>& c, int64_t fi
   }
 }
 
-// Registers for 4 blocks a multiprocessor, or 2 where numbers are double: what fits without spilling.
-template <typename acc_t>
-__global__ void __launch_bounds__(kThreads, sizeof(acc_t) == 8 ? 2 : 4)
+// Registers for 4 blocks a multiprocessor, or 2 where numbers are double or columns strided: what fits without
+// spilling.
+template <typename acc_t, bool kStrided>
+__global__ void __launch_bounds__(kThreads, sizeof(acc_t) == 8 || kStrided ? 2 : 4)
     feedback_weight_kernel(const __grid_constant__ FeedbackParams p, int64_t first, int64_t end) {
   const int64_t row_step = static_cast<int64_t>(gridDim.y) * blockDim.y;
   const int64_t column_step = static_cast<int64_t>(gridDim.x) * blockDim.x * kColumns;
-  Chunk<acc_t> c;
+  Chunk<acc_t, kColumns, kStrided> c;
   for (c.row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y; c.row < p.rows; c.row += row_step) {
     for (c.first = first + (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kColumns; c.first < end;
          c.first += column_step) {
@@ -64,6 +69,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(acc_t) == 8 ? 2 : 4)
       form_entries(p, c);
       store(p, c, first);
     }
+  }
+}
+
+template <typename acc_t>
+void launch(const FeedbackParams& p, int64_t first, int64_t cols, dim3 grid, dim3 block, cudaStream_t stream) {
+  const auto dense = [](const Operand& x) { return !x.data || x.dense; };
+  if (dense(p.weight) && dense(p.magnitude) && dense(p.out)) {
+    BK_LAUNCH((feedback_weight_kernel<acc_t, false>), grid, block, 0, stream, p, first, first + cols);
+  } else {
+    BK_LAUNCH((feedback_weight_kernel<acc_t, true>), grid, block, 0, stream, p, first, first + cols);
   }
 }
 
@@ -85,9 +100,9 @@ cudaError_t launch_feedback_weight(const FeedbackParams& p, int64_t first, int64
   const int64_t most_y = (kMaxBlocks + x - 1) / x < 65535 ? (kMaxBlocks + x - 1) / x : 65535;
   const dim3 grid(x, blocks_y < most_y ? blocks_y : most_y);
   if (p.out.dtype == DType::Float64) {
-    BK_LAUNCH(feedback_weight_kernel<double>, grid, block, 0, stream, p, first, first + cols);
+    launch<double>(p, first, cols, grid, block, stream);
   } else {
-    BK_LAUNCH(feedback_weight_kernel<float>, grid, block, 0, stream, p, first, first + cols);
+    launch<float>(p, first, cols, grid, block, stream);
   }
   return cudaGetLastError();
 }
