@@ -24,18 +24,12 @@ FLAGS = ("-std=c++17", "-O3", "--fmad=false")
 TENSOR_CORE = r"\b[IH]MMA\b"
 # What forms the sums of each product kernel, in its machine code.
 PRODUCTS = {
-    r"multiply_kernel|half_kernel|lc_kernel<(half|bfloat16)": TENSOR_CORE,
-    r"float_kernel|lc_kernel<float": r"\bFFMA2?\b",
+    r"multiply_kernel|lc_kernel<(half|bfloat16)": TENSOR_CORE,
+    r"lc_kernel<float": r"\bFFMA2?\b",
     r"lc_kernel<double": r"\bDFMA\b",
 }
-# The constant that says how much dynamic shared memory a kernel is launched with.
+# The constants that say how much dynamic shared memory the kernels of a file are launched with.
 DYNAMIC_SHARED = {
-    "feedback_mm.cu": {
-        "half_kernel<half>": "HalfTile",
-        "half_kernel<bfloat16>": "HalfTile",
-        "float_kernel<2, 64, 16>": "FloatTile<2, 64, 16>",
-        "float_kernel<16, 8, 16>": "FloatTile<16, 8, 16>",
-    },
     "feedback_mm_digits.cu": {
         f"multiply_kernel<{sizes}>": f"Tile<{sizes}>" for sizes in ("2, 1, 4", "4, 1, 4", "4, 2, 2")
     },
@@ -75,7 +69,7 @@ def toolchain() -> str:
 
 def sources() -> list[Path]:
     """The files with kernels, those that take longest first."""
-    return sorted(CUDA.glob("*.cu"), key=lambda path: (path.name != "feedback_mm.cu", path))
+    return sorted(CUDA.glob("*.cu"), key=lambda path: (path.name != "lc.cu", path))
 
 
 def readable(names: list[str]) -> dict[str, str]:

@@ -88,7 +88,8 @@ def _like(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _on_one_device(name: str) -> Callable[..., Tensor]:
-    # One operand on the meta device is enough for the dispatcher to call a fake, whose result on the others nobody writes.
+    # One operand on the meta device is enough for the dispatcher to call a fake; its result would be memory that nobody
+    # writes.
     fake, names = globals()[f"_fake_{name}"], tuple(inspect.signature(reference.OPS[name]).parameters)
 
     def checked(*args: Any, **named: Any) -> Tensor:

@@ -20,6 +20,11 @@ TORCH_LIBRARY(bioplaus, m) {
       "feedback_mm(Tensor grad_output, Tensor? weight, Tensor? signs, Tensor? magnitude, Tensor? key, str entries, "
       "float scale, SymInt in_features) -> Tensor",
       {at::Tag::pt2_compliant_tag});
+  // On CUDA, by the way named: "digits", "int_mm" or "formed".
+  m.def(
+      "feedback_mm_by(Tensor grad_output, Tensor? weight, Tensor? signs, Tensor? magnitude, Tensor? key, str entries, "
+      "float scale, SymInt in_features, str way) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
 
   // Locally-connected layers, weights (*out, O, *kernel, C/groups).
   m.def(

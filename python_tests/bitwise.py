@@ -77,6 +77,7 @@ LAYOUTS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "a call of signs": (special, (64, 128)),  # a whole tile and no more
     "beyond a call of signs": (special, (65, 129)),
     "several chunks": (special, (2, 2500)),
+    "whole pieces": (special, (70, 264)),  # of 16 bytes in every dtype, and rows over two flag tiles
     "convolution": (special, (6, 5, 3, 3)),
     "channels-last": (channels_last, (6, 5, 3, 3)),
     "size-1 dims": (channels_last, (4, 1, 1, 7)),

@@ -22,6 +22,13 @@ class Operands {
     tensor_[count_++] = &x;
   }
 
+  // One that is only read, where there is one.
+  void add(Operand& operand, const std::optional<at::Tensor>& x) {
+    if (x) {
+      add(operand, *x, const_cast<void*>(x->const_data_ptr()));
+    }
+  }
+
   void finish() {
     if (flat_ && one_dense_order()) {
       p_.rows = 1;
@@ -121,12 +128,8 @@ at::Tensor form(const FeedbackArgs& args, at::Device device, at::ScalarType dtyp
   p.key = args.key ? key.const_data_ptr<int64_t>() : nullptr;
   Operands operands(p, args.size, !args.signs && !args.key);
   operands.add(p.out, out, out.mutable_data_ptr());
-  if (args.weight) {
-    operands.add(p.weight, *args.weight, const_cast<void*>(args.weight->const_data_ptr()));
-  }
-  if (args.magnitude) {
-    operands.add(p.magnitude, *args.magnitude, const_cast<void*>(args.magnitude->const_data_ptr()));
-  }
+  operands.add(p.weight, args.weight);
+  operands.add(p.magnitude, args.magnitude);
   operands.finish();
   launch(p);
   return out;

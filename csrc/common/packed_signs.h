@@ -29,4 +29,11 @@ BK_INLINE SignWord read_signs(const int32_t* signs, int64_t rows, int64_t words,
   return {negative, flag ? static_cast<uint32_t>(signs[(rows + i) * words + w]) : 0xFFFFFFFFu};
 }
 
+BK_INLINE SignWord seeded_signs(const int64_t* key, int64_t i, int64_t w) {
+  const Philox4 x = draw(read_key(key), i, w / 4);
+  // On a GPU, an index that is not known would put the words into memory.
+  const int q = static_cast<int>(w % 4);
+  return {q < 2 ? (q == 0 ? x.w[0] : x.w[1]) : (q == 2 ? x.w[2] : x.w[3]), 0xFFFFFFFFu};
+}
+
 }  // namespace bioplaus

@@ -375,12 +375,8 @@ at::Tensor feedback_mm_cpu(const at::Tensor& grad_output, const std::optional<at
   b.key = key ? words.const_data_ptr<int64_t>() : nullptr;
   b.out.dtype = to_dtype("grad_output", dtype);
   Operands operands(b, size, false);
-  if (weight) {
-    operands.add(b.weight, *weight, const_cast<void*>(weight->const_data_ptr()));
-  }
-  if (magnitude) {
-    operands.add(b.magnitude, *magnitude, const_cast<void*>(magnitude->const_data_ptr()));
-  }
+  operands.add(b.weight, weight);
+  operands.add(b.magnitude, magnitude);
   operands.finish();
   if (e == Entries::Constant && dtype != at::kDouble && size[0] <= kMaxDepth) {
     return sign_product(grad_output, b);

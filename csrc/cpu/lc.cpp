@@ -117,12 +117,8 @@ at::Tensor lc_backward_input_cpu(const at::Tensor& grad_output, const std::optio
     p.key = key ? words.const_data_ptr<int64_t>() : nullptr;
     p.out.dtype = dtype;
     Operands operands(p, weight_size, false);
-    if (weight) {
-      operands.add(p.weight, *weight, const_cast<void*>(weight->const_data_ptr()));
-    }
-    if (magnitude) {
-      operands.add(p.magnitude, *magnitude, const_cast<void*>(magnitude->const_data_ptr()));
-    }
+    operands.add(p.weight, weight);
+    operands.add(p.magnitude, magnitude);
     operands.finish();
   }
   Activation dy = view(grad_output), dx = view(grad_input);

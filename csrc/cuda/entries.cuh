@@ -26,6 +26,11 @@ static __device__ __forceinline__ bool wide(const Operand& x, const void* from) 
   return x.dense && reinterpret_cast<uintptr_t>(from) % 16 == 0;
 }
 
+// Its divisions once in a kernel: inlined for every entry and dtype they are most of its code and of its compilation.
+static __device__ __noinline__ int64_t strided_offset(const FeedbackParams& p, const Operand& x, int64_t j) {
+  return column_offset(p, x, j);
+}
+
 template <typename T, typename acc_t, int N, bool kStrided>
 static __device__ void load(const FeedbackParams& p, const Operand& x, const Chunk<acc_t, N, kStrided>& c, T (&to)[N]) {
   const T* row = static_cast<const T*>(x.data) + c.row * x.row_stride;
@@ -37,7 +42,7 @@ static __device__ void load(const FeedbackParams& p, const Operand& x, const Chu
   }
 #pragma unroll
   for (int t = 0; t < N; ++t) {
-    to[t] = t < c.n ? row[kStrided ? column_offset(p, x, c.first + t) : c.first + t] : T(0.0f);
+    to[t] = t < c.n ? row[kStrided ? strided_offset(p, x, c.first + t) : c.first + t] : T(0.0f);
   }
 }
 
@@ -168,8 +173,7 @@ static __device__ void signs(const FeedbackParams& p, Chunk<acc_t, N, kStrided>&
         break;
     }
   } else if (p.entries == Entries::Constant) {
-    const Philox4 x = draw(read_key(p.key), c.row, c.first / kSignsPerCall);
-    flip(c, pick(x.w, static_cast<int>(c.first / 32 % 4)) >> shift);
+    flip(c, seeded_signs(p.key, c.row, c.first / 32).negative >> shift);
   }
 }
 

@@ -1,11 +1,13 @@
 #include "feedback_mm.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/_int_mm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 #include "../common/form.h"
 #include "feedback_weight.h"
@@ -15,15 +17,16 @@
 namespace bioplaus {
 namespace {
 
-// s as the entries of B hold it.
-double entry_scale(double scale, at::ScalarType dtype) {
-  const float s = static_cast<float>(scale);
-  return dtype == at::kBFloat16 ? static_cast<float>(at::BFloat16(s))
-         : dtype == at::kHalf   ? static_cast<float>(at::Half(s))
-                                : s;
-}
+// Bytes that a way holds at once beside operands and result, or what a few rows or columns take: of B, or of σ as
+// bytes; of dY's digits; of these with their int32 sums.
+constexpr int64_t kSlabBytes = int64_t{32} << 20;
+constexpr int64_t kDigitBytes = int64_t{64} << 20;
+constexpr int64_t kSumBytes = int64_t{256} << 20;
 
-at::Tensor bytes(int64_t count, at::Device device) { return at::empty({count}, at::device(device).dtype(at::kByte)); }
+// How many of `count` fit, in whole steps.
+int64_t as_fit(int64_t bytes, int64_t each, int64_t count, int64_t step) {
+  return std::min(count, std::max<int64_t>(bytes / (each * step), 1) * step);
+}
 
 // The planes where the kernel can read them 16 bytes at a time.
 at::Tensor aligned(const at::Tensor& signs) {
@@ -31,111 +34,152 @@ at::Tensor aligned(const at::Tensor& signs) {
   return reinterpret_cast<uintptr_t>(planes.const_data_ptr()) % 16 == 0 ? planes : planes.clone();
 }
 
+void multiply_digits(SignProduct p, const at::TensorOptions& options) {
+  p.splits = sign_splits(p.rows, p.depth, p.cols);
+  const at::Tensor partial = at::empty({p.splits > 1 ? p.splits * p.rows * p.cols : 0}, options.dtype(at::kLong));
+  p.partial = p.splits > 1 ? partial.mutable_data_ptr<int64_t>() : nullptr;
+  launch_on(options.device(), [&](cudaStream_t stream) { return launch_sign_product(p, stream); });
+  launch_on(options.device(), [&](cudaStream_t stream) { return launch_finish(p, stream); });
+}
+
+// `bytes`: σ of all columns, which are then formed once, or of some at a time.
+void multiply_bytes(SignProduct p, const at::Tensor& digits, const at::Tensor& bytes, bool formed) {
+  const at::Tensor sums = at::empty({digits.size(0), bytes.size(0)}, digits.options().dtype(at::kInt));
+  p.sums = sums.mutable_data_ptr<int32_t>();
+  p.sign_bytes = bytes.mutable_data_ptr<int8_t>();
+  for (; p.first < p.cols; p.first += p.width) {
+    if (!formed) {
+      launch_on(digits.device(), [&](cudaStream_t stream) { return launch_sign_bytes(p, stream); });
+    }
+    at::Tensor to = sums;
+    at::_int_mm_out(to, digits, bytes.t());
+    launch_on(digits.device(), [&](cudaStream_t stream) { return launch_finish(p, stream); });
+  }
+}
+
 // dX = s · (dY · σ).
-at::Tensor sign_product(const at::Tensor& grad, const std::optional<at::Tensor>& weight,
-                        const std::optional<at::Tensor>& signs, const std::optional<at::Tensor>& key, double scale,
-                        int64_t cols) {
+at::Tensor sign_product(const at::Tensor& grad, const FeedbackArgs& args, bool int_mm) {
   const at::Device device = grad.device();
   const at::Tensor planes =
-      weight  ? form_packed(*weight,
-                            [&](const FeedbackParams& w, int32_t* to) {
-                             launch_on(device, [&](cudaStream_t stream) { return launch_pack_signs(w, to, stream); });
-                            })
-      : signs ? aligned(*signs)
-              : at::Tensor();
-  const at::Tensor words = key ? key->contiguous() : at::Tensor();
-  const at::Tensor out = at::empty({grad.size(0), cols}, grad.options());
+      args.weight  ? form_packed(*args.weight,
+                                 [&](const FeedbackParams& w, int32_t* to) {
+                                  launch_on(device, [&](cudaStream_t s) { return launch_pack_signs(w, to, s); });
+                                 })
+      : args.signs ? aligned(*args.signs)
+                   : at::Tensor();
+  const at::Tensor key = args.key ? args.key->contiguous() : at::Tensor();
+  const int64_t rows = grad.size(0), depth = padded(grad.size(1));
+  const at::Tensor out = at::empty({rows, args.size[1]}, grad.options());
   SignProduct p{};
-  p.rows = grad.size(0);
   p.depth = grad.size(1);
-  p.cols = cols;
-  p.grad = grad.const_data_ptr();
-  p.dtype = to_dtype("grad_output", grad.scalar_type());
+  p.cols = args.size[1];
   p.row_stride = grad.stride(0);
   p.column_stride = grad.stride(1);
-  p.out = out.mutable_data_ptr();
-  p.scale = entry_scale(scale, grad.scalar_type());
+  p.scale = static_cast<float>(args.scale);
   p.signs = planes.defined() ? planes.const_data_ptr<int32_t>() : nullptr;
-  p.key = words.defined() ? words.const_data_ptr<int64_t>() : nullptr;
-  p.splits = sign_splits(p.rows, p.depth, p.cols, p.dtype);
-  const at::Tensor digits = bytes(digit_bytes(p.rows, p.depth), device);
-  const at::Tensor row = bytes(p.rows * static_cast<int64_t>(sizeof(RowScale)), device);
-  const at::Tensor partial =
-      bytes(partial_sums(p.rows, p.cols, p.splits) * static_cast<int64_t>(sizeof(int64_t)), device);
-  p.digits = static_cast<int8_t*>(digits.mutable_data_ptr());
-  p.row = static_cast<RowScale*>(row.mutable_data_ptr());
-  p.partial = static_cast<int64_t*>(partial.mutable_data_ptr());
-  launch_on(device, [&](cudaStream_t stream) { return launch_sign_product(p, stream); });
+  p.key = key.defined() ? key.const_data_ptr<int64_t>() : nullptr;
+
+  const at::TensorOptions int8 = grad.options().dtype(at::kChar);
+  if (int_mm) {
+    // Slabs of one width, as it is the width of the product.
+    const int64_t slabs = divide_up(p.cols, as_fit(kSlabBytes, depth, p.cols, 32));
+    p.width = divide_up(divide_up(p.cols, slabs), 32) * 32;
+  }
+  const at::Tensor bytes = at::empty({p.width, depth}, int8);
+  const int64_t step =
+      int_mm ? as_fit(kSumBytes, 4 * (depth + 4 * p.width), rows, 8) : as_fit(kDigitBytes, 4 * depth, rows, 32);
+  for (int64_t first = 0; first < rows; first += step) {
+    p.rows = std::min(step, rows - first);
+    p.grad = grad.const_data_ptr<float>() + first * p.row_stride;
+    p.out = out.mutable_data_ptr<float>() + first * p.cols;
+    const at::Tensor digits = at::empty({digit_rows(p.rows), depth}, int8);
+    const at::Tensor unit = at::empty({digits.size(0) / 4}, grad.options().dtype(at::kDouble));
+    p.digits = digits.mutable_data_ptr<int8_t>();
+    p.unit = unit.mutable_data_ptr<double>();
+    launch_on(device, [&](cudaStream_t stream) { return launch_quantise(p, stream); });
+    if (int_mm) {
+      multiply_bytes(p, digits, bytes, first > 0 && p.width >= p.cols);
+    } else {
+      multiply_digits(p, grad.options());
+    }
+  }
   return out;
 }
 
-// dX = dY · B.
-at::Tensor tile_product(const at::Tensor& grad, const FeedbackArgs& args) {
-  const at::Device device = grad.device();
+// dX = dY · B by torch's product, B formed some columns at a time. A stored B is itself.
+at::Tensor formed_product(const at::Tensor& grad, const FeedbackArgs& args) {
+  // Gradients are the layers' own; with one asked for, a product into a given result is refused.
+  const at::AutoDispatchBelowAutograd guard;
+  at::Tensor out = at::empty({grad.size(0), args.size[1]}, grad.options());
+  FeedbackParams b{};
+  b.entries = to_entries(args.entries);
+  if (b.entries == Entries::Stored && !args.weight && !args.signs && args.scale == 1 &&
+      args.magnitude->scalar_type() == grad.scalar_type()) {
+    return at::mm_out(out, grad, *args.magnitude);
+  }
   const at::Tensor planes = args.signs ? args.signs->contiguous() : at::Tensor();
-  const at::Tensor words = args.key ? args.key->contiguous() : at::Tensor();
-  TileProduct p{};
-  p.b.entries = to_entries(args.entries);
-  p.b.scale = args.scale;
-  p.b.signs = planes.defined() ? planes.const_data_ptr<int32_t>() : nullptr;
-  p.b.key = words.defined() ? words.const_data_ptr<int64_t>() : nullptr;
-  p.b.out.dtype = to_dtype("grad_output", grad.scalar_type());
-  Operands operands(p.b, args.size, false);
-  if (args.weight) {
-    operands.add(p.b.weight, *args.weight, const_cast<void*>(args.weight->const_data_ptr()));
-  }
-  if (args.magnitude) {
-    operands.add(p.b.magnitude, *args.magnitude, const_cast<void*>(args.magnitude->const_data_ptr()));
-  }
+  const at::Tensor key = args.key ? args.key->contiguous() : at::Tensor();
+  b.scale = args.scale;
+  b.signs = args.signs ? planes.const_data_ptr<int32_t>() : nullptr;
+  b.key = args.key ? key.const_data_ptr<int64_t>() : nullptr;
+  Operands operands(b, args.size, false);
+  operands.add(b.weight, args.weight);
+  operands.add(b.magnitude, args.magnitude);
   operands.finish();
-  const at::Tensor out = at::empty({grad.size(0), p.b.cols}, grad.options());
-  p.rows = grad.size(0);
-  p.grad = grad.const_data_ptr();
-  p.row_stride = grad.stride(0);
-  p.column_stride = grad.stride(1);
-  p.whole = p.column_stride == 1 && p.row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(p.grad) % 16 == 0;
-  p.out = out.mutable_data_ptr();
-  p.splits = tile_splits(p.rows, p.b.rows, p.b.cols, p.b.out.dtype);
-  const at::Tensor partial =
-      bytes(partial_sums(p.rows, p.b.cols, p.splits) * static_cast<int64_t>(sizeof(float)), device);
-  p.partial = static_cast<float*>(partial.mutable_data_ptr());
-  launch_on(device, [&](cudaStream_t stream) { return launch_tile_product(p, stream); });
+  const int64_t width = as_fit(kSlabBytes, b.rows * grad.element_size(), b.cols, kSignsPerCall);
+  const at::Tensor slab = at::empty({b.rows, width}, grad.options());
+  b.out = {slab.mutable_data_ptr(), to_dtype("grad_output", grad.scalar_type()), true, width, {1}};
+  for (int64_t first = 0; first < b.cols; first += width) {
+    const int64_t cols = std::min(width, b.cols - first);
+    launch_on(grad.device(), [&](cudaStream_t stream) { return launch_feedback_weight(b, first, cols, stream); });
+    // Columns of a row-major matrix: a result that the product writes in place.
+    at::Tensor part = out.narrow(1, first, cols);
+    at::mm_out(part, grad, slab.narrow(1, 0, cols));
+  }
   return out;
 }
 
-at::Tensor feedback_mm_cuda(const at::Tensor& grad_output, const std::optional<at::Tensor>& weight,
-                            const std::optional<at::Tensor>& signs, const std::optional<at::Tensor>& magnitude,
-                            const std::optional<at::Tensor>& key, c10::string_view entries, double scale,
-                            int64_t in_features) {
-  to_dtype("grad_output", grad_output.scalar_type());
+at::Tensor feedback_mm_by_cuda(const at::Tensor& grad_output, const std::optional<at::Tensor>& weight,
+                               const std::optional<at::Tensor>& signs, const std::optional<at::Tensor>& magnitude,
+                               const std::optional<at::Tensor>& key, c10::string_view entries, double scale,
+                               int64_t in_features, c10::string_view way) {
+  const at::ScalarType dtype = grad_output.scalar_type();
+  to_dtype("grad_output", dtype);
   TORCH_CHECK_VALUE(grad_output.dim() == 2, "grad_output: expected 2 dimensions, got shape ",
                     tuple(grad_output.sizes()));
   TORCH_CHECK_VALUE(in_features >= 0, "in_features: expected at least 0, got ", in_features);
   const int64_t size[] = {grad_output.size(1), in_features};
   const FeedbackArgs args{weight, signs, magnitude, key, entries, scale, size};
   args.check(grad_output.device());
+  if (way != "formed") {
+    TORCH_CHECK_VALUE(way == "digits" || way == "int_mm", "way: expected one of ('digits', 'int_mm', 'formed'), got '",
+                      way, "'");
+    TORCH_CHECK_VALUE(entries == "constant", "way: expected 'formed' with entries='", entries, "', got '", way, "'");
+    TORCH_CHECK_VALUE(dtype == at::kFloat, "way: expected 'formed' for ", dtype_name(dtype), ", got '", way, "'");
+    TORCH_CHECK_VALUE(size[0] <= kMaxDepth, "way: expected 'formed' for more than ", kMaxDepth, " rows of B, got '",
+                      way, "'");
+  }
   if (grad_output.size(0) == 0 || size[0] == 0 || size[1] == 0) {
     return at::zeros({grad_output.size(0), in_features}, grad_output.options());
   }
-  const Entries e = to_entries(entries);
-  const at::ScalarType dtype = grad_output.scalar_type();
-  if (e == Entries::Stored && !weight && !signs && scale == 1 && magnitude->scalar_type() == dtype) {
-    return at::mm(grad_output, *magnitude);
-  }
-  if (e == Entries::Constant && dtype != at::kDouble && size[0] <= kMaxDepth) {
-    return sign_product(grad_output, weight, signs, key, scale, in_features);
-  }
-  if (dtype != at::kDouble) {
-    return tile_product(grad_output, args);
-  }
-  const at::Device device = grad_output.device();
-  return at::mm(grad_output, form(args, device, dtype, [&](const FeedbackParams& b) {
-                  launch_on(device, [&](cudaStream_t stream) { return launch_feedback_weight(b, stream); });
-                }));
+  return way == "formed" ? formed_product(grad_output, args) : sign_product(grad_output, args, way == "int_mm");
+}
+
+at::Tensor feedback_mm_cuda(const at::Tensor& grad_output, const std::optional<at::Tensor>& weight,
+                            const std::optional<at::Tensor>& signs, const std::optional<at::Tensor>& magnitude,
+                            const std::optional<at::Tensor>& key, c10::string_view entries, double scale,
+                            int64_t in_features) {
+  const bool integers = entries == "constant" && grad_output.scalar_type() == at::kFloat && grad_output.dim() == 2 &&
+                        grad_output.size(1) <= kMaxDepth;
+  return feedback_mm_by_cuda(grad_output, weight, signs, magnitude, key, entries, scale, in_features,
+                             integers ? "digits" : "formed");
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bioplaus, CUDA, m) { m.impl("feedback_mm", feedback_mm_cuda); }
+TORCH_LIBRARY_IMPL(bioplaus, CUDA, m) {
+  m.impl("feedback_mm", feedback_mm_cuda);
+  m.impl("feedback_mm_by", feedback_mm_by_cuda);
+}
 
 }  // namespace bioplaus

@@ -9,64 +9,61 @@ namespace bioplaus {
 
 BK_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// dX (M×N) = dY (M×K) · s·σ, σ in {−1, 0, 1}, in integers: see feedback_mm_quantise.cu and feedback_mm_digits.cu.
+// dX (M×N) = dY (M×K) · s·σ in fp32, σ in {−1, 0, 1}, by integers that are exact up to one rounding at the end, so that
+// every way gives the CPU's bits.
+//
+// quantise writes a row of dY as 32 bits relative to its largest entry and cuts them into four balanced int8 digits:
+// for 8 rows of dY 32 rows of digits, the 8 rows' digits 2 first, then 3, 0 and 1. Digits times σ are summed in int32:
+//
+//     digits    by multiply_kernel, a tile of dX at a time, which makes results of them; of parts of K, by finish
+//     int_mm    by the vendor's product with σ as bytes, for all rows of digits; finish makes results of them
 
 // More than this and the double that takes a sum of digits is no longer exact.
 constexpr int64_t kMaxDepth = int64_t{1} << 20;
 
-struct RowScale {
-  double unit;    // value of the last of a row's 32 bits; NaN marks a row that holds an infinity or a NaN
-  int64_t bytes;  // that are not all zero: 4, or the upper 2
-};
-
 struct SignProduct {
   int64_t rows, depth, cols;  // M, K, N
-  const void* grad;
-  DType dtype;  // of dY and dX
+  const float* grad;
   int64_t row_stride, column_stride;
-  void* out;  // contiguous
+  float* out;  // contiguous
   double scale;
 
   // One of them: packed planes, aligned to 16 bytes, or a key.
   const int32_t* signs;
   const int64_t* key;
 
-  // Workspace of the sizes below.
-  int8_t* digits;
-  RowScale* row;     // one a row
-  int64_t* partial;  // null where splits is 1
+  int8_t* digits;  // (digit_rows(rows), padded(depth))
+  double* unit;  // of digit_rows(rows) / 4 rows: the value of the last of 32 bits; NaN where one holds an inf or a NaN
+
+  // Of the way "digits".
   int64_t splits;    // parts of K that are summed apart
+  int64_t* partial;  // (splits, rows, cols), or null for one
+
+  // Of the way "int_mm", for columns first … first + width − 1 at a time, in whole words of signs.
+  int64_t first, width;
+  int8_t* sign_bytes;  // (width, padded(depth))
+  int32_t* sums;       // (digit_rows(rows), width)
 };
 
 // Entries along K in a stage of the product: the rows of a flag of packed signs. Digits are padded with zeros to it.
 constexpr int kDepth = static_cast<int>(kTileRows);
 BK_INLINE int64_t padded(int64_t depth) { return divide_up(depth, kDepth) * kDepth; }
 
-inline int64_t digit_bytes(int64_t rows, int64_t depth) { return divide_up(rows, 8) * 32 * padded(depth); }
-int64_t sign_splits(int64_t rows, int64_t depth, int64_t cols, DType dtype);
-// Its launch is checked by launch_sign_product, which calls it first.
-void quantise(const SignProduct& p, cudaStream_t stream);
+BK_INLINE int64_t digit_rows(int64_t rows) { return divide_up(rows, 8) * 32; }
+// The first of row i's digits; the others lie 8, 16 and 24 rows further on.
+BK_INLINE int64_t digit_row(int64_t i) { return i / 8 * 32 + i % 8; }
 
-cudaError_t launch_sign_product(const SignProduct& p, cudaStream_t stream);
-
-// dX = dY · B, B formed a tile at a time: see feedback_mm.cu.
-struct TileProduct {
-  int64_t rows;  // M; b.rows and b.cols are K and N, b.out.dtype is dY's and dX's
-  const void* grad;
-  int64_t row_stride, column_stride;
-  bool whole;  // pieces of 8 neighbours along K are adjacent and aligned to 16 bytes
-  void* out;   // contiguous
-  float* partial;
-  int64_t splits;
-  FeedbackParams b;
-};
-
-int64_t tile_splits(int64_t rows, int64_t depth, int64_t cols, DType dtype);
-cudaError_t launch_tile_product(const TileProduct& p, cudaStream_t stream);
-
-// Numbers of `partial`.
-inline int64_t partial_sums(int64_t rows, int64_t cols, int64_t splits) {
-  return splits > 1 ? splits * rows * cols : 0;
+// σ in columns 32w … 32w + 31 of row k.
+BK_INLINE SignWord sign_word(const SignProduct& p, int64_t k, int64_t w) {
+  return p.key ? seeded_signs(p.key, k, w) : read_signs(p.signs, p.depth, sign_words(p.cols), k, w);
 }
+
+int64_t sign_splits(int64_t rows, int64_t depth, int64_t cols);
+
+cudaError_t launch_quantise(const SignProduct& p, cudaStream_t stream);
+cudaError_t launch_sign_product(const SignProduct& p, cudaStream_t stream);
+cudaError_t launch_sign_bytes(const SignProduct& p, cudaStream_t stream);
+// Results from `sums`, else from `partial`; where multiply_kernel has made them, of the rows that it cannot.
+cudaError_t launch_finish(const SignProduct& p, cudaStream_t stream);
 
 }  // namespace bioplaus

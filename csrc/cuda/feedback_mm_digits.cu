@@ -1,30 +1,19 @@
-// feedback_mm on CUDA for constant entries: dX = s · (dY · σ), exactly in integers, with the bits of the CPU's kernel.
-// feedback_mm_quantise.cu has made digits of dY.
+// dX = s · (dY · σ) in fp32 from digits of dY and σ, exactly in integers, by mma.sync of int8.
 //
-// multiply sums digits times σ in int32 on tensor cores; the digits' sums meet in one integer a result. That, the row's
-// unit and s make the result, rounded once. reduce adds the integers of several parts of K first. No step before that
-// rounding is inexact, so any tiling, split and order of threads gives the same bits.
+// A block of digits is 16 of their rows, so that a lane's sums of an mma are two digits of its results, and those of
+// two blocks all four: they meet in one integer without passing between threads. That, the row's unit and s make the
+// result, rounded once. No step before that rounding is inexact, so any tiling, split and order of threads gives the
+// same bits. Sums of parts of K, and rows that hold infinities or NaNs, are feedback_mm_finish.cu's.
 //
-// A lane's sums of an mma are all digits of its result, by the digits' layout. Rows of 16 bits have no lower block;
-// where a tile has none but such rows, upper blocks follow one another and it is done in one pass, else in two. σ stays
-// bits until it is a fragment: 4 rows of sign words, byte-transposed, give one register a shift. 5.5 instructions a
-// lane are the price of 4 entries, and all that moves is 1/32 of fp32's operand.
+// σ stays bits until it is a fragment: 4 rows of sign words, byte-transposed, give one register a shift. 5.5
+// instructions a lane are the price of 4 entries, and all that moves is 1/32 of fp32's operand. Exact zeros have a
+// second plane of bits, read where the planes' flags say so.
 //
-// Roofline, on paper and not yet on hardware, D digits (4, or 2 for half types). Operations: 2·D·M·N·K int8; at sm_80's
-// 624 Tops 4 digits are as fast as TF32 and 2 as fast as bf16. Bytes: D·M·K of digits, read N/128 times (from L2),
-// signs N·K/8, or nothing if seeded, dX written. At M ≤ 8 the signs are most of it, and 256 entries (11 instructions
-// and 2 mma a warp) are formed and multiplied at 1.5 TB/s of signs on 108 multiprocessors. A weight is packed first:
-// its bytes are read once and N·K/4 written, 1/16 of fp32's.
-//
-// Against torch's product with B from feedback_weight, which moves N·K·(W's bytes + 2·dX's) and does 2·M·N·K at the
-// dtype's rate, by backends/rule.py and for 4096² weights: in fp32 without TF32 this is ahead at any M. In half types 2
-// digits are twice the operations on instructions of at most twice the rate, so fewer bytes win only while M is small:
-// signs from W below M = 35 on sm_80, 33 on sm_90 and nowhere on sm_100, of whose rate mma.sync reaches a quarter;
-// packed ones below 62, 65 and 17.
-//
-// One file: small, middle and large tiles, one pass or two, and the second pass over parts of K share the digits'
-// layout and the rounding of results.
-#include "element.h"
+// Roofline, on paper and not yet on hardware. Operations: 8·M·N·K int8; at sm_80's 624 Tops as fast as TF32. Bytes:
+// 4·M·K of digits, read N/128 times (from L2), signs N·K/8, or nothing if seeded, dX written. At M ≤ 8 the signs are
+// most of it, and 256 entries (11 instructions and 2 mma a warp) are formed and multiplied at 1.5 TB/s of signs on 108
+// multiprocessors. mma.sync reaches about half of sm_90's int8 rate and a quarter of sm_100's, where int_mm is ahead at
+// large M.
 #include "feedback_mm.h"
 #include "launch_kernel.h"
 #include "ptx.cuh"
@@ -34,105 +23,6 @@ namespace {
 
 constexpr int kStages = 4;
 constexpr int kWarpColumns = 64;
-constexpr uint32_t kAll = 0xFFFFFFFFu;
-
-__device__ __forceinline__ bool is_nan(double x) { return x != x; }
-
-// --- results ---
-
-template <typename T>
-__device__ __forceinline__ void store_as(const SignProduct& p, int64_t row, int64_t col, double x) {
-  round_to(static_cast<float>(x), static_cast<T*>(p.out)[row * p.cols + col]);
-}
-
-template <typename T>
-__device__ __forceinline__ void store_two_as(const SignProduct& p, int64_t row, int64_t col, const double (&x)[2]) {
-  struct alignas(2 * sizeof(T)) Two {
-    T x[2];
-  } y;
-  round_to(static_cast<float>(x[0]), y.x[0]);
-  round_to(static_cast<float>(x[1]), y.x[1]);
-  *reinterpret_cast<Two*>(static_cast<T*>(p.out) + row * p.cols + col) = y;
-}
-
-__device__ __forceinline__ void store(const SignProduct& p, int64_t row, int64_t col, double x) {
-  switch (p.dtype) {
-    case DType::BFloat16:
-      return store_as<__nv_bfloat16>(p, row, col, x);
-    case DType::Float16:
-      return store_as<__half>(p, row, col, x);
-    default:
-      return store_as<float>(p, row, col, x);
-  }
-}
-
-// Neighbours, the first in an even column.
-__device__ __forceinline__ void store_two(const SignProduct& p, int64_t row, int64_t col, const double (&x)[2]) {
-  if (p.cols % 2 != 0) {
-    store(p, row, col, x[0]);
-    if (col + 1 < p.cols) {
-      store(p, row, col + 1, x[1]);
-    }
-    return;
-  }
-  switch (p.dtype) {
-    case DType::BFloat16:
-      return store_two_as<__nv_bfloat16>(p, row, col, x);
-    case DType::Float16:
-      return store_two_as<__half>(p, row, col, x);
-    default:
-      return store_two_as<float>(p, row, col, x);
-  }
-}
-
-__device__ float entry(const SignProduct& p, int64_t row, int64_t k) {
-  const int64_t at = row * p.row_stride + k * p.column_stride;
-  switch (p.dtype) {
-    case DType::BFloat16:
-      return to_float(static_cast<const __nv_bfloat16*>(p.grad)[at]);
-    case DType::Float16:
-      return to_float(static_cast<const __half*>(p.grad)[at]);
-    default:
-      return static_cast<const float*>(p.grad)[at];
-  }
-}
-
-__device__ double sigma(const SignProduct& p, int64_t k, int64_t col) {
-  SignWord word{0, kAll};
-  if (p.key) {
-    const Philox4 x = draw(read_key(p.key), k, col / kSignsPerCall);
-    const int q = static_cast<int>(col / 32 % 4);
-    word.negative = q < 2 ? (q == 0 ? x.w[0] : x.w[1]) : (q == 2 ? x.w[2] : x.w[3]);
-  } else {
-    word = read_signs(p.signs, p.depth, sign_words(p.cols), k, col / 32);
-  }
-  return word.nonzero >> col % 32 & 1u ? 1.0 - 2.0 * (word.negative >> col % 32 & 1u) : 0.0;
-}
-
-// A row that holds infinities or NaNs: they alone decide. Each product with ±1 or 0 is what IEEE makes of it. A warp,
-// one column a lane.
-__device__ void nonfinite_row(const SignProduct& p, int64_t row, int64_t col) {
-  const int lane = threadIdx.x % 32;
-  double sum = 0;
-  for (int64_t k = 0; k < p.depth; k += 32) {
-    const float x = k + lane < p.depth ? entry(p, row, k + lane) : 0.0f;
-    uint32_t left = __ballot_sync(kAll, (__float_as_uint(x) & 0x7F800000u) == 0x7F800000u);
-    while (left) {
-      const int from = __ffs(left) - 1;
-      left &= left - 1;
-      const double value = static_cast<double>(__shfl_sync(kAll, x, from));
-      sum += col < p.cols ? value * sigma(p, k + from, col) : value;
-    }
-    if (__all_sync(kAll, is_nan(sum))) {
-      break;
-    }
-  }
-  if (col < p.cols) {
-    store(p, row, col, sum * p.scale);
-  }
-}
-
-// --- product ---
 
 // A block of WARPS_M × WARPS_N warps, each BLOCKS blocks of digits × 64 columns.
 template <int BLOCKS, int WARPS_M, int WARPS_N>
@@ -145,9 +35,7 @@ struct Tile {
   static constexpr int kSignBytes = kDepth * kColumns / 8;
   static constexpr int kStageBytes = kDigitBytes + 2 * kSignBytes;
   static constexpr int kSharedBytes = kStages * (kStageBytes + kPanels * static_cast<int>(sizeof(int32_t)));
-  // Rows of dX by all four digits, and by the upper two alone.
-  static constexpr int kWide = kBlocks * 4;
-  static constexpr int kNarrow = kBlocks * 8;
+  static constexpr int kRows = kBlocks * 4;
   static_assert(kDepth * kPanels <= kThreads, "a thread fills at most one piece of signs");
 };
 
@@ -189,23 +77,15 @@ __device__ __forceinline__ void sign_bits(const char* words, int row_bytes, int 
   }
 }
 
-// A block's tile: rows from `first` on, `step` blocks of digits apart.
+// What a block reads: rows of digits from `first` on, and signs of its panels of 128 columns.
 template <typename TILE>
 class Fill {
  public:
-  __device__ Fill(const SignProduct& p, int64_t first, int step, int64_t panel, int64_t tile, char* shared)
-      : p_(p), shared_(shared), length_(padded(p.depth)), step_(step), tile_(tile) {
-    const int row = threadIdx.x / kChunks;
-    chunk_ = threadIdx.x % kChunks;
-    digits_ = p.digits + (first / 8 * 32 + row / 16 * 16 * step + row % 16) * length_ + 16 * chunk_;
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const int64_t block = (row + i * kRowsAtOnce) / 16 * step;
-      const int64_t of = first + block / 2 * 8 + row % 8;
-      if (of < p.rows && (block % 2 == 0 || p.row[of].bytes == 4)) {
-        valid_ |= 1u << i;
-      }
-    }
+  __device__ Fill(const SignProduct& p, int64_t first, int64_t panel, int64_t tile, char* shared)
+      : p_(p), shared_(shared), length_(padded(p.depth)), tile_(tile) {
+    first += threadIdx.x / kChunks;
+    digits_ = p.digits + first * length_ + threadIdx.x % kChunks * 16;
+    left_ = digit_rows(p.rows) - first;
     if (threadIdx.x < kDepth * TILE::kPanels) {
       k_ = threadIdx.x / TILE::kPanels;
       panel_ = panel + threadIdx.x % TILE::kPanels;
@@ -219,12 +99,11 @@ class Fill {
   // The next tile along K, into a stage.
   __device__ void operator()(int stage) {
     char* to = shared_ + stage * TILE::kStageBytes;
-    const int row = threadIdx.x / kChunks;
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const bool valid = valid_ >> i & 1u;
-      const int8_t* from = digits_ + i * (kRowsAtOnce * step_) * length_ + tile_ * kDepth;
-      cp_async_16(to + swizzled(row + i * kRowsAtOnce, chunk_), valid ? from : p_.digits, valid);
+    for (int row = 0; row < TILE::kBlocks * 16; row += kRowsAtOnce) {
+      const bool valid = row < left_;
+      cp_async_16(to + swizzled(threadIdx.x / kChunks + row, threadIdx.x % kChunks),
+                  valid ? digits_ + row * length_ + tile_ * kDepth : p_.digits, valid);
     }
     if (threadIdx.x < kDepth * TILE::kPanels) {
       signs(to + TILE::kDigitBytes, stage);
@@ -236,8 +115,7 @@ class Fill {
  private:
   static constexpr int kChunks = kDepth / 16;
   static constexpr int kRowsAtOnce = TILE::kThreads / kChunks;
-  static constexpr int kCopies = TILE::kBlocks * 16 / kRowsAtOnce;
-  static_assert(kRowsAtOnce % 16 == 0 && TILE::kBlocks * 16 % kRowsAtOnce == 0, "");
+  static_assert(TILE::kBlocks * 16 % kRowsAtOnce == 0, "");
 
   __device__ void signs(char* to, int stage) {
     const int piece = threadIdx.x % TILE::kPanels;
@@ -274,10 +152,7 @@ class Fill {
   const SignProduct& p_;
   char* shared_;
   const int8_t* digits_;
-  int64_t length_;
-  int step_, chunk_;
-  uint32_t valid_ = 0;
-  int64_t tile_;
+  int64_t length_, left_, tile_;
   int k_ = 0;
   int64_t panel_ = 0;
   Key key_{};
@@ -331,35 +206,35 @@ __device__ __forceinline__ int64_t two_digits(const int32_t (&sums)[4], int c) {
   return static_cast<int64_t>(sums[2 + c]) * 256 + sums[c];
 }
 
-// One row's results of a lane. `lower`: sums of the lower digits, or null.
-__device__ __forceinline__ void finish(const SignProduct& p, int64_t row, int64_t first, int64_t split,
-                                       const int32_t (&upper)[8][4], const int32_t (*lower)[4]) {
+// A lane's results of one row: columns col and col + 1, col + 8 and col + 9, …
+__device__ __forceinline__ void store(const SignProduct& p, int64_t row, int64_t col, int64_t split,
+                                      const int32_t (&upper)[8][4], const int32_t (&lower)[8][4]) {
   if (row >= p.rows) {
     return;
   }
-  const double unit = p.row[row].unit * p.scale;
-  if (p.splits == 1 && is_nan(unit)) {
-    return;
-  }
+  const double unit = p.unit[row] * p.scale;
+  const bool pairs = p.cols % 2 == 0;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const int64_t col = first + 8 * j;
-    if (col >= p.cols) {
-      continue;
-    }
+  for (int j = 0; j < 8; ++j, col += 8) {
     int64_t sum[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      sum[c] = two_digits(upper[j], c) * 65536 + (lower ? two_digits(lower[j], c) : 0);
+      sum[c] = two_digits(upper[j], c) * 65536 + two_digits(lower[j], c);
     }
-    if (p.splits == 1) {
-      const double x[2] = {static_cast<double>(sum[0]) * unit, static_cast<double>(sum[1]) * unit};
-      store_two(p, row, col, x);
-    } else {
-      int64_t* to = p.partial + (split * p.rows + row) * p.cols + col;
-      to[0] = sum[0];
-      if (col + 1 < p.cols) {
-        to[1] = sum[1];
+    const float x[2] = {static_cast<float>(static_cast<double>(sum[0]) * unit),
+                        static_cast<float>(static_cast<double>(sum[1]) * unit)};
+    if (!p.partial && pairs && col < p.cols) {
+      *reinterpret_cast<float2*>(p.out + row * p.cols + col) = make_float2(x[0], x[1]);
+      continue;
+    }
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      if (col + c < p.cols) {
+        if (p.partial) {
+          p.partial[(split * p.rows + row) * p.cols + col + c] = sum[c];
+        } else {
+          p.out[row * p.cols + col + c] = x[c];
+        }
       }
     }
   }
@@ -375,83 +250,36 @@ __global__ void __launch_bounds__(Tile<BLOCKS, WARPS_M, WARPS_N>::kThreads, BLOC
   const int warp_m = threadIdx.x / 32 / WARPS_N;
   const int warp_n = threadIdx.x / 32 % WARPS_N;
   const int64_t column_tiles = divide_up(p.cols, TILE::kColumns);
+  const int64_t row = blockIdx.x / column_tiles * TILE::kRows;
   const int64_t column_tile = blockIdx.x % column_tiles;
-  const int64_t rows = p.dtype == DType::Float32 ? TILE::kWide : TILE::kNarrow;
-  const int64_t first = blockIdx.x / column_tiles * rows;
   const int64_t split = blockIdx.y;
   const int64_t tiles = padded(p.depth) / kDepth;
-  const int64_t tile = tiles * split / p.splits;
+  const int64_t begin = tiles * split / p.splits;
   const int64_t end = tiles * (split + 1) / p.splits;
 
-  // Half types' rows are all done at once where none needs its lower digits, else in two halves.
-  bool narrow = p.dtype != DType::Float32;
-  for (int64_t row = first + lane; narrow && row < first + rows; row += 32) {
-    narrow = row >= p.rows || p.row[row].bytes == 2;
+  Fill<TILE> fill(p, 4 * row, column_tile * TILE::kPanels, begin, shared);
+  int32_t sums[BLOCKS][8][4] = {};
+  for (int s = 0; s < kStages - 1; ++s) {
+    if (begin + s < end) {
+      fill(s);
+    }
+    cp_async_commit();
   }
-  narrow = __all_sync(kAll, narrow);
-  const int64_t pass_rows = narrow ? TILE::kNarrow : TILE::kWide;
-  for (int64_t row = first; row < first + rows && row < p.rows; row += pass_rows) {
-    Fill<TILE> fill(p, row, narrow ? 2 : 1, column_tile * TILE::kPanels, tile, shared);
-    int32_t sums[BLOCKS][8][4] = {};
-    for (int s = 0; s < kStages - 1; ++s) {
-      if (tile + s < end) {
-        fill(s);
-      }
-      cp_async_commit();
-    }
-    int stage = 0;
-    for (int64_t t = tile; t < end; ++t) {
-      cp_async_wait<kStages - 2>();
-      __syncthreads();
-      if (t + kStages - 1 < end) {
-        fill((stage + kStages - 1) % kStages);
-      }
-      cp_async_commit();
-      multiply_stage<TILE>(shared, stage, warp_m, warp_n, sums);
-      stage = (stage + 1) % kStages;
-    }
-    // The next pass fills what slower warps may still read.
+  int stage = 0;
+  for (int64_t t = begin; t < end; ++t) {
+    cp_async_wait<kStages - 2>();
     __syncthreads();
-
-    const int64_t col = column_tile * TILE::kColumns + warp_n * kWarpColumns + lane % 4 * 2;
-    if (narrow) {
-#pragma unroll
-      for (int i = 0; i < BLOCKS; ++i) {
-        finish(p, row + (warp_m * BLOCKS + i) * 8 + lane / 4, col, split, sums[i], nullptr);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < BLOCKS; i += 2) {
-        finish(p, row + (warp_m * BLOCKS + i) * 4 + lane / 4, col, split, sums[i], sums[i + 1]);
-      }
+    if (t + kStages - 1 < end) {
+      fill((stage + kStages - 1) % kStages);
     }
-    for (int64_t r = row; p.splits == 1 && r < row + pass_rows; r += 32) {
-      const bool mine = r + lane < row + pass_rows && r + lane < p.rows && is_nan(p.row[r + lane].unit);
-      for (uint32_t left = __ballot_sync(kAll, mine); left; left &= left - 1) {
-        for (int c = threadIdx.x; c < TILE::kColumns; c += TILE::kThreads) {
-          nonfinite_row(p, r + __ffs(left) - 1, column_tile * TILE::kColumns + c);
-        }
-      }
-    }
+    cp_async_commit();
+    multiply_stage<TILE>(shared, stage, warp_m, warp_n, sums);
+    stage = (stage + 1) % kStages;
   }
-}
-
-constexpr int kReduceThreads = 256;
-
-// The integers of all parts of K → results.
-__global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const __grid_constant__ SignProduct p) {
-  const int64_t col = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x;
-  for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
-    const double unit = p.row[row].unit * p.scale;
-    if (is_nan(unit)) {
-      nonfinite_row(p, row, col);
-    } else if (col < p.cols) {
-      int64_t sum = 0;
-      for (int64_t s = 0; s < p.splits; ++s) {
-        sum += p.partial[(s * p.rows + row) * p.cols + col];
-      }
-      store(p, row, col, static_cast<double>(sum) * unit);
-    }
+#pragma unroll
+  for (int i = 0; i < BLOCKS; i += 2) {
+    store(p, row + (warp_m * BLOCKS + i) * 4 + lane / 4,
+          column_tile * TILE::kColumns + warp_n * kWarpColumns + lane % 4 * 2, split, sums[i], sums[i + 1]);
   }
 }
 
@@ -461,31 +289,25 @@ using Small = Tile<2, 1, 4>;
 using Middle = Tile<4, 1, 4>;
 using Large = Tile<4, 2, 2>;
 
-// Blocks of digits that all rows need, of half types if 16 bits do.
-int64_t digit_blocks(int64_t rows, bool half) { return divide_up(rows, 8) * (half ? 1 : 2); }
-
 template <typename TILE>
-int64_t tiles_of(int64_t rows, int64_t cols, bool half) {
-  return divide_up(rows, half ? TILE::kNarrow : TILE::kWide) * divide_up(cols, TILE::kColumns);
+int64_t tiles_of(int64_t rows, int64_t cols) {
+  return divide_up(rows, TILE::kRows) * divide_up(cols, TILE::kColumns);
 }
 
 template <int BLOCKS, int WARPS_M, int WARPS_N>
 void multiply(const SignProduct& p, cudaStream_t stream) {
   using TILE = Tile<BLOCKS, WARPS_M, WARPS_N>;
-  const int64_t tiles = tiles_of<TILE>(p.rows, p.cols, p.dtype != DType::Float32);
   BK_LAUNCH((multiply_kernel<BLOCKS, WARPS_M, WARPS_N>),
-            dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(p.splits)), dim3(TILE::kThreads),
-            TILE::kSharedBytes, stream, p);
+            dim3(static_cast<unsigned>(tiles_of<TILE>(p.rows, p.cols)), static_cast<unsigned>(p.splits)),
+            dim3(TILE::kThreads), TILE::kSharedBytes, stream, p);
 }
 
 }  // namespace
 
-int64_t sign_splits(int64_t rows, int64_t depth, int64_t cols, DType dtype) {
-  const bool half = dtype != DType::Float32;
-  const int64_t blocks = digit_blocks(rows, half);
-  const int64_t tiles = blocks <= Small::kBlocks    ? tiles_of<Small>(rows, cols, half)
-                        : blocks <= Middle::kBlocks ? tiles_of<Middle>(rows, cols, half)
-                                                    : tiles_of<Large>(rows, cols, half);
+int64_t sign_splits(int64_t rows, int64_t depth, int64_t cols) {
+  const int64_t tiles = rows <= Small::kRows    ? tiles_of<Small>(rows, cols)
+                        : rows <= Middle::kRows ? tiles_of<Middle>(rows, cols)
+                                                : tiles_of<Large>(rows, cols);
   // About two blocks a multiprocessor, each with twice the stages at least.
   constexpr int64_t kBlocksWanted = 256;
   const int64_t most = padded(depth) / kDepth / (2 * kStages);
@@ -494,19 +316,12 @@ int64_t sign_splits(int64_t rows, int64_t depth, int64_t cols, DType dtype) {
 }
 
 cudaError_t launch_sign_product(const SignProduct& p, cudaStream_t stream) {
-  quantise(p, stream);
-  const int64_t blocks = digit_blocks(p.rows, p.dtype != DType::Float32);
-  if (blocks <= Small::kBlocks) {
+  if (p.rows <= Small::kRows) {
     multiply<2, 1, 4>(p, stream);
-  } else if (blocks <= Middle::kBlocks) {
+  } else if (p.rows <= Middle::kRows) {
     multiply<4, 1, 4>(p, stream);
   } else {
     multiply<4, 2, 2>(p, stream);
-  }
-  if (p.splits > 1) {
-    const unsigned across = static_cast<unsigned>(divide_up(p.cols, kReduceThreads));
-    const unsigned down = static_cast<unsigned>(p.rows < 65535 ? p.rows : 65535);
-    BK_LAUNCH(reduce_kernel, dim3(across, down), dim3(kReduceThreads), 0, stream, p);
   }
   return cudaGetLastError();
 }

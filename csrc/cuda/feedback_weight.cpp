@@ -11,7 +11,7 @@ namespace {
 
 at::Tensor form_on(at::Device device, const FeedbackArgs& args, at::ScalarType dtype) {
   return form(args, device, dtype, [&](const FeedbackParams& p) {
-    launch_on(device, [&](cudaStream_t stream) { return launch_feedback_weight(p, stream); });
+    launch_on(device, [&](cudaStream_t stream) { return launch_feedback_weight(p, 0, p.cols, stream); });
   });
 }
 

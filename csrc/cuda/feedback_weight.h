@@ -6,6 +6,7 @@
 
 namespace bioplaus {
 
-cudaError_t launch_feedback_weight(const FeedbackParams& p, cudaStream_t stream);
+// Columns first … first + cols − 1 of B, into an output of these alone; `first` is a multiple of 128.
+cudaError_t launch_feedback_weight(const FeedbackParams& p, int64_t first, int64_t cols, cudaStream_t stream);
 
 }  // namespace bioplaus

@@ -55,6 +55,7 @@ def test_offsets_beyond_32_bits() -> None:
     weight.copy_(torch.randn(3, 64))
     near = weight.clone(memory_format=torch.contiguous_format)
     assert_same_bits(ops.pack_signs(weight), reference.pack_signs(near))
+    assert_same_bits(ops.pack_signs(weight[:, 1:]), reference.pack_signs(near[:, 1:]))
     assert_same_bits(ops.redraw_key(KEY, weight), reference.redraw_key(KEY, near))
     for entries in ("constant", "uniform"):
         args = arguments(weight, near, "weight", entries)

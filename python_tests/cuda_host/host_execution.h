@@ -92,6 +92,7 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
 }
 
 #define __launch_bounds__(...)
+#define __noinline__
 
 static inline void __syncthreads(host_execution::Place place = host_execution::Place::current()) {
   host_execution::barrier(place);
