@@ -111,8 +111,9 @@ def _arguments(variant: Variant, tile: Tile, target: str) -> tuple[dict[str, str
         typed["weight"] = variant.parameters
     pointers = {"grad", "out", "x", "y", "dx", "dw", "weight", "magnitude", "planes", "key", "sums"}
     constants: dict[str, Any] = {
-        "ENTRIES": variant.entries, "BIAS": "", "WIDE": False, "WGMMA": capability(target)[0] in (9, 10), "BM": tile.rows, "BN": tile.columns, "BK": tile.depth,
-        "BLOCK": tile.columns, "grad_column": 1, "weight_column": 1,
+        "ENTRIES": variant.entries, "BIAS": "", "WIDE": False, "WGMMA": capability(target)[0] in (9, 10),
+        "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "BLOCK": tile.columns,
+        "grad_column": 1, "weight_column": 1,
         # A 2-D product of stride and dilation 1.
         "I0": 1, "O0": 1, "K0": 1, "S0": 1, "S1": 1, "S2": 1, "D0": 1, "D1": 1, "D2": 1, "B0": 0,
     }  # fmt: skip

@@ -127,7 +127,7 @@ def _serves(op: str, device: str) -> tuple[str, str]:
         return "triton", "chosen" if device == "cuda" or interpreted() else "chosen: raises on this device"
     if _chosen in ("cpu", "cuda"):
         return _chosen, "chosen" if _chosen == device else "chosen: raises on this device"
-    if device == "cuda":
+    if device == "cuda" and torch.cuda.is_available():
         reasons = {name: unavailable(name) or lacks(op, name) for name in ("cuda", "triton")}
         able = [name for name, reason in reasons.items() if not reason]
         if not able:
@@ -135,7 +135,9 @@ def _serves(op: str, device: str) -> tuple[str, str]:
         return " or ".join(able), "by shape, dtype and device: backends.choice" if op in TRITON_OPS else ""
     if native.library is None:
         return "reference", f"native library {native.reason}"
-    return ("reference", "no native kernel in this version") if lacks(op, device) else (device, "")
+    if lacks(op, device):
+        return "reference", "no native kernel in this build"
+    return device, "" if device == "cpu" else "no GPU in this machine"
 
 
 __all__ = [

@@ -166,6 +166,9 @@ def backward_input_kernel(
             b = tl.load(magnitude + first + offset, mask=inside, other=0.0).to(TYPE)
         elif ENTRIES == "constant":
             b = block_signs(weight, planes, key, first, offset, inside, ROWS, COLUMNS, SIGN)
+            if not WGMMA:
+                # A mask, although nothing is to be masked: without it every warp that needs a sign makes it anew.
+                b = tl.where(inside, b, 0.0)
         else:
             b = block_entries(weight, planes, magnitude, key, scale, first, offset, inside, ROWS, COLUMNS, ENTRIES).to(
                 TYPE
@@ -208,7 +211,7 @@ def backward_weight_kernel(
 
 
 # In order of rows, chosen by what keeps sums and operands in registers; not yet timed on hardware.
-_HALF = Tile(16, 64, 32, 4, 4), Tile(64, 64, 32, 4, 4), Tile(128, 64, 32, 4, 4)
+_HALF = Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 4, 4), Tile(128, 64, 32, 4, 4)
 _FLOAT32 = Tile(16, 64, 16, 4, 3), Tile(64, 64, 16, 4, 3), Tile(128, 64, 32, 8, 3)
 
 
