@@ -23,15 +23,8 @@ from bioplaus_kernels.backends.triton.launch import Tile
 
 from .gpu_static import RESERVED_SHARED, VECTOR_LOAD, Row, cached, hot_loop, occupancy
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-# Only with every configuration: their shared memory is sm_120's, their instructions are sm_80's.
-MORE_TARGETS = {"sm_86": GPUTarget("cuda", 86, 32), "sm_89": GPUTarget("cuda", 89, 32)}
+TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 100, 120)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 # Bytes that a block may ask for.
 SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 SHARED |= dict.fromkeys(("sm_86", "sm_89", "sm_120"), 101_376)
@@ -145,7 +138,7 @@ def compile_kernel(variant: Variant, target: str, tile: Tile) -> Any:
     signature = {n: types.get(n, "constexpr") for n in names}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     source = ASTSource(variant.kernel, signature, constants, attributes)
-    return triton.compile(source, (TARGETS | MORE_TARGETS)[target], options)
+    return triton.compile(source, TARGETS[target], options)
 
 
 def _run(*command: str | Path) -> str:
@@ -166,7 +159,7 @@ def _row(variant: Variant, target: str, tile: Tile) -> Row:
     kernel = compile_kernel(variant, target, tile)
     source = f"bioplaus_kernels/backends/triton/{variant.kernel.__module__.rsplit('.', 1)[1]}.py"
     named = (source, variant.name(tile), target, f"triton {triton.__version__}")
-    at = (TARGETS | MORE_TARGETS)[target]
+    at = TARGETS[target]
     maker, shared, threads = at.backend, kernel.metadata.shared, tile.warps * at.warp_size
     if maker == "hip":
         code = kernel.asm["amdgcn"]
@@ -235,10 +228,10 @@ def tiles(variant: Variant, target: str) -> tuple[Tile, ...]:
 
 
 def grid(every: bool = False) -> list[tuple[Variant, str, Tile]]:
-    """What is compiled: all tiles for sm_80, elsewhere the last one for bfloat16; `every`: all."""
+    """What is compiled: all tiles for sm_90, elsewhere the last one; float32 for sm_80 and sm_90. `every`: all."""
     return [
         (variant, target, tile)
-        for target in (TARGETS | MORE_TARGETS if every else TARGETS)
+        for target in TARGETS
         for dtype in (DTYPES if every else ("fp32", "bf16") if target in ("sm_80", "sm_90") else ("bf16",))
         for variant in variants(dtype)
         for tile in tiles(variant, target)[None if every or target == "sm_90" else -1 :]
