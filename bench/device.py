@@ -90,7 +90,6 @@ class Cuda:
             built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
             raise RuntimeError(f"no CUDA device in this machine (torch {torch.__version__}, built with {built})")
         self.cuda = cuda
-        self.pool = cuda.graph_pool_handle()
 
     def states(self, cold: bool) -> tuple[str, ...]:
         """All three, whatever the case asks for."""
@@ -115,8 +114,7 @@ class Cuda:
         graph = self.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
-        # One pool for all: nobody reads what a graph leaves, and only one runs at a time.
-        with self.cuda.graph(graph, pool=self.pool):
+        with self.cuda.graph(graph):
             for function in functions:
                 function()
         return graph.replay

@@ -104,7 +104,8 @@ def build(device: Device, m: int, out: int, n: int, dtype: torch.dtype) -> Bench
     size = torch.finfo(dtype).bits // 8
     # The least that a way reads and writes: packed signs in the place of W.
     sets = device.sets((m * out + m * n) * size + out * n // 8)
-    (variants, gate), *others = [one_set(device, m, out, n, dtype, i, generator, compiled) for i in range(sets)]
+    made = products(device)
+    (variants, gate), *others = [one_set(device, m, out, n, dtype, i, generator, compiled, made) for i in range(sets)]
     return Bench(
         variants,
         gate,
@@ -124,6 +125,7 @@ def one_set(
     seed: int,
     generator: torch.Generator,
     compiled: dict[str, Callable[..., torch.Tensor]],
+    made: dict[str, Callable[..., torch.Tensor]],
 ) -> tuple[dict[str, Run], dict[str, Callable[[], float]]]:
     """Every variant over operands of its own, and their gates."""
     torch.manual_seed(seed)
@@ -165,7 +167,7 @@ def one_set(
         add("three bf16 parts x sign", lambda: bf16_parts(g, w, s), signed)
     for name, feedback in arguments.items():
         formed = partial(ops.feedback_weight, *feedback, w.shape, dtype=torch.float64)
-        for way, ours in products(device).items():
+        for way, ours in made.items():
             if way not in (", digits", ", int_mm") or (feedback[4] == "constant" and dtype == torch.float32):
                 add(name + way, partial(ours, g, *feedback, n), formed)
     return variants, gate

@@ -55,8 +55,8 @@ class Stage:
 
 
 STAGES = (
-    Stage("machine", 30, "-m bench.gpu_stages machine", needs_gpu=False),
-    Stage("triton", 20, "-m bench.gpu_stages alive triton"),
+    Stage("machine", 60, "-m bench.gpu_stages machine", needs_gpu=False),
+    Stage("triton", 60, "-m bench.gpu_stages alive triton"),
     Stage("build", 200, "setup.py build_ext --inplace"),
     Stage("cuda", 20, "-m bench.gpu_stages alive cuda"),
     Stage("tests-cuda", 90, f"{PYTEST} {{cuda_tests}}", TESTED),
@@ -66,7 +66,8 @@ STAGES = (
     Stage("user", 60, "-m bench.gpu_stages user"),
     Stage("layers", 80, f"{RUN} {FEW} --op locally_connected --match {LAYERS}"),
     Stage("steps", 60, f"{RUN} {FEW} --op convolution --op training_step --op feedback_weight --op overhead"),
-    Stage("sanitizer", 70, "-m bench.gpu_stages sanitizer {sanitizer}"),
+    Stage("memcheck", 90, "-m bench.gpu_stages sanitizer memcheck {sanitizer}"),
+    Stage("racecheck", 90, "-m bench.gpu_stages sanitizer racecheck {sanitizer}"),
     Stage("counters", 50, "-m bench.gpu_stages counters {counters}"),
     Stage("more", 600, RUN),
 )
@@ -126,7 +127,11 @@ class Check:
         # A machine that could not be asked is taken for one with a GPU.
         if stage.needs_gpu and "no_gpu" in machine:
             return {"status": "skipped", "why": machine["no_gpu"]}
-        if stage.name == "build" and not self._stale() and machine.get("library", "loads") == "loads":
+        if (
+            stage.name == "build"
+            and not self._stale()
+            and machine.get("library", "loads" if STAMP.exists() else "") == "loads"
+        ):
             return {"status": "done", "why": "the library loads"}
         if self.end - time.monotonic() < 5:
             return {"status": "skipped", "why": "no time left of BUDGET"}

@@ -72,7 +72,6 @@ def pretend() -> None:
     answers = {
         "is_available": True, "device_count": 1, "current_device": 0, "get_device_capability": (9, 0),
         "get_device_properties": properties, "synchronize": None, "current_stream": None, "device": nullcontext(),
-        "graph_pool_handle": None,
     }  # fmt: skip
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)

@@ -145,7 +145,7 @@ def step(net: str, rule: str, backend: str, device: str = "cuda") -> None:
         with bk.backends.use(backend) if backend else nullcontext():
             loss(model).backward()
             expected = [p.grad for p in model.parameters()]
-            compiled, wrong = torch.compile(model), 0.0
+            compiled, wrong = torch.compile(model, fullgraph=True), 0.0
             for number in range(3):
                 optimizer.zero_grad()
                 value = loss(compiled)
@@ -178,22 +178,21 @@ def called(backend: str) -> None:
     torch.cuda.synchronize()
 
 
-def sanitizer(out: str) -> None:
-    """Every call of the CUDA C++ ops under two of NVIDIA's checkers (Triton's wgmma gives false reports)."""
+def sanitizer(tool: str, out: str) -> None:
+    """Every call of the CUDA C++ ops under one of NVIDIA's checkers (Triton's wgmma gives false reports)."""
     if shutil.which("compute-sanitizer") is None:
         say(said="skipped: compute-sanitizer is not installed")
         return
     # torch's pool would hide what lies beyond a tensor.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for tool in ("memcheck", "racecheck"):
-        command = ["compute-sanitizer", "--tool", tool, sys.executable, "-m", "bench.gpu_stages", "called", "cuda"]
-        with open(out, "a+") as file:
-            start = file.tell()
-            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
-            file.seek(start)
-            summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", file.read())
-        ended = summary[-1] if summary else f"no summary, exit status {done.returncode}"
-        say(case=tool, ok=bool(summary) and re.match(r"0 (errors|hazards)", ended) is not None, said=f"{tool}: {ended}")
+    command = ["compute-sanitizer", "--tool", tool, sys.executable, "-m", "bench.gpu_stages", "called", "cuda"]
+    with open(out, "a+") as file:
+        start = file.tell()
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        file.seek(start)
+        summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", file.read())
+    ended = summary[-1] if summary else f"no summary, exit status {done.returncode}"
+    say(case=tool, ok=bool(summary) and re.match(r"0 (errors|hazards)", ended) is not None, said=ended)
 
 
 def counted() -> None:

@@ -63,8 +63,13 @@ class Variant:
 
     @property
     def product(self) -> bool:
-        """Whether tensor cores must be seen."""
+        """Whether there must be a loop of products."""
         return self.kernel is not feedback_mm.add_kernel
+
+    def tensor_cores(self, target: str) -> bool:
+        """Whether they must be tensor cores': all but locally-connected ones in float32 where these have no wgmma."""
+        parts = self.kernel is feedback_mm.sign_kernel or capability(target)[0] in (9, 10)
+        return self.product and (self.dtype != "fp32" or parts)
 
 
 SIGNS = ("weight", "packed", "seeded")

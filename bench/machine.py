@@ -81,7 +81,7 @@ def driver_and_clocks(device: Cuda) -> dict[str, str]:
     command = ["nvidia-smi", f"--id={which}", f"--query-gpu={','.join(_ASKED.values())}", "--format=csv,noheader"]
     try:
         # The program is not everywhere that the driver is.
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError) as error:
         return {"driver": f"unknown: {type(error).__name__} of nvidia-smi"}
     return dict(zip(_ASKED, (value.strip() for value in done.stdout.strip().split(",")), strict=True))

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, ParamSpec, cast
 
 import torch
@@ -156,15 +157,12 @@ def _by_triton(name: str) -> Callable[..., Tensor]:
 def _automatic(name: str) -> Callable[..., Tensor]:
     function = reference.OPS[name]
     own = _bind(function)
-    # Where there is no GPU nothing is left to choose at a call.
+    # Where there is no GPU nothing is left to choose at a call. An import leaves CUDA alone: what GPUs there are is asked
+    # at the first call.
     if not torch.cuda.is_available():
         return own
-    gpus = [choice.gpu(index) for index in range(torch.cuda.device_count())]
-    by_triton = name in backends.TRITON_OPS and any(gpu.triton for gpu in gpus)
-    product = by_triton or name == "feedback_mm"
-    if not product and all(gpu.cuda for gpu in gpus):
-        return own
-    triton = _triton(name) if by_triton else own
+    product = name in backends.TRITON_OPS
+    triton = _triton(name) if product and find_spec("triton") else own
     signature = inspect.signature(function)
 
     def op(*args: Any, **named: Any) -> Tensor:

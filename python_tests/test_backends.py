@@ -246,6 +246,14 @@ def test_the_choice_is_traced_with_any_batch() -> None:
         assert torch.equal(compiled(x, w), f(x, w))
 
 
+def test_what_a_gpu_is_is_a_constant_of_a_trace(gpus: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked at the first call, driver and library, is nothing that torch.compile could look into."""
+    monkeypatch.undo()
+    monkeypatch.setattr(choice, "_gpu", functools.cache(lambda index: (bk.backends.unavailable("cuda"), H100)[1]))
+    compiled = torch.compile(lambda x: x + choice.gpu(0).capability[0], fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(())) == 9
+
+
 def test_the_choice_costs_little() -> None:
     """5 µs are some 25 calls of functions."""
     count = 0

@@ -157,11 +157,8 @@ class Gpu:
         graph.replay = lambda: [launch() for launch in graph.launches]
         return graph
 
-    def graph_pool_handle(self) -> None:
-        pass
-
     @contextmanager
-    def graph(self, graph: SimpleNamespace, pool: None) -> Iterator[None]:
+    def graph(self, graph: SimpleNamespace) -> Iterator[None]:
         self.capturing = graph.launches
         try:
             yield

@@ -23,7 +23,9 @@ import json, sys
 from dataclasses import asdict
 from bench import gpu_static_triton as t
 rows = t.rows(sys.argv[1] == "every")
-print(json.dumps([(asdict(row), variant.product, t.SHARED[row.target]) for variant, row in rows]))
+print(json.dumps([
+    (asdict(row), variant.product, variant.tensor_cores(row.target), t.SHARED[row.target]) for variant, row in rows
+]))
 """
 
 
@@ -36,22 +38,22 @@ def outcome(program: str, *arguments: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compile_all(what: str) -> list[tuple[Row, bool, int]]:
+def compile_all(what: str) -> list[tuple[Row, bool, bool, int]]:
     return [(Row(**row), *rest) for row, *rest in outcome(PROGRAM, what)]
 
 
-def check(rows: list[tuple[Row, bool, int]], every: bool = False) -> None:
+def check(rows: list[tuple[Row, bool, bool, int]], every: bool = False) -> None:
     assert rows
     committed = gpu_static.read()
     # The table has what `make test` compiles.
     known = {row.name for row in committed}
     wrong = gpu_static.worse((row for row, *_ in rows if not every or row.name in known), committed)
-    for row, product, shared in rows:
+    for row, product, tensor_cores, shared in rows:
         if row.static_shared + row.dynamic_shared > shared:
             wrong.append(f"{' '.join(row.name)}: {row.dynamic_shared} bytes of shared memory, of {shared}")
         if row.spill_bytes > 0:
             wrong.append(f"{' '.join(row.name)}: {row.spill_bytes} bytes spilled")
-        if product and row.tensor_core_instructions == 0:
+        if tensor_cores and row.tensor_core_instructions == 0:
             wrong.append(f"{' '.join(row.name)}: no tensor-core instruction")
         if product and row.loop_products == 0:
             wrong.append(f"{' '.join(row.name)}: no loop with products")
@@ -106,7 +108,7 @@ def test_a_worse_row_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     gpu_static.write([good], tmp_path / "t.csv")
     table = gpu_static.read(tmp_path / "t.csv")
     monkeypatch.setattr(gpu_static, "read", lambda: table)
-    check([(good, True, 1024)])
+    check([(good, True, True, 1024)])
     for change, text in (
         ({"registers": 101}, "registers 100 -> 101"),
         ({"spill_bytes": 8}, "8 bytes spilled"),
@@ -117,7 +119,7 @@ def test_a_worse_row_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         ({"static_shared": 1}, "of shared memory, of 1024"),
     ):
         with pytest.raises(AssertionError, match=text):
-            check([(replace(good, **change), True, 1024)])
+            check([(replace(good, **change), True, True, 1024)])
 
 
 TRACED = """

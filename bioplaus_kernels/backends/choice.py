@@ -29,12 +29,16 @@ class Gpu(NamedTuple):
 
 
 @functools.cache
-def gpu(index: int) -> Gpu:
-    """Of CUDA device `index`."""
+def _gpu(index: int) -> Gpu:
     from . import lacks_kernels, unavailable
 
     able = [not (unavailable(name) or lacks_kernels(name, index)) for name in ("cuda", "triton")]
     return Gpu(torch.cuda.get_device_capability(index), *able)
+
+
+def gpu(index: int) -> Gpu:
+    """Of CUDA device `index`."""
+    return _gpu(index)
 
 
 def tf32() -> bool:
@@ -43,7 +47,8 @@ def tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-# What torch.compiler.assume_constant_result does, without its import of the compiler; torch guards the flag itself.
+# What torch.compiler.assume_constant_result does, without its import of the compiler, which looks into caches and not
+# at their marks; torch guards the flag itself.
 gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

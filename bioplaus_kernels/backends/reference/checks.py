@@ -72,8 +72,9 @@ def feedback(
     scale: float,
     size: Sequence[int],
     packed_size: Sequence[int],
+    device: torch.device | None = None,
 ) -> None:
-    """The feedback arguments of an op must name one cell of the table of signs and magnitudes."""
+    """The feedback arguments of an op must name one cell of the table of signs and magnitudes, on one `device`."""
     given = [name for name, t in (("weight", weight), ("signs", signs)) if t is not None]
     if len(given) == 2:
         fail("signs", "None where weight is given", "both")
@@ -104,9 +105,11 @@ def feedback(
         packed("signs", signs, packed_size)
     if key_ is not None:
         key(key_)
-    tensors = [t for t in (weight, signs, magnitude, key_) if t is not None]
-    if any(t.device != tensors[0].device for t in tensors):
-        fail("feedback arguments", "tensors on one device", ", ".join(str(t.device) for t in tensors))
+    for name, tensor in (("weight", weight), ("signs", signs), ("magnitude", magnitude), ("key", key_)):
+        if tensor is not None:
+            device = tensor.device if device is None else device
+            if tensor.device != device:
+                fail(name, f"a tensor on {device}", f"one on {tensor.device}")
 
 
 def mm(grad_output: Tensor, in_features: int) -> None:

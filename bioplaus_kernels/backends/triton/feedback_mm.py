@@ -58,7 +58,7 @@ def _scale(scale, dtype: tl.constexpr):
 @triton.jit
 def sign_kernel(
     grad, out, sums, weight, planes, key, scale, M, N, K, grad_row, grad_column, weight_row, weight_column,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr
+    WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
     """out (M, N) = s * dY signs; with `sums` (parts of K, M, N) dY signs of each part goes there, in float32."""
     pid_m, pid_n = _place(tl.cdiv(M, BM), tl.cdiv(N, BN))
@@ -115,14 +115,14 @@ def parts_of(m: int, n: int, k: int) -> int:
     return max(1, min(k // _PART, _PROGRAMS // tiles))
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def _plan(
     dtype: torch.dtype, m: int, n: int, k: int, strides: tuple[int, ...], source: int, device: torch.device
 ) -> tuple[tuple[int, int, int], dict[str, int]]:
     """Grid (its second size: parts of K) and constants of a product."""
     tile = tile_for(dtype, m, source, *device_limits(device))
     grid = -(-m // tile.rows) * -(-n // tile.columns), parts_of(m, n, k), 1
-    return grid, {**tile.constants(), "WIDE": 256 * sum(strides) >= 2**31}
+    return grid, {"WIDE": 256 * sum(strides) >= 2**31, **tile.constants()}
 
 
 @product(reference.feedback_mm)
@@ -135,7 +135,7 @@ def feedback_mm(grad_output: Tensor, *feedback: Any) -> Tensor:
         checks.fail("grad_output", "float32, bfloat16 or float16 (Triton has no float64 product)", dtype, TypeError)
     if entries != "constant":
         checks.fail("entries", "'constant' (Triton has a kernel for signs alone)", repr(entries))
-    checks.feedback(weight, signs, magnitude, key, entries, scale, (k, n), packed_shape((k, n)))
+    checks.feedback(weight, signs, magnitude, key, entries, scale, (k, n), packed_shape((k, n)), grad_output.device)
     if m == 0 or n == 0 or k == 0:
         return grad_output.new_zeros(m, n)
     out, shift = grad_output.new_empty(m, n), None
@@ -153,8 +153,10 @@ def feedback_mm(grad_output: Tensor, *feedback: Any) -> Tensor:
     parts = grid[1]
     sums = out.new_empty(parts, m, n, dtype=torch.float32) if parts > 1 else None
     tensors = (grad_output, out, sums, weight, planes, words)
-    launch(wrap_triton(sign_kernel) if trace else sign_kernel, grid, tensors, (scale, m, n, k, *strides), constants)
+    launch(
+        wrap_triton(sign_kernel) if trace else sign_kernel, grid, tensors, (float(scale), m, n, k, *strides), constants
+    )
     if sums is not None:
         kernel, grid = wrap_triton(add_kernel) if trace else add_kernel, (-(-m * n // BLOCK), 1, 1)
-        launch(kernel, grid, (sums, out), (scale, m * n, parts), {"BLOCK": BLOCK})
+        launch(kernel, grid, (sums, out), (float(scale), m * n, parts), {"BLOCK": BLOCK})
     return out if shift is None else (out * torch.exp2(shift)).float()

@@ -107,6 +107,8 @@ def launch(
     assert tensors[0] is not None
     index = tensors[0].device.index
     if index != torch.cuda.current_device():
+        if index is None:
+            raise RuntimeError(f"Triton: expected tensors on a GPU, got one on {tensors[0].device}")
         with torch.cuda.device(index):
             launch(kernel, grid, tensors, numbers, constants)
         return

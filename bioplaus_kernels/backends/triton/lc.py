@@ -226,7 +226,7 @@ def tile_for(width: int, rows: int, entries: str, capability: tuple[int, int], s
     return fitting(tiles, rows, width, width, shared), wgmma
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def _tiled(device: torch.device, width: int, rows: int, entries: str = "") -> tuple[Tile, dict[str, Any]]:
     """The tile on `device`, and the last constants of its kernel."""
     tile, wgmma = tile_for(width, rows, entries, *device_limits(device))
@@ -238,7 +238,7 @@ def _kept(function: Any, recorded: bool) -> Any:
     return function.__wrapped__ if recorded else function
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def _geometry(
     weight_size: Any, input_size: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int, channels: Any = None
 ) -> tuple[Ints, Ints, Ints, Ints, Ints]:
@@ -316,7 +316,7 @@ def lc_backward_input(grad_output: Tensor, *rest: Any) -> Tensor:
     out, packed, matrix, sizes, places = _kept(_geometry, recorded)(size, tuple(input_size), *geometry)
     n = grad_output.shape[0]
     checks.shape("grad_output", grad_output, (n, size[d], *out))
-    checks.feedback(weight, signs, magnitude, key, entries, scale, size, packed)
+    checks.feedback(weight, signs, magnitude, key, entries, scale, size, packed, grad_output.device)
     g, c, *_ = sizes
     result, dx = _result((n, c * g, *input_size), grad_output)
     if n > 0:
@@ -327,7 +327,7 @@ def lc_backward_input(grad_output: Tensor, *rest: Any) -> Tensor:
             backward_input_kernel if not recorded else wrap_triton(backward_input_kernel),
             (-(-n // tile.rows) * -(-c // tile.columns) * g * math.prod(places[:3]), 1, 1),
             (_last(grad_output), *sources, dx),
-            (None if plain else scale, n, *sizes, *matrix, *places),
+            (None if plain else float(scale), n, *sizes, *matrix, *places),
             {"ENTRIES": entries, **constants},
         )
     return result if dx is result else result.copy_(dx.view(result.shape))
