@@ -157,8 +157,8 @@ def _by_triton(name: str) -> Callable[..., Tensor]:
 def _automatic(name: str) -> Callable[..., Tensor]:
     function = reference.OPS[name]
     own = _bind(function)
-    # Where there is no GPU nothing is left to choose at a call. An import leaves CUDA alone: what GPUs there are is asked
-    # at the first call.
+    # Where there is no GPU nothing is left to choose at a call. An import leaves CUDA alone: what GPUs there are is
+    # asked at the first call.
     if not torch.cuda.is_available():
         return own
     product = name in backends.TRITON_OPS
