@@ -32,7 +32,7 @@ from .loaders import matrix_tile, sign_tile
 # generator and a row of packed words. A tile has no part in the order of the sums.
 WGMMA = (Tile(16, 128, 64, 8, 4), Tile(64, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(256, 128, 64, 8, 3))
 MMA = (Tile(16, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4), Tile(128, 128, 32, 8, 4))
-FLOAT32 = (Tile(16, 128, 32, 4, 4), Tile(32, 128, 32, 4, 3))
+FLOAT32 = (Tile(16, 128, 16, 4, 4), Tile(32, 128, 32, 8, 3))
 # Tiles that are wanted by cutting K, and the least of K that is worth a part.
 _PROGRAMS, _PART = 256, 256
 _GROUP = tl.constexpr(8)  # tiles of rows that take turns at one tile of columns, so that B's bytes stay in the L2 cache

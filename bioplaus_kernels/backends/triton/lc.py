@@ -211,16 +211,15 @@ def backward_weight_kernel(
 
 
 # In order of rows, chosen by what keeps sums and operands in registers; not yet timed on hardware.
-_HALF = Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 4, 4), Tile(128, 64, 32, 4, 4)
-_FLOAT32 = Tile(16, 64, 16, 4, 3), Tile(64, 64, 16, 4, 3), Tile(128, 64, 32, 8, 3)
+_HALF = Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 8, 4), Tile(128, 64, 32, 8, 4)
+_FLOAT32 = Tile(16, 64, 32, 4, 2), Tile(64, 64, 16, 4, 3), Tile(128, 64, 32, 8, 3)
 
 
 def tile_for(width: int, rows: int, entries: str, capability: tuple[int, int], shared: int) -> tuple[Tile, bool]:
     """The tile of a product of `rows` rows of numbers of `width` bytes, and whether float32 is multiplied in parts."""
     wgmma = capability[0] in (9, 10)
     # The largest leaves no registers for draws, nor for sums that are not the tensor cores'.
-    drawn = entries in ("uniform", "normal")
-    fit = 1 if entries == "normal" and not wgmma else 2 if drawn or (width == 4 and not wgmma) else 3
+    fit = 1 if entries == "normal" else 2 if entries == "uniform" or (width == 4 and not wgmma) else 3
     tiles = (_HALF if width == 2 else _FLOAT32)[:fit]
     rows = next((tile.rows for tile in tiles if rows <= tile.rows), tiles[-1].rows)  # a number, of a symbol too
     return fitting(tiles, rows, width, width, shared), wgmma
