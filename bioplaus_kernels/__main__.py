@@ -13,7 +13,15 @@ def main() -> None:
     """Print the report."""
     print(f"bioplaus_kernels {__version__}")
     print(f"python {platform.python_version()}, torch {torch.__version__} (CUDA {torch.version.cuda or 'no'})")
-    print(f"triton {'found' if find_spec('triton') else 'not found'}, CUDA device: {_cuda_device()}")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    print(f"triton {'found' if find_spec('triton') else 'not found'}, CUDA device: {'' if gpus else 'none'}".rstrip())
+    for index in range(gpus):
+        major, minor = torch.cuda.get_device_capability(index)
+        print(f"  {index}: {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
+        for backend in ("cuda", "triton"):
+            # A backend that cannot run at all is named below.
+            if not backends.unavailable(backend) and (reason := backends.lacks_kernels(backend, index)):
+                print(f"     not served by {backend}: {reason}")
     if native.library is None:
         print(f"native library: {native.reason}")
     else:
@@ -38,10 +46,6 @@ def main() -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _cuda_device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
 
 
 if __name__ == "__main__":

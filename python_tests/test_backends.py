@@ -1,6 +1,7 @@
 """Choosing a backend: explicitly, by the environment, and by the rule, which needs no GPU to be asked."""
 
 import functools
+import importlib
 import itertools
 import os
 import subprocess
@@ -320,10 +321,17 @@ def test_each_device_gets_the_way_that_is_chosen_for_it(gpus: list, monkeypatch:
 
 @needs_native
 @no_gpu
-def test_gpus_without_kernels_are_named(gpus: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_without_kernels_are_named(
+    gpus: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """One of two with kernels is enough for a backend; which device lacks them is known by device."""
     capabilities = [(7, 5), (9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"NVIDIA {'T4' if index == 0 else 'H200'}")
+    importlib.import_module("bioplaus_kernels.__main__").main()
+    report = capsys.readouterr().out
+    assert "  0: NVIDIA T4, sm_75\n" in report and "  1: NVIDIA H200, sm_90\n" in report
+    assert report.count("not served by triton: compute capability 7.5 is below 8.0") == 1
     assert bk.backends.lacks_kernels("triton", 0) == "compute capability 7.5 is below 8.0"
     assert bk.backends.lacks_kernels("triton", 1) == ""
     assert bk.backends.unavailable("triton") == ""
