@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
 
 GPU = torch.device("cuda", 0)
 SHARED = 232_448
@@ -35,6 +36,9 @@ class Driver:
         return 0
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        # Triton 3.6 compiles a launcher for each signature, and keeps it beside the kernels; newer ones do not.
+        if hasattr(nvidia, "make_launcher"):
+            nvidia.CudaLauncher(source, metadata)
         return lambda *args: None
 
 
