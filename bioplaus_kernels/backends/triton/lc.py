@@ -212,7 +212,7 @@ def backward_weight_kernel(
 
 # In order of rows, chosen by what keeps sums and operands in registers; not yet timed on hardware.
 _HALF = Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 8, 4), Tile(128, 64, 32, 8, 4)
-_FLOAT32 = Tile(16, 64, 32, 4, 2), Tile(64, 64, 16, 4, 3), Tile(128, 64, 32, 8, 3)
+_FLOAT32 = Tile(16, 64, 32, 8, 2), Tile(64, 64, 16, 4, 3), Tile(128, 64, 32, 8, 3)
 
 
 def tile_for(width: int, rows: int, entries: str, capability: tuple[int, int], shared: int) -> tuple[Tile, bool]:
