@@ -86,7 +86,9 @@ def main() -> None:
     if not cases:
         parser.error(f"--match: no label matches {args.match!r}")
     out = args.out or Path("build", f"{args.device}.json")
-    result = _measure(args, cases, where, out)
+    # All of float32, but where a variant says TF32.
+    with device.tf32(False):
+        result = _measure(args, cases, where, out)
     if args.instructions:
         try:
             counted = instructions.count("overhead")
@@ -104,8 +106,6 @@ def _measure(args: argparse.Namespace, cases: list[registry.Case], where: device
     # Saved after every case, so that a run that is cut off keeps what it has measured.
     end = time.monotonic() + args.budget
     out.parent.mkdir(parents=True, exist_ok=True)
-    # All of float32, but where a variant says TF32.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if (args.go_on or args.again) and out.exists():
         result: dict[str, Any] = json.loads(out.read_text())
         commit = machine.header(where)["commit"]

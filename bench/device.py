@@ -1,7 +1,8 @@
 """Where a benchmark runs: how calls are timed there, caches emptied, memory counted, and what is compared."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -170,17 +171,26 @@ class Cuda:
 Device = Cpu | Cuda
 
 
-def with_tf32(function: Run) -> Run:
-    """`function` with TF32 allowed, in torch's products and in cuDNN; without it all of float32 is computed."""
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether torch's products and convolutions may round float32 to TF32 inside."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = allowed
+    flags = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    try:
+        with cudnn.flags(**flags, allow_tf32=allowed):
+            yield
+    finally:
+        matmul.allow_tf32 = before
+
+
+def with_tf32(function: Run) -> Run:
+    """`function` where TF32 is allowed."""
 
     def allowed() -> object:
-        before = matmul.allow_tf32, cudnn.allow_tf32
-        matmul.allow_tf32 = cudnn.allow_tf32 = True
-        try:
+        with tf32(True):
             return function()
-        finally:
-            matmul.allow_tf32, cudnn.allow_tf32 = before
 
     return allowed
 

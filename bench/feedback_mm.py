@@ -16,6 +16,7 @@ from .registry import Bench, Case, Run, Work, register
 
 SHAPES = ((512, 512), (1024, 4096), (4096, 4096))
 BATCHES = (1, 8, 32, 128, 512, 2048, 4096)
+WAYS = ("digits", "int_mm", "formed")  # of CUDA C++
 # Those of most worth first.
 HEADLINE = list(product(SHAPES[:0:-1], (128, 4096, 1, 512, 8), (torch.float32, torch.bfloat16)))
 
@@ -89,7 +90,7 @@ def products(device: Device) -> dict[str, Callable[..., torch.Tensor]]:
     if not device.backends:
         return found
     if hasattr(torch.ops.bioplaus, "feedback_mm_by"):
-        for way in ("digits", "int_mm", "formed"):
+        for way in WAYS:
             found[f", {way}"] = lambda *arguments, way=way: torch.ops.bioplaus.feedback_mm_by(*arguments, way)
     return found | {", feedback_weight + cuBLAS": form_then_matmul}
 

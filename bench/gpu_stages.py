@@ -73,9 +73,8 @@ def alive(backend: str) -> None:
         say(said=reason)
         return
     torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     gpu = device.Cuda()
-    with bk.backends.use(backend), gpu.device:
+    with bk.backends.use(backend), gpu.device, device.tf32(False):
         for call in gpu_calls.calls(backend):
             try:
                 error = call.error(call.run())

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import device, machine, registry, report, runner
+from bench import device, feedback_mm, machine, registry, report, runner
 from bench.gate import mm_gate
 from bioplaus_kernels.backends import native
 
@@ -358,6 +358,7 @@ def test_gpu_from_the_command_line_to_the_report(tmp_path: Path, monkeypatch: py
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(device, "Cuda", OnTestGpu)
+    monkeypatch.setattr(feedback_mm, "WAYS", ())  # which take no tensors of the CPU
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     out, cpu = tmp_path / "cuda.json", tmp_path / "cpu.json"
     ops = ("overhead", "locally_connected", "feedback_mm")

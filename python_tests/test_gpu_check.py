@@ -285,7 +285,7 @@ def test_the_calls_know_what_is_right() -> None:
 @pytest.mark.slow
 def test_what_a_user_does(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     gpu_stages.step("lenet", "fa", "", device="cpu")
-    monkeypatch.setattr(torch, "compile", lambda model: lambda x: -model(x))
+    monkeypatch.setattr(torch, "compile", lambda model, **_: lambda x: -model(x))
     gpu_stages.step("lenet", "fa", "", device="cpu")
     right, wrong = capsys.readouterr().out.splitlines()
     assert "'ok': True" in right
