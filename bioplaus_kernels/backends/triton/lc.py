@@ -126,7 +126,7 @@ def _readers(pixel, positions, K, S, B, D):
     """In one dim, the positions that read `pixel`: how many, their taps (first, step) and they (last, step)."""
     start = pixel + B
     step = 1
-    while step * D % S != 0:
+    while (step < K) & (step * D % S != 0):
         step += 1
     tap = tl.maximum(0, tl.cdiv(start - (positions - 1) * S, D))
     while (tap < K) & ((start - tap * D) % S != 0):
