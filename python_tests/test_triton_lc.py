@@ -129,7 +129,7 @@ def test_errors_name_the_argument(device: str) -> None:
     geometry = GEOMETRIES[5]
     x, weight, g = geometry.tensors(torch.float32, device)
     with pytest.raises(TypeError, match="input: expected float32, bfloat16 or float16"):
-        ops.lc_forward(x.double(), weight.double(), None, *geometry.op())
+        lc.lc_forward(x.double(), weight.double(), None, *geometry.op())
     with pytest.raises(TypeError, match="weight: expected"):
         ops.lc_forward(x, weight.half(), None, *geometry.op())
     with pytest.raises(ValueError, match="grad_output: expected shape"):
