@@ -9,10 +9,10 @@ STATE, where they are kept as well, for another call that finds OUT empty (defau
 stay as they are. This module needs Python alone: nothing that a stage can break.
 """
 
-import hashlib
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -28,6 +28,7 @@ from typing import Any
 from . import gpu_verdict
 
 ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "bioplaus_kernels" / "_sources.py"
 PREPARED = ROOT / "build" / "gpu"
 # Whose module lies in the package, where this program has put it there.
 STAMP = ROOT / "build" / "gpu-module"
@@ -242,11 +243,9 @@ def cut(path: Path, largest: int = LARGEST) -> None:
 
 def fingerprint() -> str:
     """Of all that the native module is made of."""
-    files = sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file())
-    digest = hashlib.sha256()
-    for path in (*files, ROOT / "setup.py", ROOT / "CMakeLists.txt"):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    # By its path: the package itself wants torch.
+    digest: Callable[[Path], str] = runpy.run_path(str(SOURCES))["digest"]
+    return digest(ROOT)
 
 
 def install_prepared() -> str:
