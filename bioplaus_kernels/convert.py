@@ -1,7 +1,8 @@
 """Swap the layers of an existing model, in place, and say what became of each."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,8 +12,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._pytree import tree_leaves
 
 from . import nn
-from .feedback import Backprop, KolenPollack, Rule, as_rule, feedback_key
-from .nn.base import FeedbackLayer, supported
+from .feedback import RULES, Key, Rule, as_rule, derived_key
+from .nn.base import FeedbackLayer
+from .nn.state import supported
 
 _PAIRS: dict[type[torch.nn.Module], type[FeedbackLayer]] = {
     getattr(torch.nn, name): getattr(nn, name)
@@ -32,6 +34,8 @@ _OWN = tuple(getattr(nn, name) for name in nn.__all__ if name.startswith("Locall
 
 # What torch.compile, activation checkpointing and FSDP put into names; draws do not depend on who wraps a model when.
 _WRAPPERS = re.compile(r"_(orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)\.")
+
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 # Modules that use the weights of these children without calling them.
 _BYPASSING = {
@@ -130,6 +134,7 @@ def convert_(
         else:
             current = module.feedback.name if isinstance(module, FeedbackLayer) else "backprop"
             report.rows.append(Row(name, _type(module), "left", current, why or "filter_fn"))
+    _spare_broadcasts(model)
     return report
 
 
@@ -173,30 +178,72 @@ def _obstacle(module: Any) -> str:
 def _apply(
     name: str, module: Any, rule: Rule, seed: int, names: dict[int, str], owners: dict[int, FeedbackLayer]
 ) -> Row:
-    if isinstance(rule, Backprop):
-        if not isinstance(module, FeedbackLayer):
-            return Row(name, _type(module), "left", rule.name, "left to back-propagation")
-        module.install_feedback(rule)
-        if type(module) in _PLAIN:
+    if rule.transports_weight and not isinstance(module, FeedbackLayer):
+        return Row(name, _type(module), "left", rule.name, "left to back-propagation")
+
+    def key(weight: str) -> Key:
+        return derived_key(seed, names[id(module.get_parameter(weight))])
+
+    with _unchanged_by_errors(name, module):
+        if not rule.transports_weight:
+            module.__class__ = _PAIRS.get(type(module), type(module))
+        module.install_feedback(rule, key)
+        if rule.transports_weight and type(module) in _PLAIN:
             for plain in (module, *module.children()):
-                for attribute in ("_feedback", "_plans", "_state_lost"):
-                    vars(plain).pop(attribute, None)
-            module.__class__ = _PLAIN[type(module)]  # type: ignore[assignment]
+                plain.__dict__.pop("_feedback", None), plain.__dict__.pop("_held", None)
+            module.__class__ = _PLAIN[type(module)]
+    if rule.transports_weight:
         return Row(name, _type(module), "restored", rule.name, "")
-    module.__class__ = _PAIRS.get(type(module), type(module))
-
-    def key(weight: str) -> Tensor:
-        return feedback_key(seed, names[id(module.get_parameter(weight))])
-
-    module.install_feedback(rule, key)
     for weight in module.weights():
         owner = owners.setdefault(id(getattr(module, weight)), module)
         if owner is not module and owner.feedback == rule:
             module.share_feedback(owner)
     reason = ""
-    if isinstance(rule, KolenPollack):
-        reason = "its feedback_weight learns: add it to the optimizer, in the weight's parameter group"
-    return Row(name, _type(module), "converted", rule.name if rule == type(rule)() else repr(rule), reason)
+    if trained := [held.trained for held in module._held.values() if held.trained]:
+        reason = f"its {trained[0]} learns: add it to the optimizer, in the weight's parameter group"
+    return Row(name, _type(module), "converted", _short(rule), reason)
+
+
+def _short(rule: Rule) -> str:
+    # The name where it says all.
+    return rule.name if RULES.get(rule.name) is type(rule) and rule == type(rule)() else repr(rule)
+
+
+@contextmanager
+def _unchanged_by_errors(name: str, module: torch.nn.Module) -> Iterator[None]:
+    before = [
+        (m, m.__class__, dict(vars(m)), dict(m._parameters), dict(m._buffers), set(m._non_persistent_buffers_set))
+        for m in (module, *module.children())
+    ]
+    try:
+        yield
+    except Exception as error:
+        for m, kind, attributes, parameters, buffers, others in before:
+            m.__class__ = kind
+            vars(m).clear()
+            vars(m).update(attributes, _parameters=parameters, _buffers=buffers, _non_persistent_buffers_set=others)
+        if type(error) in (ValueError, TypeError, RuntimeError):
+            raise type(error)(f"{name or '(root)'}: {error}") from error
+        raise
+
+
+def _spare_broadcasts(model: torch.nn.Module) -> None:
+    # What is drawn from (seed, name) is the same on every rank. DistributedDataParallel reads the list in its model.
+    ignored: list[str] = []
+    for prefix, layer in model.named_modules():
+        if not isinstance(layer, FeedbackLayer) or not layer._held or layer.feedback.initial:
+            continue
+        buffers = {a for held in layer._held.values() for a in (held.record, *held.kept.values())} & set(layer._buffers)
+        own = [f"{prefix}.{buffer}".removeprefix(".") for buffer in sorted(buffers)]
+        if all(held.key is None or held.key.seed is not None for held in layer._held.values()):
+            layer._ignored = ignored, own
+            ignored += own
+    others = [n for n in getattr(model, _IGNORED, []) if "feedback_" not in n]
+    ignored += others
+    if ignored or others:
+        setattr(model, _IGNORED, ignored)
+    elif hasattr(model, _IGNORED):
+        delattr(model, _IGNORED)
 
 
 def _type(module: torch.nn.Module) -> str:

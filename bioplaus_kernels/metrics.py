@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .backends.reference import checks
 from .direct import DirectFeedback
-from .feedback import Backprop
+from .feedback import as_rule
 from .nn.base import FeedbackLayer
 from .targetprop import TargetProp
 
@@ -75,7 +75,7 @@ def backprop(model: torch.nn.Module) -> Iterator[None]:
     direct = [(m, m._bypassed) for m in model.modules() if isinstance(m, DirectFeedback)]
     try:
         for layer, _ in rules:
-            layer._feedback = Backprop()
+            layer._feedback = as_rule(None)
         for wrapper, _ in direct:
             wrapper._bypassed = True
         yield

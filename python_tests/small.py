@@ -26,13 +26,13 @@ RULES: dict[str, bk.Rule] = {
     "concordance": bk.SignConcordance(0.7),
     "wm": bk.WeightMirror(),
 }
-# The suffix of the state a rule keeps, and its dtype in a float32 layer; rules that keep nothing are absent.
+# What a rule keeps beside its record, its suffix and dtype in a float32 layer; rules that keep nothing are absent.
 STATE = {
-    "frsf": ("key", torch.int64),
+    "frsf": ("state", torch.uint8),
     "frsf-stored": ("weight", torch.float32),
-    "brsf": ("key", torch.int64),
-    "fa": ("key", torch.int64),
-    "fa-constant": ("key", torch.int64),
+    "brsf": ("state", torch.uint8),
+    "fa": ("state", torch.uint8),
+    "fa-constant": ("state", torch.uint8),
     "fa-stored": ("weight", torch.float32),
     "fa_signed_init": ("signs", torch.int32),
     "concordance": ("signs", torch.int32),

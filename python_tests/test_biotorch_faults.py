@@ -163,7 +163,8 @@ def test_13_seeded_frsf_saves_the_weight_and_a_key() -> None:
     # The weight, which is alive anyway; the input; and 24 bytes. No second matrix in the layer either.
     assert sum(t.nbytes for t in saved.values()) == layer.weight.nbytes + x.nbytes + 24
     assert layer.weight.data_ptr() in saved
-    assert sum(t.nbytes for t in layer.state_dict().values()) == layer.weight.nbytes + layer.bias.nbytes + 24
+    kept = sum(t.nbytes for name, t in layer.state_dict().items() if "feedback" in name)
+    assert kept == layer.feedback_state.nbytes <= 256 and not list(layer.parameters())[2:]
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -32,7 +32,7 @@ def mlp(**kwargs: Any) -> nn.Sequential:
 
 
 def keys(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if name.endswith("feedback_key")}
+    return {name: value for name, value in model.named_buffers() if name.endswith("feedback_key")}
 
 
 def test_everything_else_about_a_module_stays() -> None:

@@ -1,5 +1,6 @@
 """Models built on the meta device: state that was lost is not used, and every way to have it again."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -32,16 +33,30 @@ STATEFUL = ["fa", "frsf", "brsf", "fa-stored", "frsf-stored", "fa_signed_init"]
 
 
 @pytest.mark.parametrize("rule", STATEFUL)
-def test_meta_state_that_was_lost_is_not_used(rule: str) -> None:
-    model = meta_model(rule).to_empty(device="cpu")
+@pytest.mark.parametrize("built_on", ["meta", "cpu"])
+def test_memory_that_nobody_wrote_is_not_used(built_on: str, rule: str) -> None:
+    expected = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Conv1d(2, 2, 1), nn.Flatten(), nn.Linear(6, 6))
+    bk.convert_(expected, RULES[rule])
+    model = meta_model(rule) if built_on == "meta" else copy.deepcopy(expected)
+    model.to_empty(device="cpu")
+    for module in (model[0], model[2], model[4]):
+        nn.Linear.reset_parameters(module) if isinstance(module, nn.Linear) else nn.Conv1d.reset_parameters(module)
     x = torch.randn(2, 6, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"lost by to_empty\(\).*reset_parameters\(\).*load a state_dict"):
+    if rule != "fa_signed_init":
+        # What a key draws is there again.
+        for ours, theirs in zip(model[::2], expected[::2], strict=True):
+            if rule != "brsf":
+                assert torch.equal(ours.feedback_matrix().abs(), theirs.feedback_matrix().abs())
+        return
+    wanted = r"state of weight of Linear\(.*was lost, by to_empty\(\).*reset_parameters\(\).*load a state_dict"
+    with pytest.raises(RuntimeError, match=wanted):
         model[0](x)
-    with pytest.raises(RuntimeError, match=r"lost by to_empty"):
+    with pytest.raises(RuntimeError, match=wanted):
         model[0].feedback_matrix()
-    for module in model:
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+    with pytest.raises(Exception, match="was lost, by to_empty"):
+        torch.compile(model[0], fullgraph=True, backend="eager")(x)
+    for module in (model[0], model[2], model[4]):
+        module.reset_parameters()
     assert all(grad.isfinite().all() for grad in through(model, x))
 
 

@@ -7,7 +7,7 @@ Arguments that do not fit raise ValueError or TypeError; double backward and tor
 
 from types import FunctionType
 
-from ._common import Arguments, Feedback, Grads, Ints, ints, is_backprop, needs_feedback, no_key, resolve
+from ._common import Arguments, Feedback, Grads, Ints, formed, ints, is_backprop, needs_feedback, no_key, resolve
 from ._conv import (
     conv1d,
     conv2d,
@@ -43,6 +43,7 @@ __all__ = [
     "conv_transpose3d",
     "conv_transpose_with",
     "conv_with",
+    "formed",
     "ints",
     "is_backprop",
     "linear",

@@ -7,21 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..backends.reference import checks
-from ..feedback import (
-    BACKPROP,
-    Backprop,
-    Fans,
-    Operands,
-    Rule,
-    SignConcordance,
-    SignedInit,
-    as_rule,
-    is_seeded,
-    operands,
-    plan,
-    root_mean_square,
-)
+from ..feedback import BACKPROP, Fans, Operands, Rule, State, as_rule, stored
 
 # weight, signs, magnitude, key, entries, scale: what every op takes for B.
 Arguments = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, str, float]
@@ -101,6 +89,22 @@ def saved_feedback(ctx: Any, saved: Grads) -> tuple[Tensor | None, Arguments, to
     return input, (weight, signs, magnitude, key, entries, scale), shape
 
 
+def without_factors(feedback: Arguments, shape: torch.Size) -> Arguments:
+    # B formed where it is two factors, which only a linear map multiplies by one after the other.
+    _, p, q, _, entries, _ = feedback
+    if entries != "factors" or p is None or q is None:
+        return feedback
+    return None, None, (p @ q).reshape(shape), None, "stored", 1.0
+
+
+def formed(op: Operands, weight: Tensor) -> Tensor:
+    """B, like `weight`, of the operands of a call."""
+    own = {"sign": weight.detach(), "": None}[op.role]
+    feedback = without_factors((own, *op[1:6]), weight.shape)
+    b = ops.feedback_weight(*feedback, weight.shape, dtype=weight.dtype)
+    return b if op.rescale is None else b * op.rescale
+
+
 def finish(
     ctx: Any, saved: Grads, grad_input: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None
 ) -> Grads:
@@ -138,24 +142,25 @@ def resolve(feedback: Feedback, weight: Tensor, fans: Fans, key: Tensor | None =
         if feedback.device != weight.device:
             checks.fail("feedback", f"a tensor on {weight.device}", feedback.device)
         no_key(key)
-        return Operands("", None, feedback.detach(), None, "stored", 1.0, None)
+        return stored(feedback.detach())
     rule = as_rule(feedback)
-    if isinstance(rule, Backprop):
+    if rule.transports_weight:
         no_key(key)
         return BACKPROP
-    stateful = getattr(rule, "stored", False) or getattr(rule, "scale", None) == "initial"
-    if stateful or isinstance(rule, SignedInit | SignConcordance):
+    if rule.state(weight):
         raise ValueError(f"feedback: {rule} keeps state: use its layer in bioplaus_kernels.nn, or pass B as a tensor")
-    if is_seeded(rule) != (key is not None):
-        wanted = "a tensor from feedback.feedback_key(seed, name)" if is_seeded(rule) else "None"
+    if rule.seeded != (key is not None):
+        wanted = "a tensor from feedback.feedback_key(seed, name)" if rule.seeded else "None"
         checks.fail("key", f"{wanted} with feedback={rule.name!r}", "None" if key is None else "a tensor")
+    state: State = {"rms": rule.rms(fans)}
     if key is not None:
         if not isinstance(key, Tensor):
             checks.fail("key", "a tensor from feedback.feedback_key(seed, name)", type(key).__name__, TypeError)
         checks.key(key)
         if key.device != weight.device:
             checks.fail("key", f"a tensor on {weight.device}", f"one on {key.device}")
-    return operands(plan(rule, root_mean_square(getattr(rule, "scale", 1.0), fans)), weight, key=key)
+        state["key"] = key
+    return rule.operands(weight, state)
 
 
 def no_key(key: Tensor | None) -> None:
@@ -166,7 +171,7 @@ def no_key(key: Tensor | None) -> None:
 
 def is_backprop(feedback: Feedback) -> bool:
     """Whether `feedback` means B = W."""
-    return not isinstance(feedback, Tensor) and isinstance(as_rule(feedback), Backprop)
+    return not isinstance(feedback, Tensor) and as_rule(feedback).transports_weight
 
 
 # The layers' hot path checks only what torch lets pass: where torch or an op raises, `explain*` raises instead if it

@@ -27,6 +27,7 @@ from ._common import (
     once,
     resolve,
     saved_feedback,
+    without_factors,
 )
 
 # Channels from which the integer digits of feedback_mm are faster than the vendor's 1x1 convolution, on tile units and
@@ -69,7 +70,11 @@ class _Conv(torch.autograd.Function):
             # The vendor's backward reads only the shape and the layout of an operand that no wanted gradient needs.
             if input is None:
                 input = _unread(grad_output, ctx.input_shape)
-            b = _formed(feedback, shape, grad_output.dtype) if mask[0] else grad_output.new_empty(1).expand(shape)
+            b = (
+                _formed(without_factors(feedback, shape), shape, grad_output.dtype)
+                if mask[0]
+                else grad_output.new_empty(1).expand(shape)
+            )
             bias_sizes = [grad_output.shape[1]] if mask[2] else None
             first, w, c = torch.ops.aten.convolution_backward.default(
                 grad_output, input, b, bias_sizes, *ctx.geometry, mask

@@ -24,7 +24,11 @@ class _Linear(torch.autograd.Function):
         input, feedback, shape = saved_feedback(ctx, saved)
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_input = ops.feedback_mm(grad_output, *feedback, shape[1])
+            _, p, q, _, entries, _ = feedback
+            if entries == "factors" and p is not None and q is not None:
+                grad_input = grad_output.mm(p.to(grad_output.dtype)).mm(q.to(grad_output.dtype))
+            else:
+                grad_input = ops.feedback_mm(grad_output, *feedback, shape[1])
         if input is not None:
             grad_weight = grad_output.t().mm(input)
         if ctx.needs_input_grad[2]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import ops
 from ..backends.reference import checks
 from ..feedback import Operands, lc_fans
-from ._common import Feedback, Grads, Ints, begin, explain, finish, ints, once, resolve, saved_feedback
+from ._common import Feedback, Grads, Ints, begin, explain, finish, ints, once, resolve, saved_feedback, without_factors
 
 Padding = int | str | Sequence[int] | Sequence[Sequence[int]]
 
@@ -35,6 +35,7 @@ class _LocallyConnected(torch.autograd.Function):
         kernel_size = shape[len(ctx.input_size) + 1 : -1]
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
+            feedback = without_factors(feedback, shape)
             grad_input = ops.lc_backward_input(grad_output, *feedback, shape, ctx.input_size, *ctx.geometry)
         if input is not None:
             grad_weight = ops.lc_backward_weight(grad_output, input, kernel_size, *ctx.geometry)
@@ -61,7 +62,7 @@ class _LocallyConnectedTranspose(torch.autograd.Function):
         kernel_size = shape[grad_output.dim() - 1 : -1]
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            b = ops.feedback_weight(*feedback, shape, dtype=grad_output.dtype)
+            b = ops.feedback_weight(*without_factors(feedback, shape), shape, dtype=grad_output.dtype)
             grad_input = ops.lc_forward(grad_output, b, None, *ctx.geometry)
         if input is not None:
             grad_weight = ops.lc_backward_weight(input, grad_output, kernel_size, *ctx.geometry)

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..feedback import Backprop, Fans, Operands, Rule, linear_fans
-from ..functional import linear_with, needs_feedback
-from .base import FeedbackLayer, Keys
+from ..feedback import Fans, Operands, Rule, linear_fans, stored
+from ..functional import formed, linear_with, needs_feedback
+from .base import FeedbackLayer
 from .linear import Linear
+from .state import Keys
 
 
 class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
@@ -31,7 +32,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
 
     def install_feedback(self, rule: Rule, key: Keys | None = None) -> None:
         super().install_feedback(rule, key)
-        if isinstance(rule, Backprop):
+        if rule.transports_weight:
             if isinstance(self.out_proj, Linear):
                 self.out_proj.install_feedback(rule)
             self.out_proj.__class__ = NonDynamicallyQuantizableLinear
@@ -120,25 +121,27 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         if not self._qkv_same_embed_dim:
             biases = (None,) * 3 if bias is None else bias.chunk(3)
             inputs = zip((query, key, value), self.weights(), biases, strict=True)
-            return [linear_with(x, self.used_weight(name), b, self.operands(name)) for x, name, b in inputs]
-        op, weight = self.operands("in_proj_weight"), self.used_weight("in_proj_weight")
+            used = [(x, b, *self.used(name)) for x, name, b in inputs]
+            return [linear_with(x, weight, b, op) for x, b, weight, op in used]
+        weight, op = self.used("in_proj_weight")
         if query is key and key is value:
             return list(linear_with(query, weight, bias, op).chunk(3, dim=-1))
 
         def rows(x: Tensor, start: int, stop: int) -> Tensor:
             b = None if bias is None else bias[start:stop]
-            return linear_with(x, weight[start:stop], b, self._rows(op, start, stop))
+            return linear_with(x, weight[start:stop], b, self._rows(op, weight, start, stop))
 
         if key is value:
             return [rows(query, 0, e), *rows(key, e, 3 * e).chunk(2, dim=-1)]
         return [rows(x, i * e, (i + 1) * e) for i, x in enumerate((query, key, value))]
 
-    def _rows(self, op: Operands, start: int, stop: int) -> Operands:
+    @staticmethod
+    def _rows(op: Operands, weight: Tensor, start: int, stop: int) -> Operands:
         # Draws and packed signs are laid out for the whole matrix, so B is formed and sliced; signs of W itself slice.
         if op.key is None and op.signs is None:
             return op._replace(magnitude=None if op.magnitude is None else op.magnitude[start:stop])
-        b = self.feedback_matrix()[start:stop]
-        return Operands("", None, b, None, "stored", 1.0, None)
+        with torch.no_grad():
+            return stored(formed(op, weight)[start:stop])
 
     def _heads(self, x: Tensor, batched: bool) -> Tensor:
         # (N, heads, length, head size)

@@ -1,52 +1,21 @@
-"""What every layer with a feedback rule has: the rule, its state, and B."""
+"""What every layer with a feedback rule has: the rule, and B in a call."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends.reference import checks
-from ..backends.reference.philox import LAYOUT_VERSION
-from ..feedback import (
-    BACKPROP,
-    Backprop,
-    BatchMagnitude,
-    Fans,
-    FeedbackAlignment,
-    FixedMagnitude,
-    KolenPollack,
-    Operands,
-    Rule,
-    SignConcordance,
-    SignedInit,
-    SignSymmetry,
-    WeightMirror,
-    as_rule,
-    draw,
-    draw_concordance,
-    flip_signs,
-    is_seeded,
-    operands,
-    plan,
-    random_key,
-    root_mean_square,
-    weight_rms,
+from ..feedback import BACKPROP, Operands, Rule, State, as_rule, weight_rms
+from ..functional import formed, needs_feedback
+from .state import StatefulLayer
+
+_STALE = (
+    "feedback: the state of a layer was replaced since its last call, by something else than load_state_dict or a "
+    "move; call the model once without torch.compile, which reads it"
 )
-from ..functional import needs_feedback
-
-Keys = Callable[[str], Tensor]
-
-
-def supported(weight: Tensor) -> bool:
-    """Whether a rule other than back-propagation can take `weight`."""
-    return weight.dtype in checks.DTYPES
-
-
-_SUFFIXES = ("key", "weight", "signs", "scale")
 
 
 class _Both(torch.autograd.Function):
@@ -60,25 +29,8 @@ class _Both(torch.autograd.Function):
         return grad_weight, grad_weight
 
 
-class FeedbackLayer(torch.nn.Module):
-    """Mixin before a torch.nn class: `feedback=` and the state that its rule needs, one entry for each weight.
-
-    For the weight called `weight` the state is called
-
-    * `feedback_key`, an int64 buffer (layout version, key, 0), for seeded `fa`, `frsf` and `brsf`;
-    * `feedback_weight`, a Parameter without gradient, for stored `fa` (B) and `frsf` (|M|), and for `wm` (B);
-      with W's gradient for `kp` (B);
-    * `feedback_signs`, a buffer, the packed signs of W₀ for `fa_signed_init`, of c for `concordance`;
-    * `feedback_scale`, a buffer, for scale="initial";
-
-    and `in_proj_feedback_key` for `in_proj_weight`. `backprop` and `usf` keep nothing.
-    """
-
-    _feedback: Rule
-    # Set by frozen_signs: packed signs of each weight, until the block ends.
-    _frozen: dict[str, Tensor] | None = None
-    # True from to_empty() on a meta module until the state is drawn or loaded again.
-    _state_lost: bool = False
+class FeedbackLayer(StatefulLayer):
+    """Mixin before a torch.nn class: `feedback=`, a rule, and what it keeps for each weight (`StatefulLayer`)."""
 
     def __init__(self, *args: Any, feedback: Rule | str | None = None, **kwargs: Any) -> None:
         rule = as_rule(feedback)
@@ -90,122 +42,55 @@ class FeedbackLayer(torch.nn.Module):
         """The rule."""
         return self._feedback
 
-    @property
-    def uses_feedback(self) -> bool:
-        """Whether B is anything but W."""
-        return not isinstance(self._feedback, Backprop)
-
-    def weights(self) -> list[str]:
-        """Names of the weights that have a B."""
-        return ["weight"]
-
-    def fans(self, name: str = "weight") -> Fans:
-        """Fans of weight `name`."""
-        raise NotImplementedError
-
-    def install_feedback(self, rule: Rule, key: Keys | None = None) -> None:
-        """Make `rule` the layer's, with fresh state as in `reset_feedback`."""
-        for name in self.weights():
-            weight = getattr(self, name)
-            if not isinstance(rule, Backprop) and not supported(weight):
-                raise TypeError(f"feedback: {rule.name!r} takes a floating weight, got {name} of {weight.dtype}")
-            for suffix in _SUFFIXES:
-                attribute = _state(name, suffix)
-                if attribute in self._buffers or attribute in self._parameters:
-                    delattr(self, attribute)
-            if is_seeded(rule):
-                self.register_buffer(
-                    _state(name, "key"), torch.zeros(3, dtype=torch.int64, device=weight.device), persistent=True
-                )
-            elif isinstance(rule, FixedMagnitude | FeedbackAlignment):
-                stored = torch.empty_like(weight, requires_grad=False)
-                trained = isinstance(rule, KolenPollack)
-                self.register_parameter(_state(name, "weight"), torch.nn.Parameter(stored, requires_grad=trained))
-            elif isinstance(rule, SignedInit | SignConcordance):
-                self.register_buffer(_state(name, "signs"), ops.pack_signs(weight.detach()))
-            if getattr(rule, "scale", None) == "initial":
-                self.register_buffer(_state(name, "scale"), weight_rms(weight))
-        self._feedback = rule
-        self._plans = {} if isinstance(rule, Backprop) else {n: plan(rule, self.rms(n)) for n in self.weights()}
-        self.reset_feedback(key)
-
-    def rms(self, name: str = "weight") -> float:
-        """The root mean square of B's entries; 1 for scale="match" and "initial"."""
-        return root_mean_square(getattr(self._feedback, "scale", 1.0), self.fans(name))
-
-    @torch.no_grad()
-    def reset_feedback(self, key: Keys | None = None) -> None:
-        """Draw the rule's state again: from `key(weight name)`, or from torch's generator as torch.nn draws."""
-        rule = self._feedback
-        for name in self.weights():
-            weight = getattr(self, name)
-            if isinstance(rule, SignedInit):
-                getattr(self, _state(name, "signs")).copy_(ops.pack_signs(weight))
-            elif isinstance(rule, BatchMagnitude | FixedMagnitude | FeedbackAlignment | SignConcordance):
-                own = random_key() if key is None else key(name)
-                if isinstance(rule, SignConcordance):
-                    getattr(self, _state(name, "signs")).copy_(draw_concordance(rule.p, own, weight))
-                elif is_seeded(rule):
-                    getattr(self, _state(name, "key")).copy_(own)
-                elif not weight.is_meta:
-                    getattr(self, _state(name, "weight")).copy_(draw(rule, own, weight, self.rms(name)))
-            if getattr(rule, "scale", None) == "initial":
-                getattr(self, _state(name, "scale")).copy_(weight_rms(weight))
-        self._state_lost = False
-
-    def share_feedback(self, other: "FeedbackLayer") -> None:
-        """Take the very state tensors of `other`, a layer that shares this one's weights and has its rule."""
-        for name in self.weights():
-            for suffix in _SUFFIXES:
-                if (state := getattr(other, _state(name, suffix), None)) is not None:
-                    setattr(self, _state(name, suffix), state)
-
     def reset_parameters(self) -> None:
         """torch.nn's initialisation, then fresh feedback."""
         super().reset_parameters()  # type: ignore[misc]
         if "_feedback" in self.__dict__:
             self.reset_feedback()
 
-    def operands(self, name: str = "weight") -> Operands:
-        """What stands for B of weight `name` in this call."""
-        if self._state_lost:
-            raise RuntimeError(
-                f"the feedback state of this {type(self).__name__} was lost by to_empty(): "
-                "call reset_parameters(), convert_ the model again, or load a state_dict"
-            )
-        rule, signs, magnitude, key = self._feedback, None, None, None
-        if self._frozen is not None:
-            signs = self._frozen.get(name)
-        if is_seeded(rule):
-            key = getattr(self, _state(name, "key"))
-        elif isinstance(rule, SignedInit):
-            signs = getattr(self, _state(name, "signs"))
-        elif isinstance(rule, SignConcordance):
-            weight = getattr(self, name)
-            own = ops.pack_signs(weight.detach()) if signs is None else signs
-            signs = flip_signs(own, getattr(self, _state(name, "signs")), weight.shape[0])
-        elif not isinstance(rule, SignSymmetry):
-            magnitude = getattr(self, _state(name, "weight"))
-        plan = self._plans[name]
-        op = operands(plan, getattr(self, name), signs, magnitude, key)
-        return op._replace(rescale=getattr(self, _state(name, "scale"))) if plan.initial else op
+    def rms(self, name: str = "weight") -> float:
+        """The root mean square of B's entries; 1 for scale="match" and "initial"."""
+        return self._feedback.rms(self.fans(name))
 
-    def used_weight(self, name: str = "weight") -> Tensor:
-        """W for the forward product; for `kp` a gradient that it takes goes to B too, in the first layer as well."""
+    def used(self, name: str = "weight", feedback: bool = True) -> tuple[Tensor, Operands]:
+        """W, fetched once, for this call's forward product, and what stands for B; W itself if not `feedback`.
+
+        A gradient that W takes goes to a trained B too.
+        """
         weight = getattr(self, name)
-        if isinstance(self._feedback, KolenPollack) and weight.requires_grad and torch.is_grad_enabled():
-            return _Both.apply(weight, getattr(self, _state(name, "weight")))
-        return weight
+        if not self.uses_feedback:
+            return weight, BACKPROP
+        op = self._feedback.operands(weight, self._state(name, weight)) if feedback else BACKPROP
+        trained = self._held[name].trained
+        if trained and weight.requires_grad and torch.is_grad_enabled():
+            weight = _Both.apply(weight, self._parameters[trained])
+        return weight, op
+
+    def _state(self, name: str, weight: Tensor) -> State:
+        held = self._held[name]
+        state = held.constants
+        if held.kept:
+            record = self._record(held)
+            if torch.compiler.is_compiling():
+                if held.seen is not None and record is not held.seen:
+                    raise RuntimeError(_STALE)
+            elif held.is_stale(record) or any(t.device != weight.device for t in self._kept(held).values()):
+                self._notice(name, weight)
+            if held.lost:
+                raise RuntimeError(
+                    f"the feedback state of {self.called(name)} was lost, by to_empty() or a load without it: "
+                    "call reset_feedback() or reset_parameters(), convert_ the model again, or load a state_dict"
+                )
+            state = {**state, **{n: getattr(self, attribute) for n, attribute in held.kept.items()}}
+        if self._frozen is not None:
+            state = {**state, "frozen": self._frozen.get(name)}
+        return state
 
     def is_plain(self, input: Tensor) -> bool:
         """Whether this call is torch.nn's own: no gradient goes back through `input` and none to B."""
-        if self.uses_feedback and needs_feedback(input):
-            return False
-        return not (isinstance(self._feedback, KolenPollack) and torch.is_grad_enabled())
-
-    def operands_for(self, input: Tensor) -> Operands:
-        """`operands()`, or W itself where no gradient goes back through `input` and so nothing of B is wanted."""
-        return self.operands() if self.uses_feedback and needs_feedback(input) else BACKPROP
+        if not self.uses_feedback:
+            return True
+        return not (needs_feedback(input) or (torch.is_grad_enabled() and any(h.trained for h in self._held.values())))
 
     @torch.no_grad()
     def feedback_matrix(self, name: str = "weight") -> Tensor:
@@ -213,83 +98,11 @@ class FeedbackLayer(torch.nn.Module):
         weight = getattr(self, name)
         if not self.uses_feedback:
             return weight.detach().clone()
-        op = self.operands(name)
-        sign_source = weight if op.role == "sign" else None
-        b = ops.feedback_weight(
-            sign_source, op.signs, op.magnitude, op.key, op.entries, op.scale, weight.shape, dtype=weight.dtype
-        )
-        return b if op.rescale is None else b * op.rescale
+        return formed(self._feedback.operands(weight, self._state(name, weight)), weight)
 
     def extra_repr(self) -> str:
         """torch.nn's, and the rule."""
         return ", ".join(filter(None, (super().extra_repr(), f"feedback={self._feedback}")))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        was_meta = any(getattr(self, name).is_meta for name in self.weights())
-        super()._apply(fn, recurse)
-        if was_meta and not any(getattr(self, name).is_meta for name in self.weights()):
-            self._state_lost = any(
-                getattr(self, _state(name, suffix), None) is not None for name in self.weights() for suffix in _SUFFIXES
-            )
-        return self
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        if self.uses_feedback and prefix + "weight_backward" in state_dict:
-            self._adopt_biotorch(state_dict, prefix, error_msgs)
-        for name in self.weights():
-            key = state_dict.get(prefix + _state(name, "key"))
-            if key is not None and not key.is_meta and (key.shape != (3,) or int(key[0]) != LAYOUT_VERSION):
-                error_msgs.append(
-                    f"{prefix}{_state(name, 'key')}: expected (layout version {LAYOUT_VERSION}, key, stream), "
-                    f"got {key.tolist()}"
-                )
-        missing = len(missing_keys)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if len(missing_keys) == missing:
-            self._state_lost = False
-
-    def _adopt_biotorch(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
-        # BioTorch saves B (fa), |M| (frsf) or s · sign(W) (usf) as weight_backward, and a bias_backward it never uses.
-        # The dictionary is load_state_dict's own copy.
-        rule, b = self._feedback, state_dict.pop(prefix + "weight_backward")
-        state_dict.pop(prefix + "bias_backward", None)
-        if isinstance(rule, SignSymmetry):
-            found = float(b.abs().max()) if b.numel() else 0.0
-            own = self.rms()
-            if rule.scale != "match" and abs(found - own) > 1e-5 * own:
-                error_msgs.append(
-                    f"{prefix}weight_backward: its magnitude is {found:.9g}, this layer's scale={rule.scale!r} is "
-                    f"{own:.9g}; convert with SignSymmetry(scale={found:.9g}) to train on as BioTorch did"
-                )
-        elif isinstance(rule, FeedbackAlignment | FixedMagnitude):
-            if rule.scale == "match":
-                error_msgs.append(f"{prefix}weight_backward: expected a rule with a fixed scale, got scale='match'")
-            else:
-                if not rule.stored:
-                    self.install_feedback(replace(rule, stored=True))
-                state_dict[prefix + _state("weight", "weight")] = b
-        elif isinstance(rule, BatchMagnitude):
-            # BioTorch draws this one without a seed: the layer's own key stays.
-            if not self._state_lost:
-                state_dict.setdefault(prefix + _state("weight", "key"), self.feedback_key)
-        else:
-            error_msgs.append(f"{prefix}weight_backward: expected none with feedback={rule.name!r}")
-
-
-def _state(name: str, suffix: str) -> str:
-    # "weight" -> "feedback_key"; "in_proj_weight" -> "in_proj_feedback_key".
-    return f"{name.removesuffix('weight')}feedback_{suffix}"
 
 
 @contextmanager
@@ -311,7 +124,7 @@ def frozen_signs(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            layer._frozen = None
+            vars(layer).pop("_frozen", None)
 
 
 @torch.no_grad()
@@ -340,12 +153,12 @@ def mirror_(
             raise ValueError(f"{argument}: expected a number from 0 to 1, got {value!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size!r}")
-    layers = [m for m in model.modules() if isinstance(m, FeedbackLayer) and isinstance(m.feedback, WeightMirror)]
+    layers = [m for m in model.modules() if isinstance(m, FeedbackLayer) and m.feedback.mirrors]
     if not layers:
         raise ValueError("model: expected a layer with the rule 'wm', got none")
     for layer in layers:
         for name in layer.weights():
-            weight, b = getattr(layer, name), getattr(layer, _state(name, "weight"))
+            weight, b = getattr(layer, name), getattr(layer, layer._held[name].kept["weight"])
             # (positions, rows, columns): only locally-connected weights, of d dimensions, have more than one position.
             d = getattr(layer, "d", 0)
             w = (weight.flatten(0, d - 1) if d else weight.unsqueeze(0)).flatten(2)

@@ -30,9 +30,8 @@ class _ConvForward(_Conv, torch.nn.modules.conv._ConvNd):
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0,) * len(self.kernel_size)
         d = len(self.kernel_size)
-        return conv_with(
-            d, input, self.used_weight(), self.bias, self.stride, padding, self.dilation, self.groups, self.operands()
-        )
+        weight, op = self.used()
+        return conv_with(d, input, weight, self.bias, self.stride, padding, self.dilation, self.groups, op)
 
 
 class _ConvTransposeForward(_Conv, torch.nn.modules.conv._ConvTransposeNd):
@@ -42,17 +41,18 @@ class _ConvTransposeForward(_Conv, torch.nn.modules.conv._ConvTransposeNd):
         d = len(self.kernel_size)
         geometry: Any = (self.stride, self.padding, self.kernel_size, d, self.dilation)
         output_padding = self._output_padding(input, output_size, *geometry)
+        weight, op = self.used()
         return conv_transpose_with(
             d,
             input,
-            self.used_weight(),
+            weight,
             self.bias,
             self.stride,
             cast(tuple[int, ...], self.padding),
             output_padding,
             self.groups,
             self.dilation,
-            self.operands(),
+            op,
         )
 
 

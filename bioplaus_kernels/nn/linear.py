@@ -17,4 +17,5 @@ class Linear(FeedbackLayer, torch.nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.is_plain(input):
             return super().forward(input)
-        return linear_with(input, self.used_weight(), self.bias, self.operands())
+        weight, op = self.used()
+        return linear_with(input, weight, self.bias, op)

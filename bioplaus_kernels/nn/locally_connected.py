@@ -10,7 +10,15 @@ from torch import Tensor
 from ..backends.reference import checks
 from ..backends.reference.lc import output_size
 from ..feedback import Fans, Rule, as_rule, lc_fans
-from ..functional import Ints, Padding, ints, locally_connected_transpose_with, locally_connected_with, pad_pairs
+from ..functional import (
+    Ints,
+    Padding,
+    ints,
+    locally_connected_transpose_with,
+    locally_connected_with,
+    needs_feedback,
+    pad_pairs,
+)
 from .base import FeedbackLayer
 
 
@@ -146,15 +154,9 @@ class _LocallyConnected(_LocallyConnectedNd):
 
     def forward(self, input: Tensor) -> Tensor:
         self._spatial(input, self.in_channels, self.input_size)
+        weight, op = self.used(feedback=needs_feedback(input))
         return locally_connected_with(
-            input,
-            self.used_weight(),
-            self.bias,
-            self.stride,
-            self._pairs,
-            self.dilation,
-            self.groups,
-            self.operands_for(input),
+            input, weight, self.bias, self.stride, self._pairs, self.dilation, self.groups, op
         )
 
     def _size_repr(self) -> str:
@@ -239,16 +241,9 @@ class _LocallyConnectedTranspose(_LocallyConnectedNd):
 
     def forward(self, input: Tensor) -> Tensor:
         self._spatial(input, self.in_channels, self.input_size)
+        weight, op = self.used(feedback=needs_feedback(input))
         return locally_connected_transpose_with(
-            input,
-            self.used_weight(),
-            self.bias,
-            self.output_size,
-            self.stride,
-            self._pairs,
-            self.dilation,
-            self.groups,
-            self.operands_for(input),
+            input, weight, self.bias, self.output_size, self.stride, self._pairs, self.dilation, self.groups, op
         )
 
     def _size_repr(self) -> str:

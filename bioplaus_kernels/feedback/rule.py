@@ -1,0 +1,145 @@
+"""What a rule is: the B, of W's shape, in dX = dY B, and the state that it takes."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .record import Key
+from .scale import Fans
+
+# What a rule keeps for one weight, by name, and beside it "rms", the float of `Rule.rms`; in a call "key", the tensor
+# (layout version, key, 0), if the rule is `seeded`, and within `frozen_signs` "frozen", W's packed signs.
+State = dict[str, Any]
+
+
+class Operands(NamedTuple):
+    """What stands for B in a call: a cell of the ops' table (see `ops.feedback_weight`), times `rescale`.
+
+    `role` says what W itself serves as. With entries="factors" B = signs · magnitude, two matrices of the weight's
+    dtype, is reshaped as the weight.
+    """
+
+    role: Literal["", "sign", "magnitude"]
+    signs: Tensor | None
+    magnitude: Tensor | None
+    key: Tensor | None
+    entries: str
+    scale: float
+    rescale: Tensor | None
+
+
+BACKPROP = Operands("magnitude", None, None, None, "stored", 1.0, None)
+
+
+def stored(b: Tensor, rescale: Tensor | None = None) -> Operands:
+    """The operands that are B itself."""
+    return Operands("", None, b, None, "stored", 1.0, rescale)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Base of the rules. One of a user's own needs `name` and one of `matrix`, `factors` and `operands`.
+
+    What a rule keeps for a weight is `state(weight)`: tensors by name, in the form they have there. A plain tensor
+    becomes the buffer `feedback_<name>`; a `Frozen` the Parameter `feedback_<name>` that is never trained; another
+    Parameter is trained, by the weight's own gradient. `draw` fills them, from a key that the layer has of `convert_`'s
+    seed or of torch's generator; after that a state_dict carries them, and a record of rule, key and content with them.
+
+    Its dataclass fields, numbers and strings, identify a rule: what was saved under others does not load.
+    """
+
+    # The string that stands for the rule with its defaults.
+    name: ClassVar[str]
+    # Whether W's signs are read, which frozen_signs packs once for many calls.
+    sign_of_weight: ClassVar[bool] = False
+    # Whether B is W itself.
+    transports_weight: ClassVar[bool] = False
+    # Whether what is kept stays as it was drawn. If not it learns, and its content is no part of the record.
+    fixed: ClassVar[bool] = True
+    # Whether what is kept as "weight" is what `mirror_` teaches.
+    mirrors: ClassVar[bool] = False
+
+    @property
+    def seeded(self) -> bool:
+        """Whether a call reads the key."""
+        return False
+
+    @property
+    def keyed(self) -> bool:
+        """Whether B depends on a key."""
+        return self.seeded or type(self).draw is not Rule.draw
+
+    @property
+    def initial(self) -> bool:
+        """Whether what is kept is W's when the rule is given, so that no key can draw it again."""
+        return False
+
+    def rms(self, fans: Fans) -> float:
+        """The root mean square of B's entries, before `rescale`."""
+        return 1.0
+
+    def state(self, weight: Tensor) -> dict[str, Tensor]:
+        """What is kept for `weight`, on its device, not drawn yet."""
+        return {}
+
+    def draw(self, state: State, weight: Tensor, key: Tensor) -> None:
+        """Fill what is kept, in place, from `key`; called under no_grad."""
+
+    def matrix(self, weight: Tensor, state: State) -> Tensor:
+        """B, in the weight's shape, dtype and device.
+
+        Called once a call, in the forward, under no_grad and without autocast, on that call's W in its own dtype; the
+        result is kept until the backward. It must be traceable by torch.compile.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: expected one of matrix, factors and operands, got none")
+
+    def factors(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """P (weight.shape[0], r) and Q (r, numel/weight.shape[0]) with B = P Q, called as `matrix` is.
+
+        A linear layer's dX is (dY P) Q; other layers form B in their backward.
+        """
+        raise NotImplementedError
+
+    def operands(self, weight: Tensor, state: State) -> Operands:
+        """What stands for B in a call, `matrix` or `factors` unless a rule has a cell of the ops' table."""
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            if type(self).factors is not Rule.factors:
+                p, q = self.factors(weight.detach(), state)
+                columns = weight[:1].numel()
+                self._fits("factors", p, weight, (weight.shape[0], p.shape[-1]))
+                self._fits("factors", q, weight, (p.shape[-1], columns))
+                return Operands("", p, q, None, "factors", 1.0, None)
+            b = self.matrix(weight.detach(), state)
+            self._fits("matrix", b, weight, tuple(weight.shape))
+            return stored(b)
+
+    def _fits(self, method: str, found: Tensor, weight: Tensor, shape: tuple[int, ...]) -> None:
+        got = tuple(found.shape), found.dtype, found.device
+        if got != (shape, weight.dtype, weight.device):
+            raise ValueError(
+                f"{type(self).__name__}.{method}: expected shape {shape}, {weight.dtype} on {weight.device}, "
+                f"got {got[0]}, {got[1]} on {got[2]}"
+            )
+
+    def outdated(self, key: Key) -> str:
+        """What to warn of where a file's key is of an older layout that means something else."""
+        return ""
+
+    def adopt_biotorch(self, b: Tensor, rms: float) -> tuple["Rule", dict[str, Tensor]]:
+        """The rule, and what it keeps, of a layer that BioTorch saved with `weight_backward` b.
+
+        Raises ValueError, saying what is expected instead, where that is not this rule.
+        """
+        raise ValueError(f"expected none with feedback={self.name!r}")
+
+
+def check_rule(rule: Rule, argument: str) -> Rule:
+    """`rule`, if it says what B is."""
+    kind = type(rule)
+    if kind.matrix is Rule.matrix and kind.factors is Rule.factors and kind.operands is Rule.operands:
+        raise TypeError(f"{argument}: expected a rule with one of matrix, factors and operands, got {kind.__name__}")
+    if not isinstance(getattr(rule, "name", None), str):
+        raise TypeError(f"{argument}: expected a rule with a name, a string, got {kind.__name__}")
+    return rule

@@ -1,0 +1,577 @@
+"""The state of a layer's feedback: how it is drawn, moved, saved and loaded, and how it is told from anything else."""
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.reference import checks
+from ..backends.reference.philox import LAYOUT_VERSION
+from ..feedback import Fans, Frozen, Key, Record, Rule, State, content_sum, decode, drawn_key, encode, fill
+
+Keys = Callable[[str], Key | Tensor]
+_TAKEN = ("key", "state", "rms", "frozen")
+
+
+def supported(weight: Tensor) -> bool:
+    """Whether a rule other than back-propagation can take `weight`."""
+    return weight.dtype in checks.DTYPES
+
+
+@contextmanager
+def _writable() -> Iterator[None]:
+    # What is made in inference mode could be neither saved for a backward nor written later.
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@dataclass
+class Held:
+    """Of one weight: what is known of its feedback beside the tensors that the layer registers."""
+
+    constants: State
+    # The attributes of what the rule keeps, by the rule's names for them; "key" is among them if the rule is seeded.
+    kept: dict[str, str]
+    record: str
+    key: Key | None = None
+    # The Parameter that takes the weight's gradient.
+    trained: str = ""
+    # The sums of buffers that stay as they were drawn.
+    sums: dict[str, str] = field(default_factory=dict)
+    # The record's buffer as it was last read or written; None in a replica of DataParallel, which asks nothing.
+    seen: Tensor | None = None
+    version: int = 0
+    # Whether writes to the buffer are DistributedDataParallel's, which sends the same at each forward.
+    settled: bool = False
+    # Whether a kept tensor is memory that nobody wrote, and no key can draw it.
+    lost: bool = False
+
+    def is_stale(self, record: Tensor) -> bool:
+        """Whether the record's buffer was replaced or written since."""
+        if self.seen is None:
+            return False
+        try:
+            return record is not self.seen or (record._version != self.version and not self.settled)
+        except RuntimeError:  # inference tensors have no version
+            return True
+
+
+class StatefulLayer(torch.nn.Module):
+    """Keeps a rule's state. For the weight called `weight` it is
+
+    * `feedback_state`, a uint8 buffer, the record of rule, key and content that a state_dict carries. It is written at
+      a save and read at a load or where it was replaced; a call goes by the integers that it stands for;
+    * `feedback_<name>`, what the rule keeps as <name>: a buffer (`feedback_signs`, `feedback_scale`), or a Parameter
+      (`feedback_weight`) that is never trained, or by W's own gradient (`kp`);
+    * `feedback_key`, of a seeded rule the key as the ops read it, in no state_dict;
+
+    and `in_proj_feedback_state` and so on for `in_proj_weight`. Back-propagation keeps nothing.
+    """
+
+    _feedback: Rule
+    _held: dict[str, Held]
+    # Set by frozen_signs: packed signs of each weight, until the block ends.
+    _frozen: dict[str, Tensor] | None = None
+    # The names that convert_ told DistributedDataParallel to leave alone, and this layer's among them.
+    _ignored: tuple[list[str], list[str]] | None = None
+
+    def weights(self) -> list[str]:
+        """Names of the weights that have a B."""
+        return ["weight"]
+
+    def fans(self, name: str = "weight") -> Fans:
+        """Fans of weight `name`."""
+        raise NotImplementedError
+
+    @property
+    def uses_feedback(self) -> bool:
+        """Whether B is anything but W."""
+        return not self._feedback.transports_weight
+
+    # Drawing.
+
+    def install_feedback(self, rule: Rule, key: Keys | None = None) -> None:
+        """Make `rule` the layer's, with fresh state as in `reset_feedback`: wholly, or an error changes nothing."""
+        with _writable():
+            names = [] if rule.transports_weight else self.weights()
+            made = {name: self._made(rule, name, getattr(self, name).detach(), key) for name in names}
+            self.remove_feedback()
+            self._feedback, self._held = rule, {}
+            for name, (held, tensors) in made.items():
+                self._held[name] = held
+                for attribute, tensor in tensors.items():
+                    if isinstance(tensor, torch.nn.Parameter):
+                        self.register_parameter(attribute, tensor)
+                    else:
+                        self.register_buffer(attribute, tensor)
+                self._settle(name, getattr(self, name).device)
+
+    def _made(self, rule: Rule, name: str, weight: Tensor, key: Keys | None) -> tuple[Held, dict[str, Tensor]]:
+        if not supported(weight):
+            raise TypeError(f"feedback: {rule.name!r} takes a floating weight, got {name} of {weight.dtype}")
+        kept = rule.state(weight)
+        for own in kept:
+            if own in _TAKEN or not own.isidentifier():
+                raise ValueError(f"{type(rule).__name__}.state: expected names other than {_TAKEN}, got {own!r}")
+        held = Held(
+            {"rms": rule.rms(self.fans(name))}, {n: _attribute(name, n) for n in kept}, _attribute(name, "state")
+        )
+        for n, tensor in kept.items():
+            if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad:
+                checks.shape(f"{type(rule).__name__}.state: {n!r}, a trained Parameter", tensor, weight.shape)
+                held.trained = held.kept[n]
+        if rule.keyed:
+            held.key = _as_key(drawn_key() if key is None else key(name))
+        _draw(rule, held, kept, weight)
+        tensors = {held.kept[n]: tensor for n, tensor in kept.items()}
+        if rule.seeded:
+            held.kept["key"] = _attribute(name, "key")
+        return held, tensors
+
+    def remove_feedback(self) -> None:
+        """Forget the rule, and delete what it keeps."""
+        self._broadcast_again()
+        for held in vars(self).get("_held", {}).values():
+            for attribute in (*held.kept.values(), held.record):
+                if attribute in self._buffers or attribute in self._parameters:
+                    delattr(self, attribute)
+        for attribute in ("_feedback", "_held", "_frozen"):
+            vars(self).pop(attribute, None)
+
+    def reset_feedback(self, key: Keys | None = None) -> None:
+        """Draw the state again, in place: from `key(weight name)`, or from torch's generator as torch.nn draws."""
+        with _writable():
+            for name, held in self._held.items():
+                if self._feedback.keyed:
+                    held.key = _as_key(drawn_key() if key is None else key(name))
+                    if key is None:
+                        # Each rank has drawn its own.
+                        self._broadcast_again()
+                self._draw_again(name, getattr(self, name).detach())
+
+    def _draw_again(self, name: str, weight: Tensor) -> None:
+        self._place(name, weight.device)
+        held = self._held[name]
+        _draw(self._feedback, held, self._kept(held), weight)
+        self._settle(name, weight.device)
+
+    def _lose(self, name: str, weight: Tensor) -> None:
+        # What is kept is memory that nobody wrote.
+        rule, held = self._feedback, self._held[name]
+        if rule.keyed and not rule.initial and held.key is not None:
+            self._draw_again(name, weight)
+        else:
+            held.lost = bool(self._kept(held))
+
+    def _place(self, name: str, device: torch.device) -> bool:
+        # Brings what is kept to `device`; whether some of it had no content to bring.
+        empty, held = False, self._held[name]
+        for n, tensor in self._kept(held).items():
+            if tensor.device == device:
+                continue
+            empty |= tensor.is_meta
+            moved = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
+            if isinstance(tensor, torch.nn.Parameter):
+                moved = torch.nn.Parameter(moved) if tensor.requires_grad else Frozen(moved)
+            self._set(held.kept[n], moved)
+        return empty
+
+    def _set(self, attribute: str, tensor: Tensor) -> None:
+        # Where the attribute may be a Parameter or a buffer.
+        registered: dict[str, Any] = self._parameters if attribute in self._parameters else self._buffers
+        registered[attribute] = tensor
+
+    def _weight(self, name: str) -> Tensor:
+        # Without what a parametrization would compute.
+        weight = self._parameters.get(name)
+        return (getattr(self, name) if weight is None else weight).detach()
+
+    def _record(self, held: Held) -> Tensor:
+        record = self._buffers[held.record]
+        assert record is not None
+        return record
+
+    def _kept(self, held: Held) -> dict[str, Tensor]:
+        return {n: getattr(self, attribute) for n, attribute in held.kept.items() if n != "key"}
+
+    def _settle(self, name: str, device: torch.device) -> None:
+        # Writes, on `device`, the record, and the key as the ops read it.
+        held = self._held[name]
+        if "key" in held.kept:
+            assert held.key is not None
+            self._overwrite(held.kept["key"], held.key.tensor(device))
+            self._non_persistent_buffers_set.add(held.kept["key"])
+        record = Record(*_identity(self._feedback), held.key, held.sums | self._sums_of_parameters(held))
+        self._overwrite(held.record, encode(record, device))
+        held.seen = self._record(held)
+        held.version = held.seen._version
+
+    def _write(self, name: str) -> None:
+        # Before a save or a move.
+        held = self._held[name]
+        record = self._record(held)
+        if _readable(record):
+            if held.is_stale(record):
+                self._read_record(name)
+            self._settle(name, record.device)
+
+    def _overwrite(self, attribute: str, content: Tensor) -> None:
+        buffer = self._buffers.get(attribute)
+        if buffer is None or buffer.is_inference() or not _alike(buffer, content):
+            self._buffers[attribute] = content
+        else:
+            buffer.copy_(content)
+
+    def _sums_of_parameters(self, held: Held) -> dict[str, str]:
+        if not self._feedback.fixed:
+            return {}
+        kept = self._kept(held).items()
+        # Of a length that never changes.
+        return {n: _sum(t) or "0" * 16 for n, t in kept if isinstance(t, torch.nn.Parameter)}
+
+    # Identity.
+
+    def called(self, name: str) -> str:
+        """How errors name weight `name`."""
+        held = self._held[name]
+        return f"{held.key.name if held.key and held.key.name else name} of {self}"
+
+    def feedback_record(self, name: str = "weight") -> Record:
+        """What identifies the feedback of weight `name`: the rule's class and fields, and the key."""
+        held = self._held[name]
+        return Record(*_identity(self._feedback), held.key, held.sums)
+
+    def _mismatch(self, found: Record) -> str:
+        # Why `found` is not of this layer's rule, if it is not.
+        own = Record(*_identity(self._feedback), None, {})
+        if (found.rule, found.fields) == (own.rule, own.fields):
+            return ""
+        return f"expected the state of {own}, got that of {found}: convert_ with this rule to go on with it"
+
+    def _notice(self, name: str, weight: Tensor) -> None:
+        # Someone replaced or wrote the record, or what is kept is not where the weight is.
+        with _writable():
+            held = self._held[name]
+            written = self._read_record(name)
+            if self._place(name, weight.device) or not written:
+                self._lose(name, weight)
+            else:
+                buffers = {n: self._buffers.get(a) for n, a in held.kept.items()}
+                self._check_content(name, weight, buffers, held.sums)
+            self._settle(name, weight.device)
+
+    def _read_record(self, name: str) -> bool:
+        # Takes what the record says; False where nobody ever wrote it. Integers that went through an average say
+        # nothing: those of the layer hold.
+        held = self._held[name]
+        record = self._record(held)
+        if not _readable(record):
+            return True
+        try:
+            found = decode(record)
+        except ValueError:
+            return True
+        if found is None:
+            return False
+        if why := self._mismatch(found):
+            raise RuntimeError(f"{self.called(name)}: {why}")
+        held.key = found.key
+        held.sums |= {n: found.sums[n] for n in held.sums.keys() & found.sums.keys()}
+        held.settled = self._broadcasts()
+        return True
+
+    @staticmethod
+    def _broadcasts() -> bool:
+        return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+    def _check_content(
+        self, name: str, weight: Tensor, tensors: dict[str, Tensor | None], sums: dict[str, str]
+    ) -> None:
+        # Raises RuntimeError where a tensor is not what `sums` say and the key draws nothing near it.
+        held, rule = self._held[name], self._feedback
+        for n, wanted in sums.items():
+            tensor = tensors.get(n)
+            if tensor is None or not int(wanted, 16) or (found := _sum(tensor)) is None or found == wanted:
+                continue
+            if not rule.keyed or rule.initial or held.key is None:
+                break
+            loaded = tensor.detach().clone()
+            self._draw_again(name, weight)
+            drawn = self._kept(held)[n].to(loaded)
+            # An average or a cast of what never changes: the draw itself is what it was.
+            if loaded.is_floating_point() and not torch.allclose(loaded, drawn, rtol=1e-2, atol=1e-3 * _largest(drawn)):
+                break
+        else:
+            return
+        raise RuntimeError(
+            f"{self.called(name)}: {held.kept[n]} is not what was saved, as after an average of "
+            "integers or other damage; load it from a state_dict that was not averaged, reset_feedback(), or convert_ the "
+            "model again"
+        )
+
+    # Moves, copies, files.
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        held = vars(self).get("_held", {})
+        with _writable():
+            for name in held:
+                self._write(name)
+        super()._apply(fn, recurse)
+        with _writable():
+            for name in held:
+                self._moved(name)
+        return self
+
+    def _moved(self, name: str) -> None:
+        held = self._held[name]
+        self._freeze(held)
+        record = self._record(held)
+        held.seen, held.version = record, record._version
+        weight = self._weight(name)
+        if not _readable(record) or weight.is_meta:
+            return
+        try:
+            written = decode(record) is not None
+        except ValueError:
+            written = False
+        if not written or self._place(name, weight.device):
+            self._lose(name, weight)
+        self._settle(name, weight.device)
+
+    def _freeze(self, held: Held) -> None:
+        # What copies and loads make of a Frozen is a plain Parameter.
+        for n, tensor in self._kept(held).items():
+            if type(tensor) is torch.nn.Parameter and held.kept[n] != held.trained:
+                self._parameters[held.kept[n]] = Frozen(tensor.detach())
+
+    def share_feedback(self, other: "StatefulLayer") -> None:
+        """Take the very state tensors of `other`, a layer that shares this one's weights and has its rule."""
+        for name, held in self._held.items():
+            if (theirs := other._held.get(name)) is not None:
+                for attribute in (*held.kept.values(), held.record):
+                    self._set(attribute, getattr(other, attribute))
+                self._held[name] = replace(theirs)
+
+    def _broadcast_again(self) -> None:
+        if self._ignored is not None:
+            every, own = self._ignored
+            every[:] = [name for name in every if name not in own]
+            del self._ignored
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        replica._frozen = None
+        replica._held = {name: replace(held, seen=None) for name, held in self._held.items()}
+        return replica
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_frozen"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_plans" in state:
+            with _writable():
+                self._upgrade()
+        for held in self._held.values():
+            held.settled = False
+            self._freeze(held)
+
+    def _upgrade(self) -> None:
+        # A pickle of version 0.1.
+        lost = [vars(self).pop(attribute, False) for attribute in ("_plans", "_state_lost")][1]
+        self._held = {}
+        for name in self.weights() if self.uses_feedback else ():
+            attributes = {n: _attribute(name, n) for n in ("key", "weight", "signs", "scale")}
+            kept = {n: a for n, a in attributes.items() if a in self._buffers or a in self._parameters}
+            held = self._held[name] = Held(
+                {"rms": self._feedback.rms(self.fans(name))}, kept, _attribute(name, "state")
+            )
+            if "key" in kept:
+                held.key = _as_key(getattr(self, kept["key"]))
+            held.sums, held.lost = _sums(self._feedback, self._kept(held)), lost
+            held.trained = next((kept[n] for n, t in self._kept(held).items() if t.requires_grad), "")
+            self._settle(name, getattr(self, name).device)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        with _writable():
+            for name in self._held:
+                self._write(name)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self.uses_feedback and prefix + "weight_backward" in state_dict:
+            self._adopt_biotorch(state_dict, prefix, error_msgs)
+        # Records are read, and not copied; of each weight, what is given of the rest.
+        loads = [_Load(self, name, state_dict, prefix, strict, error_msgs) for name in self._held]
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        with _writable():
+            for load in loads:
+                load.finish(missing_keys, error_msgs)
+
+    def _adopt_biotorch(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+        # BioTorch saves B (fa), |M| (frsf) or s · sign(W) (usf) as weight_backward, and a bias_backward it never uses.
+        # The dictionary is load_state_dict's own copy.
+        b = state_dict.pop(prefix + "weight_backward")
+        state_dict.pop(prefix + "bias_backward", None)
+        try:
+            rule, kept = self._feedback.adopt_biotorch(b, self._held["weight"].constants["rms"])
+        except ValueError as error:
+            error_msgs.append(f"{prefix}weight_backward: {error}")
+            return
+        if rule != self._feedback:
+            self.install_feedback(rule)
+        held = self._held["weight"]
+        if kept:
+            state_dict.update({prefix + held.kept[n]: tensor for n, tensor in kept.items()})
+        else:
+            own = Record(*_identity(rule), held.key, held.sums)
+            state_dict.setdefault(prefix + held.record, encode(own))
+
+
+class _Load:
+    # One weight's part of a load_state_dict: before and after torch.nn has copied the tensors.
+
+    def __init__(
+        self,
+        layer: StatefulLayer,
+        name: str,
+        state_dict: dict[str, Any],
+        prefix: str,
+        strict: bool,
+        error_msgs: list[str],
+    ) -> None:
+        held = layer._held[name]
+        self.layer, self.name, self.prefix, self.found = layer, name, prefix, None
+        self.errors = len(error_msgs)
+        where = prefix + held.record
+        record, key = state_dict.pop(where, None), state_dict.pop(prefix + _attribute(name, "key"), None)
+        self.given = {n: state_dict[prefix + a] for n, a in held.kept.items() if prefix + a in state_dict}
+        # Version 0.1 has no records. A rule that keeps nothing takes plain weights.
+        self.complete = record is not None or key is not None or bool(self.given) or not (held.kept or held.key)
+        if record is not None and _readable(record):
+            self._read(record, where, strict, error_msgs)
+        elif key is not None and not key.is_meta:
+            try:
+                self.found = Record("", {}, _as_key(key), {})
+            except ValueError as error:
+                error_msgs.append(f"{prefix}{_attribute(name, 'key')}: {error}")
+        elif self.given:
+            # Drawn from a key that is not known.
+            self.found = Record("", {}, None, {})
+        if len(error_msgs) > self.errors:
+            self.found, self.complete = None, True
+            for n in self.given:
+                del state_dict[prefix + held.kept[n]]
+
+    def _read(self, record: Tensor, where: str, strict: bool, error_msgs: list[str]) -> None:
+        try:
+            self.found = decode(record)
+        except ValueError as error:
+            error_msgs.append(
+                f"{where}: expected a record as it was saved, got one {error}; average the parameters alone, and leave "
+                "what is called feedback_* out of the state_dict to keep this layer's"
+            )
+            return
+        if self.found is None:
+            if strict:
+                error_msgs.append(f"{where}: expected a record of a layer's feedback, got something else")
+        elif why := self.layer._mismatch(self.found):
+            error_msgs.append(f"{where}: {why}")
+
+    def finish(self, missing_keys: list[str], error_msgs: list[str]) -> None:
+        layer, name = self.layer, self.name
+        held = layer._held[name]
+        if self.complete:
+            drop = {self.prefix + held.record}
+            if self.found is None and len(error_msgs) > self.errors:
+                drop |= {self.prefix + a for a in held.kept.values()}
+            missing_keys[:] = [key for key in missing_keys if key not in drop]
+        layer._freeze(held)
+        if self.found is not None:
+            held.key = self.found.key
+            if note := layer._feedback.outdated(held.key) if held.key is not None else "":
+                warnings.warn(note, stacklevel=2)
+        weight = layer._weight(name)
+        if weight.is_meta:
+            return
+        wanted = layer._kept(held)
+        if layer._place(name, weight.device) or (
+            self.found is not None and layer._feedback.fixed and not wanted.keys() <= self.given.keys()
+        ):
+            layer._lose(name, weight)
+        elif wanted.keys() <= self.given.keys() and wanted:
+            held.lost, held.sums = False, _sums(layer._feedback, wanted)
+            if self.found is not None:
+                try:
+                    layer._check_content(name, weight, self.given, self.found.sums)
+                except RuntimeError as error:
+                    error_msgs.append(str(error))
+        layer._settle(name, weight.device)
+
+
+def _attribute(name: str, kept: str) -> str:
+    # "weight" -> "feedback_key"; "in_proj_weight" -> "in_proj_feedback_key".
+    return f"{name.removesuffix('weight')}feedback_{kept}"
+
+
+def _identity(rule: Rule) -> tuple[str, dict[str, Any]]:
+    # As a file gives them back.
+    return type(rule).__name__, json.loads(json.dumps(vars(rule), default=repr))
+
+
+def _as_key(key: Key | Tensor) -> Key:
+    if isinstance(key, Key):
+        return key
+    if key.shape != (3,) or int(key[0]) not in range(1, LAYOUT_VERSION + 1):
+        raise ValueError(f"expected (layout version up to {LAYOUT_VERSION}, key, stream), got {key.tolist()}")
+    return Key(int(key[0]), int(key[1]))
+
+
+def _draw(rule: Rule, held: Held, kept: dict[str, Tensor], weight: Tensor) -> None:
+    if kept:
+        if type(rule).draw is Rule.draw:
+            for n, tensor in rule.state(weight).items():
+                fill(kept[n], tensor)
+        key = held.key or Key(LAYOUT_VERSION, 0)
+        rule.draw(held.constants | kept, weight, key.tensor(weight.device))
+    held.lost, held.sums = False, _sums(rule, kept)
+
+
+def _sums(rule: Rule, kept: dict[str, Tensor]) -> dict[str, str]:
+    # Of integers, which are what they were or something else. The floats of a buffer may have been averaged, and a
+    # Parameter's sum is taken when it is saved.
+    integers = {n: t for n, t in kept.items() if not t.is_floating_point()} if rule.fixed else {}
+    return {n: _sum(t) or "0" * 16 for n, t in integers.items()}
+
+
+def _sum(tensor: Tensor) -> str | None:
+    return content_sum(tensor) if _readable(tensor) else None
+
+
+def _readable(tensor: Tensor | None) -> bool:
+    # Not on the meta device, sharded, or a stand-in of a tracer.
+    return tensor is not None and not tensor.is_meta and type(tensor) in (Tensor, torch.nn.Parameter, Frozen)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
