@@ -3,6 +3,7 @@
 from . import backends, direct, feedback, functional, metrics, nn, ops, optim, targetprop
 from ._version import __version__
 from .convert import Report, check, convert_
+from .describe import describe
 from .direct import DirectFeedback
 from .feedback import (
     Backprop,
@@ -37,6 +38,7 @@ __all__ = [
     "backends",
     "check",
     "convert_",
+    "describe",
     "direct",
     "feedback",
     "frozen_signs",

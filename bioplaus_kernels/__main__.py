@@ -1,5 +1,9 @@
-"""`python -m bioplaus_kernels`: versions, what was built, and which backend serves each op, with the reason."""
+"""`python -m bioplaus_kernels`: versions, what was built, and which backend serves each op, with the reason.
 
+`python -m bioplaus_kernels describe CHECKPOINT`: the rule and seed of each weight that has feedback in the file.
+"""
+
+import argparse
 import platform
 from importlib.util import find_spec
 
@@ -7,10 +11,27 @@ import torch
 
 from . import __version__, backends
 from .backends import native
+from .describe import describe_file
 
 
 def main() -> None:
-    """Print the report."""
+    """Print what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m bioplaus_kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    describe = commands.add_parser("describe", help="the rule and seed of each weight in a checkpoint")
+    describe.add_argument("checkpoint", help="a file of torch.save or safetensors, or a folder of these or of DCP")
+    arguments = parser.parse_args()
+    if arguments.command is None:
+        report()
+        return
+    try:
+        print(describe_file(arguments.checkpoint))
+    except (FileNotFoundError, ValueError, ImportError) as error:
+        raise SystemExit(str(error)) from error
+
+
+def report() -> None:
+    """Print what is built and what serves each op."""
     print(f"bioplaus_kernels {__version__}")
     print(f"python {platform.python_version()}, torch {torch.__version__} (CUDA {torch.version.cuda or 'no'})")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -21,16 +21,16 @@ from torch import Tensor
 
 from . import ops
 from .backends.reference import checks
-from .backends.reference.philox import LAYOUT_VERSION
-from .feedback import Entries, feedback_key
+from .feedback import Entries, Frozen, Key, State, Stateful, derived_key, fill
+from .feedback.scale import UNIT_RMS
 from .functional._common import once
+from .nn.state import Keys, StatefulLayer
 
-_RMS_OF_UNIT = {"uniform": 1.0 / math.sqrt(3.0), "normal": 1.0, "constant": 1.0}
 _SCALES = ("nokland", "kaiming", "xavier")
 
 
 @dataclass(frozen=True)
-class DFA:
+class DFA(Stateful):
     """∂L/∂h_l := e B_l, B_l fixed and random (Nøkland 2016).
 
     scale: root mean square of B_l's entries: "nokland" 1/√(3 n_l), which is U(±1/√n_l); "kaiming" √(2/n_l) (Frenkel's
@@ -53,11 +53,33 @@ class DFA:
         number = isinstance(scale, int | float) and not isinstance(scale, bool)
         if not (math.isfinite(scale) and scale > 0 if number else scale in _SCALES):
             checks.fail("scale", f"a positive finite number or one of {_SCALES}", repr(self.scale))
-        if self.entries not in _RMS_OF_UNIT:
-            checks.fail("entries", f"one of {tuple(_RMS_OF_UNIT)}", repr(self.entries))
+        if self.entries not in UNIT_RMS:
+            checks.fail("entries", f"one of {tuple(UNIT_RMS)}", repr(self.entries))
         for name in ("shared", "stored"):
             if not isinstance(value := getattr(self, name), bool):
                 checks.fail(name, "True or False", repr(value), TypeError)
+
+    @property
+    def seeded(self) -> bool:
+        return self.keyed and not self.stored
+
+    @property
+    def keyed(self) -> bool:
+        return self.name != "shallow"
+
+    def state(self, weight: Tensor) -> dict[str, Tensor]:
+        """The stored B, not drawn yet."""
+        return {"weight": Frozen(torch.empty_like(weight))} if self.stored and self.keyed else {}
+
+    def draw(self, state: State, weight: Tensor, key: Tensor) -> None:
+        """Fill the stored B, the blocks' columns side by side."""
+        plan, b = state["plan"], state["weight"]
+        if b.is_meta:
+            return
+        fill(b, ops.feedback_weight(None, None, None, key, plan.entries, plan.scale, b.shape, dtype=b.dtype))
+        for part in plan.slices:
+            if part.ratio != 1.0:
+                b[:, part.start : part.start + part.size] *= part.ratio
 
     def root_mean_square(self, size: int, classes: int) -> float:
         """The root mean square of the entries of a B of shape (classes, size)."""
@@ -115,7 +137,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(rule: DFA, sizes: Sequence[int], classes: int) -> _Plan:
-    unit = _RMS_OF_UNIT[rule.entries]
+    unit = UNIT_RMS[rule.entries]
     if rule.shared:
         width = max(sizes)
         scale = rule.root_mean_square(width, classes)
@@ -238,7 +260,7 @@ def _new_block(base: type[Any]) -> Any:
     return object.__new__(_block_class(base))
 
 
-class DirectFeedback(torch.nn.Module):
+class DirectFeedback(StatefulLayer):
     """`model`, whose named blocks learn from the output's error directly.
 
     The output of each block is detached for what follows, so that no gradient crosses it; a path that goes round every
@@ -307,19 +329,15 @@ class DirectFeedback(torch.nn.Module):
         except BaseException:
             self.restore()
             raise
-        self._seed = seed
+        self._seed, self._dtype = seed, logits.dtype
         self._plan = _plan(feedback, self._sizes, self._classes)
         if feedback.stored:
             # The stored columns have their scales.
             self._plan = self._plan._replace(slices=tuple(part._replace(ratio=1.0) for part in self._plan.slices))
+        self._device = logits.device
         self.register_buffer("feedback_key", None)
         self.register_parameter("feedback_weight", None)
-        if feedback.stored:
-            matrix = torch.empty(self._classes, self._plan.width, dtype=logits.dtype, device=logits.device)
-            self.feedback_weight = torch.nn.Parameter(matrix, requires_grad=False)
-        elif feedback.name != "shallow":
-            self.feedback_key = torch.empty(3, dtype=torch.int64, device=logits.device)
-        self.reset_feedback()
+        self.install_feedback(feedback, self._key)
 
     def forward(
         self, *args: Any, targets: Tensor | None = None, loss_scale: Tensor | float = 1.0, **kwargs: Any
@@ -344,7 +362,9 @@ class DirectFeedback(torch.nn.Module):
             scale = torch.as_tensor(loss_scale, dtype=dtype, device=logits.device)
         elif targets is not None:
             checks.fail("targets", f"None with feedback={self.feedback.name!r}", "a tensor")
-        return _Broadcast.apply(self._plan, self.feedback_key, self.feedback_weight, targets, scale, logits, *hidden)
+        state = self._state("weight", logits)
+        kept = state.get("key"), state.get("weight")
+        return _Broadcast.apply(self._plan, *kept, targets, scale, logits, *hidden)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
         before = self._tape.outputs
@@ -381,38 +401,25 @@ class DirectFeedback(torch.nn.Module):
                 wanted = f"{name!r} to return {tuple(samples)} samples of {size} numbers, as the logits have"
                 checks.fail("blocks", wanted, f"shape {tuple(h.shape)}")
 
-    @torch.no_grad()
-    def reset_feedback(self) -> None:
+    def _key(self, name: str) -> Key:
+        return derived_key(self._seed, "direct")
+
+    def reset_feedback(self, key: Keys | None = None) -> None:
         """Draw B, or its key, from the seed again."""
-        key = feedback_key(self._seed, "direct")
-        if self.feedback_key is not None:
-            self.feedback_key.copy_(key)
-        if (b := self.feedback_weight) is None or b.is_meta:
-            return
-        plan = _plan(self.feedback, self._sizes, self._classes)
-        key = key.to(b.device)
-        b.copy_(ops.feedback_weight(None, None, None, key, plan.entries, plan.scale, b.shape, dtype=b.dtype))
-        for part in plan.slices:
-            if part.ratio != 1.0:
-                b[:, part.start : part.start + part.size] *= part.ratio
+        super().reset_feedback(key or self._key)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        state = self.feedback_weight if self.feedback_key is None else self.feedback_key
-        was_meta = state is not None and state.is_meta
-        super()._apply(fn, recurse)
-        if was_meta:
-            # to_empty() has left anything in it.
-            self.reset_feedback()
-        return self
+    def _weight(self, name: str) -> Tensor:
+        # What B is like.
+        record = self._buffers.get("feedback_state")
+        device = self._device if record is None else record.device
+        return torch.empty(1, dtype=self._dtype, device=device).expand(self._classes, self._plan.width)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
-    ) -> None:
-        key = state_dict.get(f"{prefix}feedback_key")
-        if key is not None and not key.is_meta and (key.shape != (3,) or int(key[0]) != LAYOUT_VERSION):
-            wanted = f"(layout version {LAYOUT_VERSION}, key, stream)"
-            lists[2].append(f"{prefix}feedback_key: expected {wanted}, got {key.tolist()}")
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+    def _constants(self, rule: Any, name: str) -> State:
+        return {"plan": _plan(rule, self._sizes, self._classes)}
+
+    def _identity(self, rule: Any) -> tuple[str, dict[str, Any]]:
+        kind, fields = super()._identity(rule)
+        return kind, fields | {"blocks": list(self.blocks), "sizes": self._sizes, "classes": self._classes}
 
     @torch.no_grad()
     def feedback_matrix(self, block: str) -> Tensor:

@@ -206,12 +206,21 @@ def test_built_on_the_meta_device(rule: str) -> None:
         assert torch.equal(net.feedback_matrix(name), attached(RULES[rule]).feedback_matrix(name))
 
 
-def test_a_state_of_another_layout_version_is_refused() -> None:
+def test_a_state_of_another_rule_order_or_layout_is_refused() -> None:
     net = attached("dfa", seed=1)
     state = net.state_dict()
     other = attached("dfa", seed=2)
     other.load_state_dict(state)
     assert torch.equal(other.feedback_matrix("1"), net.feedback_matrix("1"))
-    state["feedback_key"] = torch.tensor([2, 3, 0])
-    with pytest.raises(RuntimeError, match=r"expected \(layout version 1, key, stream\), got \[2, 3, 0\]"):
+    for rule, blocks in (("sdfa", BLOCKS), (direct.DFA(scale=0.5), BLOCKS), ("dfa", BLOCKS[::-1])):
+        another = direct.DirectFeedback(model(), blocks, rule, example=batch(1)[0])
+        with pytest.raises(RuntimeError, match=r"feedback_state: expected the state of .*, got that of DFA\(scale="):
+            another.load_state_dict(state)
+    # Version 0.1 saved the key.
+    del state["feedback_state"]
+    state["feedback_key"] = torch.tensor([1, 3, 0])
+    other.load_state_dict(state)
+    assert not torch.equal(other.feedback_matrix("1"), net.feedback_matrix("1"))
+    state["feedback_key"] = torch.tensor([3, 3, 0])
+    with pytest.raises(RuntimeError, match=r"feedback_key: expected \(layout version up to 2, key, stream\), got \[3, 3, 0\]"):
         other.load_state_dict(state)

@@ -15,7 +15,7 @@ Fans are torch.nn.init's; those of a locally-connected layer are the fans of one
 """
 
 from .record import Frozen, Key, Record, content_sum, decode, derived_key, drawn_key, encode, feedback_key
-from .rule import BACKPROP, Operands, Rule, State, stored
+from .rule import BACKPROP, Operands, Rule, State, Stateful, stored
 from .rules import (
     RULES,
     Backprop,
@@ -52,6 +52,7 @@ __all__ = [
     "SignSymmetry",
     "SignedInit",
     "State",
+    "Stateful",
     "WeightMirror",
     "as_rule",
     "content_sum",

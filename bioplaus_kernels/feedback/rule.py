@@ -39,27 +39,23 @@ def stored(b: Tensor, rescale: Tensor | None = None) -> Operands:
 
 
 @dataclass(frozen=True)
-class Rule:
-    """Base of the rules. One of a user's own needs `name` and one of `matrix`, `factors` and `operands`.
+class Stateful:
+    """What a rule keeps for a weight, and how that is drawn.
 
-    What a rule keeps for a weight is `state(weight)`: tensors by name, in the form they have there. A plain tensor
-    becomes the buffer `feedback_<name>`; a `Frozen` the Parameter `feedback_<name>` that is never trained; another
-    Parameter is trained, by the weight's own gradient. `draw` fills them, from a key that the layer has of `convert_`'s
-    seed or of torch's generator; after that a state_dict carries them, and a record of rule, key and content with them.
+    `state` says what: tensors by name, in the form they have there. A plain tensor becomes the buffer
+    `feedback_<name>`; a `Frozen` the Parameter `feedback_<name>` that is never trained; another Parameter is trained,
+    by the weight's own gradient. `draw` fills them, from a key that the layer has of convert_'s seed or of torch's
+    generator. A state_dict carries them, and a record of rule, key and content with them.
 
-    Its dataclass fields, numbers and strings, identify a rule: what was saved under others does not load.
+    The fields of the dataclass, numbers and strings, identify a rule: what was saved under others does not load.
     """
 
     # The string that stands for the rule with its defaults.
     name: ClassVar[str]
-    # Whether W's signs are read, which frozen_signs packs once for many calls.
-    sign_of_weight: ClassVar[bool] = False
     # Whether B is W itself.
     transports_weight: ClassVar[bool] = False
     # Whether what is kept stays as it was drawn. If not it learns, and its content is no part of the record.
     fixed: ClassVar[bool] = True
-    # Whether what is kept as "weight" is what `mirror_` teaches.
-    mirrors: ClassVar[bool] = False
 
     @property
     def seeded(self) -> bool:
@@ -69,16 +65,12 @@ class Rule:
     @property
     def keyed(self) -> bool:
         """Whether B depends on a key."""
-        return self.seeded or type(self).draw is not Rule.draw
+        return self.seeded or type(self).draw is not Stateful.draw
 
     @property
     def initial(self) -> bool:
-        """Whether what is kept is W's when the rule is given, so that no key can draw it again."""
+        """Whether what is kept is of W when the rule is given, so that no key can draw it again."""
         return False
-
-    def rms(self, fans: Fans) -> float:
-        """The root mean square of B's entries, before `rescale`."""
-        return 1.0
 
     def state(self, weight: Tensor) -> dict[str, Tensor]:
         """What is kept for `weight`, on its device, not drawn yet."""
@@ -86,6 +78,27 @@ class Rule:
 
     def draw(self, state: State, weight: Tensor, key: Tensor) -> None:
         """Fill what is kept, in place, from `key`; called under no_grad."""
+
+    def outdated(self, key: Key) -> str:
+        """What to warn of where a file's key is of an older layout that means something else."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Rule(Stateful):
+    """Base of the rules. One of a user's own has `name`, one of `matrix`, `factors` and `operands`, and state if any.
+
+    B has W's shape; dX = dY B.
+    """
+
+    # Whether W's signs are read, which frozen_signs packs once for many calls.
+    sign_of_weight: ClassVar[bool] = False
+    # Whether what is kept as "weight" is what `mirror_` teaches.
+    mirrors: ClassVar[bool] = False
+
+    def rms(self, fans: Fans) -> float:
+        """The root mean square of B's entries, before `rescale`."""
+        return 1.0
 
     def matrix(self, weight: Tensor, state: State) -> Tensor:
         """B, in the weight's shape, dtype and device.
@@ -122,10 +135,6 @@ class Rule:
                 f"{type(self).__name__}.{method}: expected shape {shape}, {weight.dtype} on {weight.device}, "
                 f"got {got[0]}, {got[1]} on {got[2]}"
             )
-
-    def outdated(self, key: Key) -> str:
-        """What to warn of where a file's key is of an older layout that means something else."""
-        return ""
 
     def adopt_biotorch(self, b: Tensor, rms: float) -> tuple["Rule", dict[str, Tensor]]:
         """The rule, and what it keeps, of a layer that BioTorch saved with `weight_backward` b.

@@ -1,14 +1,14 @@
 """MultiheadAttention with a feedback rule in its projections."""
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..feedback import Fans, Operands, Rule, linear_fans, stored
+from ..feedback import Fans, Operands, linear_fans, stored
 from ..functional import formed, linear_with, needs_feedback
 from .base import FeedbackLayer
 from .linear import Linear
@@ -30,7 +30,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
     def fans(self, name: str = "in_proj_weight") -> Fans:
         return linear_fans(getattr(self, name))
 
-    def install_feedback(self, rule: Rule, key: Keys | None = None) -> None:
+    def install_feedback(self, rule: Any, key: Keys | None = None) -> None:
         super().install_feedback(rule, key)
         if rule.transports_weight:
             if isinstance(self.out_proj, Linear):

@@ -8,14 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..feedback import BACKPROP, Operands, Rule, State, as_rule, weight_rms
+from ..feedback import BACKPROP, Fans, Operands, Record, Rule, State, as_rule, encode, weight_rms
 from ..functional import formed, needs_feedback
 from .state import StatefulLayer
-
-_STALE = (
-    "feedback: the state of a layer was replaced since its last call, by something else than load_state_dict or a "
-    "move; call the model once without torch.compile, which reads it"
-)
 
 
 class _Both(torch.autograd.Function):
@@ -32,6 +27,8 @@ class _Both(torch.autograd.Function):
 class FeedbackLayer(StatefulLayer):
     """Mixin before a torch.nn class: `feedback=`, a rule, and what it keeps for each weight (`StatefulLayer`)."""
 
+    _feedback: Rule
+
     def __init__(self, *args: Any, feedback: Rule | str | None = None, **kwargs: Any) -> None:
         rule = as_rule(feedback)
         super().__init__(*args, **kwargs)
@@ -41,6 +38,13 @@ class FeedbackLayer(StatefulLayer):
     def feedback(self) -> Rule:
         """The rule."""
         return self._feedback
+
+    def fans(self, name: str = "weight") -> Fans:
+        """Fans of weight `name`."""
+        raise NotImplementedError
+
+    def _constants(self, rule: Rule, name: str) -> State:
+        return {"rms": rule.rms(self.fans(name))}
 
     def reset_parameters(self) -> None:
         """torch.nn's initialisation, then fresh feedback."""
@@ -57,7 +61,9 @@ class FeedbackLayer(StatefulLayer):
 
         A gradient that W takes goes to a trained B too.
         """
-        weight = getattr(self, name)
+        weight: Any = self._parameters.get(name)
+        if weight is None:
+            weight = getattr(self, name)
         if not self.uses_feedback:
             return weight, BACKPROP
         op = self._feedback.operands(weight, self._state(name, weight)) if feedback else BACKPROP
@@ -65,26 +71,6 @@ class FeedbackLayer(StatefulLayer):
         if trained and weight.requires_grad and torch.is_grad_enabled():
             weight = _Both.apply(weight, self._parameters[trained])
         return weight, op
-
-    def _state(self, name: str, weight: Tensor) -> State:
-        held = self._held[name]
-        state = held.constants
-        if held.kept:
-            record = self._record(held)
-            if torch.compiler.is_compiling():
-                if held.seen is not None and record is not held.seen:
-                    raise RuntimeError(_STALE)
-            elif held.is_stale(record) or any(t.device != weight.device for t in self._kept(held).values()):
-                self._notice(name, weight)
-            if held.lost:
-                raise RuntimeError(
-                    f"the feedback state of {self.called(name)} was lost, by to_empty() or a load without it: "
-                    "call reset_feedback() or reset_parameters(), convert_ the model again, or load a state_dict"
-                )
-            state = {**state, **{n: getattr(self, attribute) for n, attribute in held.kept.items()}}
-        if self._frozen is not None:
-            state = {**state, "frozen": self._frozen.get(name)}
-        return state
 
     def is_plain(self, input: Tensor) -> bool:
         """Whether this call is torch.nn's own: no gradient goes back through `input` and none to B."""
@@ -99,6 +85,32 @@ class FeedbackLayer(StatefulLayer):
         if not self.uses_feedback:
             return weight.detach().clone()
         return formed(self._feedback.operands(weight, self._state(name, weight)), weight)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        if self.uses_feedback and prefix + "weight_backward" in state_dict:
+            self._adopt_biotorch(state_dict, prefix, lists[2])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+
+    def _adopt_biotorch(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+        # BioTorch saves B (fa), |M| (frsf) or s · sign(W) (usf) as weight_backward, and a bias_backward it never uses.
+        # The dictionary is load_state_dict's own copy.
+        b = state_dict.pop(prefix + "weight_backward")
+        state_dict.pop(prefix + "bias_backward", None)
+        try:
+            rule, kept = self._feedback.adopt_biotorch(b, self._held["weight"].constants["rms"])
+        except ValueError as error:
+            error_msgs.append(f"{prefix}weight_backward: {error}")
+            return
+        if rule != self._feedback:
+            self.install_feedback(rule)
+        held = self._held["weight"]
+        if kept:
+            state_dict.update({prefix + held.kept[n]: tensor for n, tensor in kept.items()})
+        else:
+            own = Record(*self._identity(rule), held.key, held.sums)
+            state_dict.setdefault(prefix + held.record, encode(own))
 
     def extra_repr(self) -> str:
         """torch.nn's, and the rule."""

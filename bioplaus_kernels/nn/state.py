@@ -1,6 +1,8 @@
 """The state of a layer's feedback: how it is drawn, moved, saved and loaded, and how it is told from anything else."""
 
 import json
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,12 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..backends.reference import checks
 from ..backends.reference.philox import LAYOUT_VERSION
-from ..feedback import Fans, Frozen, Key, Record, Rule, State, content_sum, decode, drawn_key, encode, fill
+from ..feedback import Frozen, Key, Record, State, Stateful, content_sum, decode, drawn_key, encode, fill
 
 Keys = Callable[[str], Key | Tensor]
+_STALE = (
+    "feedback: the state of a layer was replaced since its last call, by something else than load_state_dict or a "
+    "move; call the model once without torch.compile, which reads it"
+)
 _TAKEN = ("key", "state", "rms", "frozen")
 
 
@@ -45,20 +52,10 @@ class Held:
     sums: dict[str, str] = field(default_factory=dict)
     # The record's buffer as it was last read or written; None in a replica of DataParallel, which asks nothing.
     seen: Tensor | None = None
+    # Its version then; -1 where writes are DistributedDataParallel's, which sends the same at each forward.
     version: int = 0
-    # Whether writes to the buffer are DistributedDataParallel's, which sends the same at each forward.
-    settled: bool = False
     # Whether a kept tensor is memory that nobody wrote, and no key can draw it.
     lost: bool = False
-
-    def is_stale(self, record: Tensor) -> bool:
-        """Whether the record's buffer was replaced or written since."""
-        if self.seen is None:
-            return False
-        try:
-            return record is not self.seen or (record._version != self.version and not self.settled)
-        except RuntimeError:  # inference tensors have no version
-            return True
 
 
 class StatefulLayer(torch.nn.Module):
@@ -73,7 +70,7 @@ class StatefulLayer(torch.nn.Module):
     and `in_proj_feedback_state` and so on for `in_proj_weight`. Back-propagation keeps nothing.
     """
 
-    _feedback: Rule
+    _feedback: Stateful
     _held: dict[str, Held]
     # Set by frozen_signs: packed signs of each weight, until the block ends.
     _frozen: dict[str, Tensor] | None = None
@@ -84,10 +81,6 @@ class StatefulLayer(torch.nn.Module):
         """Names of the weights that have a B."""
         return ["weight"]
 
-    def fans(self, name: str = "weight") -> Fans:
-        """Fans of weight `name`."""
-        raise NotImplementedError
-
     @property
     def uses_feedback(self) -> bool:
         """Whether B is anything but W."""
@@ -95,11 +88,11 @@ class StatefulLayer(torch.nn.Module):
 
     # Drawing.
 
-    def install_feedback(self, rule: Rule, key: Keys | None = None) -> None:
+    def install_feedback(self, rule: Any, key: Keys | None = None) -> None:
         """Make `rule` the layer's, with fresh state as in `reset_feedback`: wholly, or an error changes nothing."""
         with _writable():
             names = [] if rule.transports_weight else self.weights()
-            made = {name: self._made(rule, name, getattr(self, name).detach(), key) for name in names}
+            made = {name: self._made(rule, name, self._weight(name), key) for name in names}
             self.remove_feedback()
             self._feedback, self._held = rule, {}
             for name, (held, tensors) in made.items():
@@ -109,18 +102,16 @@ class StatefulLayer(torch.nn.Module):
                         self.register_parameter(attribute, tensor)
                     else:
                         self.register_buffer(attribute, tensor)
-                self._settle(name, getattr(self, name).device)
+                self._settle(name, self._weight(name).device)
 
-    def _made(self, rule: Rule, name: str, weight: Tensor, key: Keys | None) -> tuple[Held, dict[str, Tensor]]:
+    def _made(self, rule: Stateful, name: str, weight: Tensor, key: Keys | None) -> tuple[Held, dict[str, Tensor]]:
         if not supported(weight):
             raise TypeError(f"feedback: {rule.name!r} takes a floating weight, got {name} of {weight.dtype}")
         kept = rule.state(weight)
         for own in kept:
             if own in _TAKEN or not own.isidentifier():
                 raise ValueError(f"{type(rule).__name__}.state: expected names other than {_TAKEN}, got {own!r}")
-        held = Held(
-            {"rms": rule.rms(self.fans(name))}, {n: _attribute(name, n) for n in kept}, _attribute(name, "state")
-        )
+        held = Held(self._constants(rule, name), {n: _attribute(name, n) for n in kept}, _attribute(name, "state"))
         for n, tensor in kept.items():
             if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad:
                 checks.shape(f"{type(rule).__name__}.state: {n!r}, a trained Parameter", tensor, weight.shape)
@@ -132,6 +123,14 @@ class StatefulLayer(torch.nn.Module):
         if rule.seeded:
             held.kept["key"] = _attribute(name, "key")
         return held, tensors
+
+    def _constants(self, rule: Any, name: str) -> State:
+        # What the rule is given beside what it keeps.
+        return {}
+
+    def _identity(self, rule: Stateful) -> tuple[str, dict[str, Any]]:
+        # As a file gives them back.
+        return type(rule).__name__, json.loads(json.dumps(vars(rule), default=repr))
 
     def remove_feedback(self) -> None:
         """Forget the rule, and delete what it keeps."""
@@ -152,7 +151,7 @@ class StatefulLayer(torch.nn.Module):
                     if key is None:
                         # Each rank has drawn its own.
                         self._broadcast_again()
-                self._draw_again(name, getattr(self, name).detach())
+                self._draw_again(name, self._weight(name))
 
     def _draw_again(self, name: str, weight: Tensor) -> None:
         self._place(name, weight.device)
@@ -206,7 +205,7 @@ class StatefulLayer(torch.nn.Module):
             assert held.key is not None
             self._overwrite(held.kept["key"], held.key.tensor(device))
             self._non_persistent_buffers_set.add(held.kept["key"])
-        record = Record(*_identity(self._feedback), held.key, held.sums | self._sums_of_parameters(held))
+        record = Record(*self._identity(self._feedback), held.key, held.sums | self._sums_of_parameters(held))
         self._overwrite(held.record, encode(record, device))
         held.seen = self._record(held)
         held.version = held.seen._version
@@ -216,7 +215,7 @@ class StatefulLayer(torch.nn.Module):
         held = self._held[name]
         record = self._record(held)
         if _readable(record):
-            if held.is_stale(record):
+            if record is not held.seen or record._version != held.version:
                 self._read_record(name)
             self._settle(name, record.device)
 
@@ -234,6 +233,45 @@ class StatefulLayer(torch.nn.Module):
         # Of a length that never changes.
         return {n: _sum(t) or "0" * 16 for n, t in kept if isinstance(t, torch.nn.Parameter)}
 
+    # Use.
+
+    def _state(self, name: str, weight: Tensor) -> State:
+        # What the rule takes in a call.
+        held = self._held[name]
+        state = held.constants
+        if held.kept:
+            buffers = self._buffers
+            record: Any = buffers[held.record]
+            stale = record is not held.seen and held.seen is not None
+            if not is_compiling():
+                # torch.compile cannot read a version.
+                stale = stale or (held.version >= 0 and record._version != held.version)
+            state, device = state.copy(), weight.device
+            for n, attribute in held.kept.items():
+                tensor: Any = buffers.get(attribute)
+                if tensor is None:
+                    tensor = self._parameters[attribute]
+                stale = stale or tensor.device != device
+                state[n] = tensor
+            if stale:
+                self._look_again(name, weight)
+                state |= {n: getattr(self, attribute) for n, attribute in held.kept.items()}
+            if held.lost:
+                raise RuntimeError(
+                    f"the feedback state of {self.called(name)} was lost, by to_empty() or a load without it: "
+                    "call reset_feedback() or reset_parameters(), convert_ the model again, or load a state_dict"
+                )
+        if self._frozen is not None:
+            state = {**state, "frozen": self._frozen.get(name)}
+        return state
+
+    def _look_again(self, name: str, weight: Tensor) -> None:
+        if is_compiling():
+            raise RuntimeError(_STALE)
+        # What torch.compile left to run as it is, it looks into again.
+        notice = torch.compiler.disable(self._notice) if "torch._dynamo" in sys.modules else self._notice
+        notice(name, weight)
+
     # Identity.
 
     def called(self, name: str) -> str:
@@ -244,11 +282,11 @@ class StatefulLayer(torch.nn.Module):
     def feedback_record(self, name: str = "weight") -> Record:
         """What identifies the feedback of weight `name`: the rule's class and fields, and the key."""
         held = self._held[name]
-        return Record(*_identity(self._feedback), held.key, held.sums)
+        return Record(*self._identity(self._feedback), held.key, held.sums)
 
     def _mismatch(self, found: Record) -> str:
         # Why `found` is not of this layer's rule, if it is not.
-        own = Record(*_identity(self._feedback), None, {})
+        own = Record(*self._identity(self._feedback), None, {})
         if (found.rule, found.fields) == (own.rule, own.fields):
             return ""
         return f"expected the state of {own}, got that of {found}: convert_ with this rule to go on with it"
@@ -264,6 +302,8 @@ class StatefulLayer(torch.nn.Module):
                 buffers = {n: self._buffers.get(a) for n, a in held.kept.items()}
                 self._check_content(name, weight, buffers, held.sums)
             self._settle(name, weight.device)
+            if written and torch.distributed.is_available() and torch.distributed.is_initialized():
+                held.version = -1
 
     def _read_record(self, name: str) -> bool:
         # Takes what the record says; False where nobody ever wrote it. Integers that went through an average say
@@ -272,6 +312,10 @@ class StatefulLayer(torch.nn.Module):
         record = self._record(held)
         if not _readable(record):
             return True
+        # transformers fills what a checkpoint lacks with memory that may be another layer's record.
+        filled = held.seen is not None and held.seen.is_meta and "_is_hf_initialized" in vars(self)
+        if filled and not hasattr(record, "_is_hf_initialized"):
+            return False
         try:
             found = decode(record)
         except ValueError:
@@ -282,12 +326,7 @@ class StatefulLayer(torch.nn.Module):
             raise RuntimeError(f"{self.called(name)}: {why}")
         held.key = found.key
         held.sums |= {n: found.sums[n] for n in held.sums.keys() & found.sums.keys()}
-        held.settled = self._broadcasts()
         return True
-
-    @staticmethod
-    def _broadcasts() -> bool:
-        return torch.distributed.is_available() and torch.distributed.is_initialized()
 
     def _check_content(
         self, name: str, weight: Tensor, tensors: dict[str, Tensor | None], sums: dict[str, str]
@@ -310,36 +349,40 @@ class StatefulLayer(torch.nn.Module):
             return
         raise RuntimeError(
             f"{self.called(name)}: {held.kept[n]} is not what was saved, as after an average of "
-            "integers or other damage; load it from a state_dict that was not averaged, reset_feedback(), or convert_ the "
-            "model again"
+            "integers or other damage; load it from a state_dict that was not averaged, reset_feedback(), or convert_ "
+            "the model again"
         )
 
     # Moves, copies, files.
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        held = vars(self).get("_held", {})
         with _writable():
-            for name in held:
-                self._write(name)
-        super()._apply(fn, recurse)
-        with _writable():
-            for name in held:
-                self._moved(name)
-        return self
+            marks = {name: self._mark(name) for name in vars(self).get("_held", {})}
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            with _writable():
+                for name, mark in marks.items():
+                    self._moved(name, mark)
 
-    def _moved(self, name: str) -> None:
+    def _mark(self, name: str) -> list[int]:
+        # Something in the record that memory which nobody wrote, a record's of before for one, does not have.
+        record, mark = self._record(self._held[name]), list(os.urandom(16))
+        if not _readable(record):
+            return []
+        self._write(name)
+        record = self._record(self._held[name])
+        record[:16] = torch.tensor(mark, dtype=torch.uint8, device=record.device)
+        return mark
+
+    def _moved(self, name: str, mark: list[int]) -> None:
         held = self._held[name]
         self._freeze(held)
-        record = self._record(held)
+        record, weight = self._record(held), self._weight(name)
         held.seen, held.version = record, record._version
-        weight = self._weight(name)
         if not _readable(record) or weight.is_meta:
             return
-        try:
-            written = decode(record) is not None
-        except ValueError:
-            written = False
-        if not written or self._place(name, weight.device):
+        if record[:16].tolist() != mark or self._place(name, weight.device):
             self._lose(name, weight)
         self._settle(name, weight.device)
 
@@ -378,8 +421,9 @@ class StatefulLayer(torch.nn.Module):
             with _writable():
                 self._upgrade()
         for held in self._held.values():
-            held.settled = False
             self._freeze(held)
+            # Where DistributedDataParallel's writes were no news, others' are.
+            held.version = max(held.version, 0)
 
     def _upgrade(self) -> None:
         # A pickle of version 0.1.
@@ -388,14 +432,12 @@ class StatefulLayer(torch.nn.Module):
         for name in self.weights() if self.uses_feedback else ():
             attributes = {n: _attribute(name, n) for n in ("key", "weight", "signs", "scale")}
             kept = {n: a for n, a in attributes.items() if a in self._buffers or a in self._parameters}
-            held = self._held[name] = Held(
-                {"rms": self._feedback.rms(self.fans(name))}, kept, _attribute(name, "state")
-            )
+            held = self._held[name] = Held(self._constants(self._feedback, name), kept, _attribute(name, "state"))
             if "key" in kept:
                 held.key = _as_key(getattr(self, kept["key"]))
             held.sums, held.lost = _sums(self._feedback, self._kept(held)), lost
             held.trained = next((kept[n] for n, t in self._kept(held).items() if t.requires_grad), "")
-            self._settle(name, getattr(self, name).device)
+            self._settle(name, self._weight(name).device)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         with _writable():
@@ -413,8 +455,6 @@ class StatefulLayer(torch.nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        if self.uses_feedback and prefix + "weight_backward" in state_dict:
-            self._adopt_biotorch(state_dict, prefix, error_msgs)
         # Records are read, and not copied; of each weight, what is given of the rest.
         loads = [_Load(self, name, state_dict, prefix, strict, error_msgs) for name in self._held]
         super()._load_from_state_dict(
@@ -423,25 +463,6 @@ class StatefulLayer(torch.nn.Module):
         with _writable():
             for load in loads:
                 load.finish(missing_keys, error_msgs)
-
-    def _adopt_biotorch(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
-        # BioTorch saves B (fa), |M| (frsf) or s · sign(W) (usf) as weight_backward, and a bias_backward it never uses.
-        # The dictionary is load_state_dict's own copy.
-        b = state_dict.pop(prefix + "weight_backward")
-        state_dict.pop(prefix + "bias_backward", None)
-        try:
-            rule, kept = self._feedback.adopt_biotorch(b, self._held["weight"].constants["rms"])
-        except ValueError as error:
-            error_msgs.append(f"{prefix}weight_backward: {error}")
-            return
-        if rule != self._feedback:
-            self.install_feedback(rule)
-        held = self._held["weight"]
-        if kept:
-            state_dict.update({prefix + held.kept[n]: tensor for n, tensor in kept.items()})
-        else:
-            own = Record(*_identity(rule), held.key, held.sums)
-            state_dict.setdefault(prefix + held.record, encode(own))
 
 
 class _Load:
@@ -530,11 +551,6 @@ def _attribute(name: str, kept: str) -> str:
     return f"{name.removesuffix('weight')}feedback_{kept}"
 
 
-def _identity(rule: Rule) -> tuple[str, dict[str, Any]]:
-    # As a file gives them back.
-    return type(rule).__name__, json.loads(json.dumps(vars(rule), default=repr))
-
-
 def _as_key(key: Key | Tensor) -> Key:
     if isinstance(key, Key):
         return key
@@ -543,9 +559,9 @@ def _as_key(key: Key | Tensor) -> Key:
     return Key(int(key[0]), int(key[1]))
 
 
-def _draw(rule: Rule, held: Held, kept: dict[str, Tensor], weight: Tensor) -> None:
+def _draw(rule: Stateful, held: Held, kept: dict[str, Tensor], weight: Tensor) -> None:
     if kept:
-        if type(rule).draw is Rule.draw:
+        if type(rule).draw is Stateful.draw:
             for n, tensor in rule.state(weight).items():
                 fill(kept[n], tensor)
         key = held.key or Key(LAYOUT_VERSION, 0)
@@ -553,7 +569,7 @@ def _draw(rule: Rule, held: Held, kept: dict[str, Tensor], weight: Tensor) -> No
     held.lost, held.sums = False, _sums(rule, kept)
 
 
-def _sums(rule: Rule, kept: dict[str, Tensor]) -> dict[str, str]:
+def _sums(rule: Stateful, kept: dict[str, Tensor]) -> dict[str, str]:
     # Of integers, which are what they were or something else. The floats of a buffer may have been averaged, and a
     # Parameter's sum is taken when it is saved.
     integers = {n: t for n, t in kept.items() if not t.is_floating_point()} if rule.fixed else {}
