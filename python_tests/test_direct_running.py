@@ -222,5 +222,7 @@ def test_a_state_of_another_rule_order_or_layout_is_refused() -> None:
     other.load_state_dict(state)
     assert not torch.equal(other.feedback_matrix("1"), net.feedback_matrix("1"))
     state["feedback_key"] = torch.tensor([3, 3, 0])
-    with pytest.raises(RuntimeError, match=r"feedback_key: expected \(layout version up to 2, key, stream\), got \[3, 3, 0\]"):
+    with pytest.raises(
+        RuntimeError, match=r"feedback_key: expected \(layout version up to 2, key, stream\), got \[3, 3, 0\]"
+    ):
         other.load_state_dict(state)

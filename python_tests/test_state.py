@@ -140,7 +140,9 @@ def test_loading_the_record_alone_moves_b(rule: str) -> None:
 def test_a_key_of_another_layout_is_refused(key: Tensor) -> None:
     model = nn.Sequential(bk.nn.Linear(6, 5, feedback="fa"))
     state = {n: t for n, t in model.state_dict().items() if "feedback" not in n} | {"0.feedback_key": key}
-    with pytest.raises(RuntimeError, match=r"0\.feedback_key: expected \(layout version up to 2, key, stream\), got \["):
+    with pytest.raises(
+        RuntimeError, match=r"0\.feedback_key: expected \(layout version up to 2, key, stream\), got \["
+    ):
         model.load_state_dict(state)
 
 
@@ -165,7 +167,9 @@ def test_a_state_dict_of_another_rule_does_not_load(saved: str, built: str) -> N
     if saved == built:
         model.load_state_dict(state)
         return
-    wanted = rf"0\.feedback_state: expected the state of {OTHERS[built]}\(.*got that of {OTHERS[saved]}\(.*convert_ with"
+    wanted = (
+        rf"0\.feedback_state: expected the state of {OTHERS[built]}\(.*got that of {OTHERS[saved]}\(.*convert_ with"
+    )
     for strict in (True, False):
         with pytest.raises(RuntimeError, match=wanted):
             model.load_state_dict(state, strict=strict)
@@ -178,7 +182,7 @@ def test_plain_torch_state_dicts_load_where_a_rule_keeps_nothing() -> None:
     layer = bk.nn.Linear(6, 5, feedback="usf")
     layer.load_state_dict(plain.state_dict())
     assert torch.equal(layer.weight, plain.weight)
-    with pytest.raises(RuntimeError, match="Missing key.*feedback_state"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*feedback_state"):
         bk.nn.Linear(6, 5, feedback="fa").load_state_dict(plain.state_dict())
 
 

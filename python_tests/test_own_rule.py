@@ -1,0 +1,302 @@
+"""A rule of a user's own, one class in this file: wherever ours are taken, and in every way they are used."""
+
+import copy
+import io
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import fresh
+import pytest
+import torch
+from oracle import with_feedback
+from small import LAYERS, assert_equal, build, call, gradients
+from torch import Tensor, nn
+
+import bioplaus_kernels as bk
+from bioplaus_kernels.feedback import Frozen
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@dataclass(frozen=True)
+class Ternary(bk.Rule):
+    name = "ternary"
+    threshold: float = 0.01
+
+    def matrix(self, weight: Tensor, state: dict[str, Any]) -> Tensor:
+        return torch.sign(weight) * (weight.abs() > self.threshold)
+
+
+@dataclass(frozen=True)
+class LowRank(bk.Rule):
+    """B = P Q, both drawn once; P stays a buffer, Q a Parameter."""
+
+    name = "low rank"
+    rank: int = 2
+
+    def state(self, weight: Tensor) -> dict[str, Tensor]:
+        rows, columns = weight.shape[0], weight[:1].numel()
+        return {"p": weight.new_empty(rows, self.rank), "q": Frozen(weight.new_empty(self.rank, columns))}
+
+    def draw(self, state: dict[str, Any], weight: Tensor, key: Tensor) -> None:
+        if weight.is_meta:
+            return
+        generator = torch.Generator(weight.device).manual_seed(int(key[1]) % 2**31)
+        for name in ("p", "q"):
+            drawn = torch.randn(state[name].shape, generator=generator, device=weight.device)
+            bk.feedback.fill(state[name], drawn.to(weight.dtype))
+
+    def factors(self, weight: Tensor, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return state["p"], state["q"]
+
+
+@dataclass(frozen=True)
+class Rotated(bk.Rule):
+    """B = W times a fixed sign an input, kept as integers; a call reads them."""
+
+    name = "rotated"
+
+    def state(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"flips": torch.zeros(weight.shape[-1], dtype=torch.int8, device=weight.device)}
+
+    def draw(self, state: dict[str, Any], weight: Tensor, key: Tensor) -> None:
+        if not weight.is_meta:
+            generator = torch.Generator().manual_seed(int(key[1]) % 2**31)
+            state["flips"].copy_(torch.randint(2, state["flips"].shape, generator=generator) * 2 - 1)
+
+    def matrix(self, weight: Tensor, state: dict[str, Any]) -> Tensor:
+        return weight * state["flips"]
+
+
+OWN: dict[str, bk.Rule] = {rule.name: rule for rule in (Ternary(0.05), LowRank(), Rotated())}
+own_rules = pytest.mark.parametrize("rule", OWN.values(), ids=list(OWN))
+layers = pytest.mark.parametrize("layer", LAYERS)
+
+
+@own_rules
+@pytest.mark.parametrize("layer", [name for name in LAYERS if name != "MultiheadAttention"])
+def test_gradients(layer: str, rule: bk.Rule) -> None:
+    module, x = build(layer, rule)
+    b = module.feedback_matrix()
+    expected = {
+        "ternary": lambda: module.weight.sign() * (module.weight.abs() > 0.05),
+        "low rank": lambda: (module.feedback_p @ module.feedback_q).reshape(module.weight.shape),
+        "rotated": lambda: module.weight * module.feedback_flips,
+    }[rule.name]()
+    assert torch.equal(b, expected.detach())
+    plain = copy.deepcopy(module)
+    bk.convert_(plain, None)
+    ours = module(x)
+    theirs = with_feedback(
+        lambda x, w, c: torch.func.functional_call(plain, {"weight": w, "bias": c}, (x,)),
+        x,
+        module.weight,
+        b,
+        module.bias,
+    )
+    direction = torch.randn_like(ours)
+    for a, e in zip(
+        torch.autograd.grad(ours, (x, module.weight, module.bias), direction),
+        torch.autograd.grad(theirs, (x, module.weight, module.bias), direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@own_rules
+@layers
+def test_copies_files_and_the_way_back(layer: str, rule: bk.Rule) -> None:
+    module, x = build(layer, rule)
+    expected = gradients(module, x)
+    assert_equal(gradients(copy.deepcopy(module), x), expected)
+    assert_equal(gradients(pickle.loads(pickle.dumps(module)), x), expected)
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    other, _ = build(layer, rule)
+    other.load_state_dict(torch.load(file))
+    assert_equal(gradients(other, x), expected)
+    # From the meta device: with the state, and with plain weights.
+    with torch.device("meta"):
+        empty, _ = build(layer, rule)
+    empty.load_state_dict(module.state_dict(), assign=True)
+    assert_equal(gradients(empty, x), expected)
+    with torch.device("meta"):
+        empty, _ = build(layer, rule)
+    plain = {name: t for name, t in module.state_dict().items() if "feedback" not in name}
+    empty.load_state_dict(plain, assign=True, strict=False)
+    assert all(grad.isfinite().all() and grad.abs().max() < 1e3 for grad in gradients(empty, x))
+    bk.convert_(module, None)
+    assert not [name for name in module.state_dict() if "feedback" in name]
+    module.load_state_dict(plain)
+
+
+@own_rules
+@layers
+def test_autocast(layer: str, rule: bk.Rule) -> None:
+    module, x = build(layer, rule)
+    exact = gradients(module, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = call(module, x)
+    assert y.dtype == torch.bfloat16
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for a, e in zip(torch.autograd.grad(y, (x, *parameters), direction), exact, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, e, rtol=0.1, atol=0.05 * float(e.abs().max()))
+
+
+@own_rules
+@pytest.mark.parametrize("layer", ["Linear", "Conv2d", "ConvTranspose1d", "LocallyConnected1d", "MultiheadAttention"])
+def test_compiles_to_one_graph(layer: str, rule: bk.Rule) -> None:
+    module, x = build(layer, rule)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: call(module, x), fullgraph=True, backend="aot_eager")
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    direction = torch.randn(call(module, x).shape)
+    ours, eager = (
+        torch.autograd.grad(f(x), (x, *parameters), direction) for f in (compiled, lambda x: call(module, x))
+    )
+    for a, e in zip(ours, eager, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_convert_and_report() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    report = bk.convert_(model, Ternary(), last_layer=None)
+    assert report.converted == ["0", "2"] and "Ternary(threshold=0.01)" in str(report)
+    assert str(bk.describe(model)).splitlines()[1].split() == ["0.weight", "Ternary(threshold=0.01)", "-"]
+    state = model.state_dict()
+    bk.convert_(model, Ternary(0.5))
+    with pytest.raises(
+        RuntimeError, match=r"expected the state of Ternary\(threshold=0.5\), got that of Ternary\(thres"
+    ):
+        model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"got that of Ternary"):
+        other = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+        bk.convert_(other, "usf")
+        other.load_state_dict(state)
+
+
+def test_functional_forms_take_it() -> None:
+    x, w = torch.randn(3, 6, requires_grad=True), torch.randn(5, 6)
+    bk.functional.linear(x, w, feedback=Ternary(0.5)).sum().backward()
+    assert torch.equal(x.grad, torch.ones(3, 5) @ (w.sign() * (w.abs() > 0.5)))
+    with pytest.raises(ValueError, match="keeps state"):
+        bk.functional.linear(x, w, feedback=LowRank())
+
+
+def test_matrix_is_called_once_a_call_in_the_weights_own_dtype() -> None:
+    calls: list[tuple[torch.dtype, bool, bool]] = []
+
+    class Counting(bk.Rule):
+        name = "counting"
+
+        def matrix(self, weight: Tensor, state: dict[str, Any]) -> Tensor:
+            calls.append((weight.dtype, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+            return -weight
+
+    layer = bk.nn.Linear(6, 5, feedback=Counting())
+    x = torch.randn(3, 6, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.sum().backward()
+    assert calls == [(torch.float32, False, False)]
+    torch.testing.assert_close(x.grad, -torch.ones(3, 5) @ layer.weight, rtol=0.02, atol=0.02)
+    # No gradient goes on below: nothing is formed.
+    layer(torch.randn(3, 6)).sum().backward()
+    assert len(calls) == 1
+
+
+class Nothing(bk.Rule):
+    name = "nothing"
+
+
+class Nameless(bk.Rule):
+    def matrix(self, weight: Tensor, state: dict[str, Any]) -> Tensor:
+        return weight
+
+
+class Wrong(bk.Rule):
+    name = "wrong"
+
+    def matrix(self, weight: Tensor, state: dict[str, Any]) -> Tensor:
+        return weight.t()
+
+
+class Taken(bk.Rule):
+    name = "taken"
+
+    def state(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"key": weight.clone()}
+
+    def matrix(self, weight: Tensor, state: dict[str, Any]) -> Tensor:
+        return weight
+
+
+def test_errors() -> None:
+    with pytest.raises(
+        TypeError, match=r"feedback: expected a rule with one of matrix, factors and operands, got Nothing"
+    ):
+        bk.nn.Linear(6, 5, feedback=Nothing())
+    with pytest.raises(TypeError, match=r"feedback: expected a rule with a name, a string, got Nameless"):
+        bk.nn.Linear(6, 5, feedback=Nameless())
+    with pytest.raises(ValueError, match=r"Wrong.matrix: expected shape \(5, 6\), torch.float32 on cpu, got \(6, 5\)"):
+        bk.nn.Linear(6, 5, feedback=Wrong())(torch.randn(2, 6, requires_grad=True))
+    with pytest.raises(ValueError, match=r"Taken.state: expected names other than .*, got 'key'"):
+        bk.nn.Linear(6, 5, feedback=Taken())
+
+
+# Two processes.
+
+MODEL: Callable[[], nn.Module] = lambda: nn.Sequential(  # noqa: E731
+    nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(144, 12), nn.Tanh(), nn.Linear(12, 3)
+)
+
+
+def _train(rule: bk.Rule, wrap: str, rank: int, world: int) -> list[Tensor]:
+    torch.manual_seed(3)
+    model = MODEL()
+    bk.convert_(model, rule)
+    forward: nn.Module = model
+    if wrap == "ddp":
+        forward = nn.parallel.DistributedDataParallel(model)
+    elif wrap == "fsdp2":
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in (model[0], model[3], model[5]):
+            fully_shard(layer)
+        fully_shard(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for x in torch.randn(3, 4, 1, 8, 8, generator=torch.Generator().manual_seed(5)):
+        optimizer.zero_grad()
+        forward(x[rank::world]).square().mean().backward()
+        optimizer.step()
+    full = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return [p.detach().clone() for p in full]
+
+
+def _worker(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    try:
+        found = {
+            (name, wrap): _train(rule, wrap, rank, world) for name, rule in OWN.items() for wrap in ("ddp", "fsdp2")
+        }
+        torch.save(found, f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
+def test_two_ranks_train_as_one_process(tmp_path: Any) -> None:
+    torch.multiprocessing.start_processes(_worker, (2, str(tmp_path)), nprocs=2, start_method=fresh.START_METHOD)
+    ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for (name, wrap), found in ours.items():
+        assert_equal(found, theirs[name, wrap])
+        for a, e in zip(found, _train(OWN[name], "", 0, 1), strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-4)
