@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .backends.reference import checks
 from .backends.reference.philox import LAYOUT_VERSION
 
 Scale = float | Literal["xiao", "xavier", "torch", "match", "initial"]
@@ -48,15 +49,12 @@ class Rule:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name == "scale":
-                number = isinstance(value, int | float) and not isinstance(value, bool)
-                if not (math.isfinite(value) and value > 0 if number else value in _SCALES):
-                    raise ValueError(f"scale: expected a positive finite number or one of {_SCALES}, got {value!r}")
-            elif field.name == "stored" and not isinstance(value, bool):
-                raise TypeError(f"stored: expected True or False, got {value!r}")
+                object.__setattr__(self, "scale", checks.scale(value, _SCALES))
+            elif field.name == "stored":
+                checks.boolean("stored", value)
             elif field.name == "entries":
                 allowed = tuple(_UNIT_RMS) if isinstance(self, FeedbackAlignment) else ("uniform", "normal")
-                if value not in allowed:
-                    raise ValueError(f"entries: expected one of {allowed}, got {value!r}")
+                checks.one_of("entries", value, allowed, f"one of {allowed}")
 
 
 @dataclass(frozen=True)
@@ -131,8 +129,7 @@ class SignConcordance(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.p, bool) or not isinstance(self.p, int | float) or not 0 <= self.p <= 1:
-            raise ValueError(f"p: expected a number from 0 to 1, got {self.p!r}")
+        object.__setattr__(self, "p", checks.fraction("p", self.p, ValueError))
 
 
 @dataclass(frozen=True)
@@ -308,7 +305,12 @@ def is_seeded(rule: Rule) -> bool:
 
 
 def feedback_key(seed: int, name: str = "") -> Tensor:
-    """The key (layout version, key, stream 0) of the layer called `name` under `seed`, the same on every machine."""
+    """The key (layout version, key, stream 0) of the layer called `name` under `seed`, the same on every machine.
+
+    Raises TypeError for a seed that is no integer and a name that is no string.
+    """
+    seed = checks.integer("seed", seed)
+    checks.instance("name", name, str, "a string")
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return torch.tensor([LAYOUT_VERSION, int.from_bytes(digest, "little", signed=True), 0], device="cpu")
 

@@ -31,7 +31,11 @@ class Learner:
             last = options.pop("last_layer", None)
             bk.convert_(model, RULES[name](**options), last_layer=last, seed=seed)
         else:
-            blocks = options.pop("blocks", None) or [n for n, m in model.named_modules() if isinstance(m, nn.Tanh)]
+            blocks = options.pop("blocks", None)
+            if blocks is None:
+                blocks = [n for n, m in model.named_modules() if isinstance(m, nn.Tanh)]
+                if not blocks:
+                    raise ValueError("blocks: expected names, as the model has no Tanh, the default's blocks, got None")
             example = torch.zeros(2, *shape)
             model = bk.DirectFeedback(model, blocks, DIRECT[name](**options), example=example, seed=seed)
         # The layout that convolutions and pooling compute in, so that they convert nothing.

@@ -116,7 +116,11 @@ def finish(
 def needs_feedback(input: Tensor) -> bool:
     """Whether a backward through `input` can follow; if not, a layer is its torch.nn namesake and forms no B."""
     refuse_transforms()
-    return torch.is_grad_enabled() and input.requires_grad
+    try:
+        return torch.is_grad_enabled() and input.requires_grad
+    except AttributeError:
+        checks.tensor("input", input)
+        raise
 
 
 def refuse_transforms() -> None:
@@ -174,11 +178,23 @@ def is_backprop(feedback: Feedback) -> bool:
 
 
 def check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if input.device != weight.device or input.dtype not in checks.DTYPES:
+    try:
+        fits = input.device == weight.device and input.dtype in checks.DTYPES
+    except AttributeError:
+        fits = False
+    if not fits:
         explain(input, weight, bias)
 
 
+def explain_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    checks.tensor("input", input)
+    checks.tensor("weight", weight)
+    if bias is not None:
+        checks.tensor("bias", bias)
+
+
 def explain(input: Tensor, weight: Tensor, bias: Tensor | None, out: int | None = None) -> None:
+    explain_tensors(input, weight, bias)
     if input.is_nested:
         checks.fail("input", "a dense tensor, such as the values() of a nested one", "a nested tensor", TypeError)
     checks.floating("input", input)
@@ -196,9 +212,12 @@ def explain(input: Tensor, weight: Tensor, bias: Tensor | None, out: int | None 
 
 def ints(name: str, value: Ints, d: int, least: int = 0) -> list[int]:
     """`value` as one integer for each of `d` dimensions."""
-    values = list(value) if isinstance(value, Sequence) else [value] * d
-    if len(values) != d or not all(isinstance(v, int) and v >= least for v in values):
+    given = list(value) if isinstance(value, Sequence) else [value] * d
+    values = [number for v in given if (number := checks.index(v)) is not None and number >= least]
+    if len(given) != d or len(values) != d:
         checks.fail(name, f"an integer of at least {least} or {d} of them", repr(value))
+    if max(values) > checks.LARGEST:
+        checks.fail(name, f"integers of at most {checks.LARGEST}", repr(value))
     return values
 
 

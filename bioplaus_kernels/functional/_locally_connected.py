@@ -75,22 +75,18 @@ def pad_pairs(
 ) -> list[int]:
     """(before, after) of each dimension, flat, from one integer a dimension, nested pairs, "same" or "valid"."""
     d = len(kernel)
-    if padding == "valid":
-        return [0] * (2 * d)
-    if padding == "same":
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            checks.fail("padding", "integers, pairs, 'same' or 'valid'", repr(padding))
         pairs = []
         for size, k, s, dil in zip(input_size, kernel, stride, dilation, strict=True):
-            total = max((-(-size // s) - 1) * s + dil * (k - 1) + 1 - size, 0)
+            total = max((-(-size // s) - 1) * s + dil * (k - 1) + 1 - size, 0) if padding == "same" else 0
             pairs += [total // 2, total - total // 2]
         return pairs
-    if isinstance(padding, str):
-        checks.fail("padding", "integers, pairs, 'same' or 'valid'", repr(padding))
-    if isinstance(padding, int):
-        return [p for p in ints("padding", padding, d) for _ in range(2)]
-    if all(isinstance(p, int) for p in padding):
-        return [p for p in ints("padding", cast(Sequence[int], padding), d) for _ in range(2)]
-    if len(padding) != d or any(isinstance(p, int) or len(p) != 2 for p in padding):
-        checks.fail("padding", f"{d} pairs (before, after)", padding)
+    if not isinstance(padding, Sequence) or not any(isinstance(p, Sequence) for p in padding):
+        return [p for p in ints("padding", cast(Ints, padding), d) for _ in range(2)]
+    if len(padding) != d or not all(isinstance(p, Sequence) and len(p) == 2 for p in padding):
+        checks.fail("padding", f"{d} pairs (before, after)", repr(padding))
     return [p for pair in cast(Sequence[Sequence[int]], padding) for p in ints("padding", pair, 2)]
 
 
@@ -148,7 +144,9 @@ def _locally_connected(
     feedback: Feedback,
     key: Tensor | None,
 ) -> Tensor:
+    checks.tensor("input", input)
     checks.rank("weight", weight, 2 * d + 2)
+    groups = checks.integer("groups", groups, 1)
     stride, dilation = ints("stride", stride, d, 1), ints("dilation", dilation, d, 1)
     pairs = pad_pairs(padding, input.shape[-d:], weight.shape[d + 1 : -1], stride, dilation)
     op = resolve(feedback, weight, lc_fans(weight, weight.shape[d]), key)
