@@ -131,7 +131,9 @@ class TargetProp(torch.nn.Module):
         if (auxiliary is not None) != (variant == "ao_sdtp"):
             wanted = "a module" if variant == "ao_sdtp" else f"None with variant={variant!r}"
             checks.fail("auxiliary", wanted, "None" if auxiliary is None else type(auxiliary).__name__)
-        objective = None if mix == 1 or plan.inverse_loss is None else inverse_objective or plan.inverse_loss
+        objective = plan.inverse_loss if inverse_objective is None else inverse_objective
+        if mix == 1 or plan.inverse_loss is None:
+            objective = None
         allowed: tuple[str, ...] = ("preserving", "drl")
         if objective is None:
             allowed = ()
