@@ -186,21 +186,13 @@ def check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         explain(input, weight, bias)
 
 
-def explain_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    checks.tensor("input", input)
-    checks.tensor("weight", weight)
-    if bias is not None:
-        checks.tensor("bias", bias)
-
-
 def explain(input: Tensor, weight: Tensor, bias: Tensor | None, out: int | None = None) -> None:
-    explain_tensors(input, weight, bias)
+    checks.tensor("input", input)
     if input.is_nested:
         checks.fail("input", "a dense tensor, such as the values() of a nested one", "a nested tensor", TypeError)
     checks.floating("input", input)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
+    given = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    for name, tensor in given.items():
         checks.floating(name, tensor)
         if tensor.device != input.device:
             checks.fail("input", f"a tensor on {tensor.device}, as {name}", f"one on {input.device}")

@@ -85,8 +85,11 @@ class _LocallyConnectedNd(FeedbackLayer):
             self.reset_feedback()
 
     def _spatial(self, input: Tensor, channels: int, size: Sequence[int]) -> None:
-        checks.tensor("input", input)
-        spatial, batchless = tuple(input.shape[-self.d :]), input.dim() == self.d + 1
+        try:
+            spatial, batchless = tuple(input.shape[-self.d :]), input.dim() == self.d + 1
+        except AttributeError:
+            checks.tensor("input", input)
+            raise
         if input.dim() not in (self.d + 1, self.d + 2):
             checks.fail("input", f"{self.d + 2} dimensions, or {self.d + 1} without a batch", tuple(input.shape))
         if input.shape[0 if batchless else 1] != channels or spatial != tuple(size):

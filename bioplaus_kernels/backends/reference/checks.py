@@ -30,7 +30,8 @@ def instance(name: str, value: object, kind: type | tuple[type, ...], wanted: st
 
 def tensor(name: str, value: object) -> None:
     """`value` must be a tensor."""
-    instance(name, value, Tensor, "a tensor")
+    if not isinstance(value, Tensor):
+        fail(name, "a tensor", type(value).__name__, TypeError)
 
 
 def module(name: str, value: object) -> None:
