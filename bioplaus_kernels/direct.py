@@ -345,6 +345,8 @@ class DirectFeedback(torch.nn.Module):
             if targets.dtype != torch.int64:
                 checks.fail("targets", "int64", targets.dtype, TypeError)
             checks.shape("targets", targets, logits.shape[:-1])
+            if targets.device != logits.device:
+                checks.fail("targets", f"a tensor on {logits.device}, as the logits", f"one on {targets.device}")
             if isinstance(loss_scale, bool) or not isinstance(loss_scale, int | float | Tensor):
                 checks.fail("loss_scale", "a number or a 0-dim tensor", repr(loss_scale), TypeError)
             if isinstance(loss_scale, Tensor) and loss_scale.dim():
@@ -352,7 +354,7 @@ class DirectFeedback(torch.nn.Module):
             dtype = torch.promote_types(logits.dtype, torch.float32)
             scale = torch.as_tensor(loss_scale, dtype=dtype, device=logits.device)
             if cast(DRTP, self.feedback).reduction == "mean":
-                scale = scale / (targets >= 0).sum().to(logits.device).clamp(min=1)
+                scale = scale / (targets >= 0).sum().clamp(min=1)
         elif targets is not None:
             checks.fail("targets", f"None with feedback={self.feedback.name!r}", "a tensor")
         return _Broadcast.apply(self._plan, self.feedback_key, self.feedback_weight, targets, scale, logits, *hidden)

@@ -271,7 +271,7 @@ add(
 )
 direct = {name: bk.DirectFeedback(mlp(), ["1"], name, example=x(2, 4)) for name in ("dfa", "drtp")}
 classes = torch.tensor([0, 2])
-bad_targets = [*KINDS["tensor"], w(2), classes[:1], classes[None]]
+bad_targets = [*KINDS["tensor"], w(2), classes[:1], classes[None], classes.to("meta")]
 add(
     "DirectFeedback.forward",
     lambda **named: direct["drtp"](x(2, 4), **named),

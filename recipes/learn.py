@@ -35,7 +35,9 @@ class Learner:
             if blocks is None:
                 blocks = [n for n, m in model.named_modules() if isinstance(m, nn.Tanh)]
                 if not blocks:
-                    raise ValueError("blocks: expected names, as the model has no Tanh, the default's blocks, got None")
+                    raise ValueError(
+                        "algorithm.blocks: got none, want names; by default they are the model's Tanh, and it has none"
+                    )
             example = torch.zeros(2, *shape)
             model = bk.DirectFeedback(model, blocks, DIRECT[name](**options), example=example, seed=seed)
         # The layout that convolutions and pooling compute in, so that they convert nothing.
