@@ -205,7 +205,8 @@ def explain(input: Tensor, weight: Tensor, bias: Tensor | None, out: int | None 
 def ints(name: str, value: Ints, d: int, least: int = 0) -> list[int]:
     """`value` as one integer for each of `d` dimensions."""
     given = list(value) if isinstance(value, Sequence) else [value] * d
-    values = [number for v in given if (number := checks.index(v)) is not None and number >= least]
+    numbers = [checks.index(v) for v in given]
+    values = [n for n in numbers if n is not None and n >= least]
     if len(given) != d or len(values) != d:
         checks.fail(name, f"an integer of at least {least} or {d} of them", repr(value))
     if max(values) > checks.LARGEST:
@@ -213,10 +214,19 @@ def ints(name: str, value: Ints, d: int, least: int = 0) -> list[int]:
     return values
 
 
-def explain_channels(d: int, input: Tensor, channels: int, divided: int, which: str, groups: int) -> None:
+def explain_dimensions(d: int, input: Tensor) -> None:
     if input.dim() not in (d + 1, d + 2):
         checks.fail("input", f"{d + 2} dimensions, or {d + 1} without a batch", f"shape {tuple(input.shape)}")
+
+
+def explain_channels(
+    d: int, input: Tensor, weight: Tensor, channels: int, divided: int, which: str, groups: int
+) -> None:
+    explain_dimensions(d, input)
     if groups < 1 or divided % groups:
         checks.fail("groups", f"a divisor of the weight's {divided} {which}put channels", groups)
     if input.shape[-d - 1] != channels:
         checks.fail("input", f"{channels} channels", f"shape {tuple(input.shape)}")
+    for name, tensor, size in (("input", input, input.shape[-d:]), ("weight", weight, weight.shape[2:])):
+        if 0 in size:
+            checks.fail(name, "spatial sizes of at least 1", f"shape {tuple(tensor.shape)}")

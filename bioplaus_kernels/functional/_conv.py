@@ -131,7 +131,7 @@ def explain_conv(
 ) -> None:
     """Raise what is wrong with the tensors of a convolution, if it is found."""
     explain(input, weight, bias, weight.shape[0])
-    explain_channels(d, input, weight.shape[1] * groups, weight.shape[0], "out", groups)
+    explain_channels(d, input, weight, weight.shape[1] * groups, weight.shape[0], "out", groups)
     size, spans = input.shape[-d:], [dil * (k - 1) + 1 for k, dil in zip(weight.shape[2:], dilation, strict=True)]
     pads = [2 * p for p in padding] if not isinstance(padding, str) else [(padding == "same") * (s - 1) for s in spans]
     if any(n + p < span for n, p, span in zip(size, pads, spans, strict=True)):
@@ -256,7 +256,7 @@ def conv_transpose_with(
         x = input if dims == d + 2 else input.unsqueeze(0)
         y: Tensor = _Conv.apply(x, weight, bias, *op, stride, padding, dilation, True, output_padding, groups)
     except Exception:
-        _explain_transpose(d, input, weight, bias, stride, output_padding, groups, dilation)
+        _explain_transpose(d, input, weight, bias, stride, padding, output_padding, groups, dilation)
         raise
     return y if dims == d + 2 else y.squeeze(0)
 
@@ -267,15 +267,21 @@ def _explain_transpose(
     weight: Tensor,
     bias: Tensor | None,
     stride: Sequence[int],
+    padding: Sequence[int],
     output_padding: Sequence[int],
     groups: int,
     dilation: Sequence[int],
 ) -> None:
     explain(input, weight, bias, weight.shape[1] * groups)
-    explain_channels(d, input, weight.shape[0], weight.shape[0], "in", groups)
+    explain_channels(d, input, weight, weight.shape[0], weight.shape[0], "in", groups)
     if any(p >= max(s, dil) for p, s, dil in zip(output_padding, stride, dilation, strict=True)):
         wanted = f"less than stride {tuple(stride)} or dilation {tuple(dilation)}"
         checks.fail("output_padding", wanted, tuple(output_padding))
+    ends = zip(input.shape[-d:], weight.shape[2:], stride, padding, output_padding, dilation, strict=True)
+    out = tuple((n - 1) * s - 2 * p + dil * (k - 1) + extra + 1 for n, k, s, p, extra, dil in ends)
+    if min(out) < 1:
+        wanted = "a spatial size whose output is at least 1 in every dimension"
+        checks.fail("input", wanted, f"spatial size {tuple(input.shape[-d:])}, whose output is {out}")
 
 
 def _conv_transpose(
@@ -298,8 +304,7 @@ def _conv_transpose(
         try:
             return plain(input, weight, bias, *given)
         except Exception:
-            stride, _, output_padding, groups, dilation = _transpose_geometry(d, weight, *given)
-            _explain_transpose(d, input, weight, bias, stride, output_padding, groups, dilation)
+            _explain_transpose(d, input, weight, bias, *_transpose_geometry(d, weight, *given))
             raise
     stride, padding, output_padding, groups, dilation = _transpose_geometry(d, weight, *given)
     op = resolve(feedback, weight, conv_fans(weight, weight.shape[1] * groups), key)

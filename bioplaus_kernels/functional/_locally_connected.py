@@ -9,7 +9,19 @@ from torch import Tensor
 from .. import ops
 from ..backends.reference import checks
 from ..feedback import Operands, lc_fans
-from ._common import Feedback, Grads, Ints, begin, explain, finish, ints, once, resolve, saved_feedback
+from ._common import (
+    Feedback,
+    Grads,
+    Ints,
+    begin,
+    explain,
+    explain_dimensions,
+    finish,
+    ints,
+    once,
+    resolve,
+    saved_feedback,
+)
 
 Padding = int | str | Sequence[int] | Sequence[Sequence[int]]
 
@@ -109,8 +121,7 @@ def locally_connected_with(
 
 def _batched(d: int, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     explain(input, weight, bias)
-    if input.dim() not in (d + 1, d + 2):
-        checks.fail("input", f"{d + 2} dimensions, or {d + 1} without a batch", f"shape {tuple(input.shape)}")
+    explain_dimensions(d, input)
     return input.dim() == d + 2
 
 
@@ -145,7 +156,10 @@ def _locally_connected(
     key: Tensor | None,
 ) -> Tensor:
     checks.tensor("input", input)
+    explain_dimensions(d, input)
     checks.rank("weight", weight, 2 * d + 2)
+    if 0 in weight.shape[d + 1 : -1]:
+        checks.fail("weight", "a kernel of at least 1 in every dimension", f"shape {tuple(weight.shape)}")
     groups = checks.integer("groups", groups, 1)
     stride, dilation = ints("stride", stride, d, 1), ints("dilation", dilation, d, 1)
     pairs = pad_pairs(padding, input.shape[-d:], weight.shape[d + 1 : -1], stride, dilation)
