@@ -5,6 +5,7 @@ does with its own arguments, what a model does with its inputs, and the ops, who
 """
 
 import math
+import random
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -462,3 +463,39 @@ def test_geometry_that_overflows_is_refused(name: str) -> None:
     huge = [2**63 - 1] * len(geometry[name])
     with pytest.raises(ValueError, match=f"{name}: expected integers of at most 2147483647, got"):
         reference.OPS["lc_forward"](w(2, 4, 5), w(3, 6, 3, 4), None, *(geometry | {name: huge}).values())
+
+
+def anything(source: random.Random) -> Tensor:
+    """A tensor of any shape and dtype, on the CPU or the meta device."""
+    shape = source.choices(range(7), k=source.randint(0, 6))
+    others = [torch.float64, torch.int64, torch.bfloat16, torch.complex64]
+    device = source.choice(["cpu"] * 8 + ["meta"])
+    return torch.zeros(shape, dtype=source.choice([torch.float32] * 6 + others), device=device)
+
+
+@pytest.mark.parametrize("feedback", ["usf", None])
+@pytest.mark.parametrize("kind", ["linear", "conv", "conv_transpose", "locally_connected"])
+def test_shapes_that_do_not_fit_are_named(kind: str, feedback: str | None) -> None:
+    source, worked, tries = random.Random(0), 0, 300
+    for _ in range(tries):
+        d = source.choice([1, 2, 3])
+        weights = {"linear": (3, 4), "conv": (6, 4, *[3] * d), "conv_transpose": (4, 6, *[3] * d)}
+        weight = weights.get(kind, (*[3] * d, 6, *[3] * d, 4))
+        linear = kind == "linear"
+        given: dict[str, Any] = {"input": w(2, 4, *[5] * (0 if linear else d)), "weight": w(*weight)}
+        given["bias"] = w(3 if linear else 6)
+        if not linear:
+            given |= {"stride": source.choice([1, 1, 2, [1] * d, 7]), "dilation": source.choice([1, 1, 2, 5])}
+            given |= {"groups": source.choice([1, 1, 2, 3]), "padding": source.choice([0, 0, 1, 7])}
+            if kind == "conv_transpose":
+                given["output_padding"] = source.choice([0, 0, 1, 3])
+            elif source.random() < 0.2:
+                given["padding"] = source.choice(["same", "valid"])
+        for name in source.sample(["input", "weight", "bias"], source.choice([0, 1, 1, 2])):
+            given[name] = anything(source)
+        try:
+            getattr(F, kind if linear else f"{kind}{d}d")(**given, feedback=feedback)
+            worked += 1
+        except (ValueError, TypeError) as error:
+            assert re.match(rf"({'|'.join(given)}): .+ got .", str(error), re.DOTALL), error
+    assert 0 < worked < tries / 2

@@ -1,4 +1,4 @@
-"""Argument checks of the reference: each error names the argument, what it got and what is wanted."""
+"""Argument checks of the reference and of the package: an error names the argument, what it got and what is wanted."""
 
 import math
 import operator
