@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._pytree import tree_leaves
 
 from . import nn
+from .backends.reference import checks
 from .feedback import RULES, Key, Rule, as_rule, derived_key
 from .nn.base import FeedbackLayer
 from .nn.state import supported
@@ -110,12 +111,10 @@ def convert_(
 
     Raises TypeError or ValueError for an argument that does not fit, before any module is touched.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed: expected an integer, got {seed!r}")
-    if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"filter_fn: expected a function of (module, name) or None, got {filter_fn!r}")
+    checks.module("model", model)
+    seed = checks.integer("seed", seed)
+    if filter_fn is not None:
+        checks.function("filter_fn", filter_fn, "a function of (module, name) or None")
     rule = as_rule(feedback)
     last_rule = rule if last_layer is None else as_rule(last_layer, "last_layer")
 
@@ -277,8 +276,7 @@ def check(model: torch.nn.Module, *inputs: Any, **keywords: Any) -> Check:
     Some models read a layer's weight directly (torchvision's Swin attention); no rule can act there. Buffers, gradients
     and the random state are as before afterwards. Raises TypeError for a model that is no torch.nn.Module.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    checks.module("model", model)
     layers = {name: m for name, m in model.named_modules() if type(m) in (*_PAIRS, *_PLAIN, *_OWN)}
     called: set[torch.nn.Module] = set()
     hooks = [m.register_forward_pre_hook(lambda module, _: called.add(module)) for m in layers.values()]

@@ -4,7 +4,7 @@ With e = ∂L/∂logits, h_l the output of block l (n_l numbers a sample) and B_
 
     DFA      ∂L/∂h_l := e B_l                       Nøkland 2016; shared slices of one B: Launay et al. 2020
     sDFA     ∂L/∂h_l := sign(e) B_l · mean|e|       Frenkel et al. 2021
-    DRTP     ∂L/∂h_l := one_hot(target) B_l         Frenkel et al. 2021
+    DRTP     ∂L/∂h_l := one_hot(target) B_l / N     Frenkel et al. 2021; N the samples of a mean, 1 for a sum
     shallow  no gradient: only what follows the last block learns
 
 Inside a block, and between the last one and the logits, autograd does the rest.
@@ -13,11 +13,12 @@ Inside a block, and between the last one and the logits, autograd does the rest.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from . import ops
 from .backends.reference import checks
@@ -49,15 +50,10 @@ class DFA(Stateful):
     stored: bool = False
 
     def __post_init__(self) -> None:
-        scale: Any = self.scale
-        number = isinstance(scale, int | float) and not isinstance(scale, bool)
-        if not (math.isfinite(scale) and scale > 0 if number else scale in _SCALES):
-            checks.fail("scale", f"a positive finite number or one of {_SCALES}", repr(self.scale))
-        if self.entries not in UNIT_RMS:
-            checks.fail("entries", f"one of {tuple(UNIT_RMS)}", repr(self.entries))
-        for name in ("shared", "stored"):
-            if not isinstance(value := getattr(self, name), bool):
-                checks.fail(name, "True or False", repr(value), TypeError)
+        object.__setattr__(self, "scale", checks.scale(self.scale, _SCALES))
+        checks.one_of("entries", self.entries, UNIT_RMS, f"one of {tuple(UNIT_RMS)}")
+        checks.boolean("shared", self.shared)
+        checks.boolean("stored", self.stored)
 
     @property
     def seeded(self) -> bool:
@@ -102,7 +98,10 @@ class SDFA(DFA):
 
 @dataclass(frozen=True)
 class DRTP(DFA):
-    """∂L/∂h_l := B_l's row of the target class (Frenkel et al. 2021); arguments of `DFA`.
+    """∂L/∂h_l := B_l's row of the target class, over N (Frenkel et al. 2021); arguments of `DFA`.
+
+    reduction: that of the loss. "mean": N is the number of samples with a class, as e of cross-entropy's mean holds
+    1/N; "sum": N = 1. DFA reads it off e, of which nothing reaches a block here.
 
     A gather where B is stored or has no more rows than the batch; a seeded B of more rows is never formed, its product
     with the one-hot targets is.
@@ -110,6 +109,11 @@ class DRTP(DFA):
 
     name: ClassVar[str] = "drtp"
     scale: float | Literal["nokland", "kaiming", "xavier"] = "kaiming"
+    reduction: Literal["mean", "sum"] = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.one_of("reduction", self.reduction, ("mean", "sum"), "'mean' or 'sum'")
 
 
 class Shallow(DFA):
@@ -296,19 +300,18 @@ class DirectFeedback(StatefulLayer):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not isinstance(model, torch.nn.Module):
-            checks.fail("model", "a torch.nn.Module", type(model).__name__, TypeError)
+        checks.module("model", model)
         if isinstance(feedback, str):
-            if feedback not in RULES:
-                checks.fail("feedback", f"one of {', '.join(RULES)}", repr(feedback))
+            checks.one_of("feedback", feedback, RULES)
             feedback = RULES[feedback]()
-        if not isinstance(feedback, DFA):
-            checks.fail("feedback", "a direct rule or its name", type(feedback).__name__, TypeError)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            checks.fail("seed", "an integer", repr(seed), TypeError)
+        checks.instance("feedback", feedback, DFA, "a direct rule or its name")
+        seed = checks.integer("seed", seed)
         modules = dict(model.named_modules())
-        if isinstance(blocks, str) or not blocks or len(set(blocks)) != len(blocks):
-            checks.fail("blocks", "at least one name, each once", repr(blocks))
+        wanted = "at least one name, each once"
+        names = [] if isinstance(blocks, str) else checks.entries("blocks", blocks, wanted)
+        if not names or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+            checks.fail("blocks", wanted, repr(blocks))
+        blocks = names
         for name in blocks:
             if name not in modules or not name:
                 checks.fail("blocks", "names of submodules of the model", repr(name))
@@ -322,9 +325,9 @@ class DirectFeedback(StatefulLayer):
             modules[name].__dict__.update(_block_name=name, _tape=self._tape)
             modules[name].__class__ = _block_class(type(modules[name]))
         try:
-            logits, hidden = self._example(example if isinstance(example, tuple) else (example,))
+            logits, hidden = self._example(example)
             self._sizes = [math.prod(h.shape[logits.dim() - 1 :]) for h in hidden]
-            self._classes = logits.shape[-1]
+            self._classes, self._dtype = logits.shape[-1], logits.dtype
             self._check(logits, hidden)
         except BaseException:
             self.restore()
@@ -345,7 +348,8 @@ class DirectFeedback(StatefulLayer):
         """`model(*args, **kwargs)`, its logits tied to the blocks.
 
         For DRTP: `targets`, int64 classes of shape (*samples), negative ones teaching nothing, and `loss_scale`, what
-        the loss is multiplied by before backward (a GradScaler's scale), since nothing of the loss reaches the blocks.
+        the loss is multiplied by before backward beside its rule's `reduction` (a GradScaler's scale, one over the
+        steps of gradient accumulation), a number or a 0-dim tensor, since nothing of the loss reaches the blocks.
         """
         if self._bypassed or not torch.is_grad_enabled():
             return self.model(*args, **kwargs)
@@ -355,11 +359,20 @@ class DirectFeedback(StatefulLayer):
         if self.feedback.name == "drtp":
             if targets is None:
                 checks.fail("targets", "the classes of the samples, as DRTP projects them", "None")
+            checks.tensor("targets", targets)
             if targets.dtype != torch.int64:
                 checks.fail("targets", "int64", targets.dtype, TypeError)
             checks.shape("targets", targets, logits.shape[:-1])
+            if targets.device != logits.device:
+                checks.fail("targets", f"a tensor on {logits.device}, as the logits", f"one on {targets.device}")
+            if isinstance(loss_scale, bool) or not isinstance(loss_scale, int | float | Tensor):
+                checks.fail("loss_scale", "a number or a 0-dim tensor", repr(loss_scale), TypeError)
+            if isinstance(loss_scale, Tensor) and loss_scale.dim():
+                checks.fail("loss_scale", "a number or a 0-dim tensor", f"shape {tuple(loss_scale.shape)}")
             dtype = torch.promote_types(logits.dtype, torch.float32)
             scale = torch.as_tensor(loss_scale, dtype=dtype, device=logits.device)
+            if cast(DRTP, self.feedback).reduction == "mean":
+                scale = scale / (targets >= 0).sum().clamp(min=1)
         elif targets is not None:
             checks.fail("targets", f"None with feedback={self.feedback.name!r}", "a tensor")
         state = self._state("weight", logits)
@@ -381,12 +394,18 @@ class DirectFeedback(StatefulLayer):
                 raise RuntimeError(f"blocks: {name!r} was not called in this forward")
         return logits, [found[name] for name in self.blocks]
 
-    def _example(self, args: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]:
+    def _example(self, example: Any) -> tuple[Tensor, list[Tensor]]:
+        args = example if isinstance(example, tuple) else (example,)
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
             with torch.enable_grad():
                 logits, hidden = self._run(args, {})
+        except Exception:
+            # A model can take anything, so its own word comes first where there is a tensor.
+            if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(args)):
+                checks.fail("example", "an input of the model, or a tuple of its arguments", repr(example), TypeError)
+            raise
         finally:
             for module, mode in modes.items():
                 module.training = mode
@@ -423,9 +442,11 @@ class DirectFeedback(StatefulLayer):
 
     @torch.no_grad()
     def feedback_matrix(self, block: str) -> Tensor:
-        """B_l (classes, n_l) of the block called `block`: a view of a stored B, else what its key draws."""
-        if block not in self.blocks:
-            checks.fail("block", f"one of {', '.join(self.blocks)}", repr(block))
+        """B_l (classes, n_l) of the block called `block`: a view of a stored B, else what its key draws.
+
+        A draw has the dtype of the model's last floating Parameter, or if it has none that of the example's logits.
+        """
+        checks.one_of("block", block, self.blocks)
         plan, part = self._plan, self._plan.slices[self.blocks.index(block)]
         columns = slice(part.start, part.start + part.size)
         if self.feedback_weight is not None:
@@ -433,9 +454,9 @@ class DirectFeedback(StatefulLayer):
         if self.feedback_key is None:
             raise RuntimeError(f"block: feedback={self.feedback.name!r} has no B")
         size = (self._classes, part.start + part.size)
-        b = ops.feedback_weight(
-            None, None, None, self.feedback_key, plan.entries, plan.scale, size, dtype=torch.get_default_dtype()
-        )
+        dtypes = [p.dtype for p in self.model.parameters() if p.is_floating_point()]
+        dtype = dtypes[-1] if dtypes else self._dtype
+        b = ops.feedback_weight(None, None, None, self.feedback_key, plan.entries, plan.scale, size, dtype=dtype)
         return b[:, columns] * part.ratio
 
     def restore(self) -> torch.nn.Module:

@@ -40,7 +40,10 @@ def compare(a: Tensor, b: Tensor) -> Comparison:
     One pass over both in float64, some rows at a time, so no copy of their size is made. An angle is exact to 1e-6
     degrees, and 0 where a = b. Raises ValueError where the shapes differ.
     """
+    checks.tensor("a", a)
     checks.shape("b", b, a.shape)
+    if b.device != a.device:
+        checks.fail("b", f"a tensor on {a.device}, as a", f"one on {b.device}")
     flat = a.dim() == 0 or (a.is_contiguous() and b.is_contiguous())
     a, b = (t.reshape(-1) if flat else t for t in (a, b))
     rows = max(1, _CHUNK * len(a) // max(a.numel(), 1))
@@ -60,6 +63,7 @@ def weights(model: torch.nn.Module) -> dict[str, Comparison]:
     The angle of a normal W to sign(W) is arccos √(2/π) = 37.07°, that of a uniform W 30°, and of any W to an
     independent B about 90°. B of a seeded rule is formed for the comparison, one layer at a time.
     """
+    checks.module("model", model)
     return {
         f"{prefix}.{name}".removeprefix("."): compare(getattr(layer, name), layer.feedback_matrix(name))
         for prefix, layer in model.named_modules()
@@ -71,6 +75,7 @@ def weights(model: torch.nn.Module) -> dict[str, Comparison]:
 @contextmanager
 def backprop(model: torch.nn.Module) -> Iterator[None]:
     """In the block every feedback layer has B = W, and every `DirectFeedback` is the model it holds."""
+    checks.module("model", model)
     rules = [(m, m._feedback) for m in model.modules() if isinstance(m, FeedbackLayer)]
     direct = [(m, m._bypassed) for m in model.modules() if isinstance(m, DirectFeedback)]
     try:
@@ -88,6 +93,7 @@ def backprop(model: torch.nn.Module) -> Iterator[None]:
 
 def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The matrices and kernels of weights that are trained, feedback apart, by name in the model's order."""
+    checks.module("model", model)
     return {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -105,13 +111,17 @@ def updates(model: torch.nn.Module, loss: Callable[[], Tensor]) -> dict[str, Com
     buffers, `.grad` and torch's random state are as before afterwards. A weight that gets no gradient counts as zero.
     """
     parameters = trained(model)
+    checks.function("loss", loss, "a function that computes the model's loss")
     if not parameters:
         checks.fail("model", "a model with weights that require a gradient", "none")
     devices = {p.device for p in parameters.values() if p.device.type == "cuda"}
 
     def gradients() -> tuple[Tensor, ...]:
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
-            return torch.autograd.grad(loss(), list(parameters.values()), allow_unused=True, materialize_grads=True)
+            value = loss()
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                checks.fail("loss", "a function that returns one number with a gradient", repr(value), TypeError)
+            return torch.autograd.grad(value, list(parameters.values()), allow_unused=True, materialize_grads=True)
 
     with _kept_buffers(model):
         ours = gradients()
@@ -153,12 +163,10 @@ def gauss_newton_targets(tp: TargetProp, h: Sequence[Tensor], y: Tensor, damping
     exact whatever rules the layers have, and taken in eval mode, so that no sample sees another. Raises ValueError or
     TypeError for a damping that is no number of at least 0, and for h of another length.
     """
-    if isinstance(damping, bool) or not isinstance(damping, int | float):
-        checks.fail("damping", "a number", repr(damping), TypeError)
-    if not damping >= 0:
-        checks.fail("damping", "a number of at least 0", damping)
-    if len(h) != len(tp.layers) + 1:
-        checks.fail("h", f"{len(tp.layers) + 1} activations", len(h))
+    checks.instance("tp", tp, TargetProp, "a TargetProp")
+    damping = checks.number("damping", damping, "a number of at least 0", lambda v: v >= 0)
+    h = checks.tensors("h", h, len(tp.layers) + 1, "activations")
+    checks.tensor("y", y)
     hidden = [h[1].detach().requires_grad_()]
     with torch.enable_grad(), _eval_mode(tp), backprop(tp):
         for layer in tp.layers[1:-1]:
@@ -184,6 +192,7 @@ def gauss_newton(tp: TargetProp, x: Tensor, y: Tensor, damping: float = 0.0) -> 
     Both gradients are those of the loss ‖h_l − ĥ_l‖² in eval mode; no `.grad` is changed. To compare the targets
     themselves, `compare(h_l − ĥ_l, h_l − theirs)`.
     """
+    checks.instance("tp", tp, TargetProp, "a TargetProp")
     parameters = {f"layers.{name}": p for name, p in trained(tp.layers[:-1]).items()}
     if not parameters:
         checks.fail("tp", "hidden layers with weights that require a gradient", "none")
@@ -219,6 +228,8 @@ def jacobian_spectrum(layer: torch.nn.Module, inverse: torch.nn.Module, h: Tenso
     samples are enough. Of n_l > n_{l-1} eigenvalues the surplus are zero and not positive. Taken in eval mode.
     Raises ValueError where g does not map f's output to the size of h.
     """
+    _are_modules(layer, inverse)
+    checks.tensor("h", h)
     with torch.enable_grad(), _eval_mode(layer, inverse), backprop(layer), backprop(inverse):
         below = h.detach().requires_grad_()
         out = layer(below)
@@ -231,6 +242,11 @@ def jacobian_spectrum(layer: torch.nn.Module, inverse: torch.nn.Module, h: Tenso
     smaller = jf @ jg if jf.shape[1] <= jf.shape[2] else jg @ jf
     positive = (torch.linalg.eigvals(smaller).real > 0).double().sum(1) / max(jf.shape[1], 1)
     return Spectrum(positive.mean().item(), smaller.diagonal(dim1=1, dim2=2).sum(1).mean().item())
+
+
+def _are_modules(layer: object, inverse: object) -> None:
+    checks.module("layer", layer)
+    checks.module("inverse", inverse)
 
 
 def _jacobians(out: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -246,6 +262,8 @@ def inverse_loss(layer: torch.nn.Module, inverse: torch.nn.Module, h: Tensor) ->
 
     The inverse loss of Bartunov et al. 2018 without noise: how well g undoes f at the activations h.
     """
+    _are_modules(layer, inverse)
+    checks.tensor("h", h)
     back = inverse(layer(h))
     checks.shape("inverse", back, h.shape)
     return (back - h).square_().sum().item() / max(len(h), 1)
@@ -288,13 +306,13 @@ class Monitor:
         measure: Callable[[], Row] | None = None,
         steps: int = 0,
     ) -> None:
-        for name, value, least in (("every", every, 1), ("steps", steps, 0)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                checks.fail(name, "an integer", repr(value), TypeError)
-            if value < least:
-                checks.fail(name, f"at least {least}", value)
+        checks.module("model", model)
+        every, steps = checks.integer("every", every, 1), checks.integer("steps", steps, 0)
         if not callable(to) and not isinstance(to, str | os.PathLike):
             checks.fail("to", "a function or a path", type(to).__name__, TypeError)
+        for name, function in (("loss", loss), ("measure", measure)):
+            if function is not None:
+                checks.function(name, function, "a function or None")
         if loss is not None and measure is not None:
             checks.fail("loss", "None where measure is given", "both")
         self.every, self.steps = every, steps

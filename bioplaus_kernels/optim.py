@@ -1,6 +1,5 @@
 """Batch Manhattan and the no-sign-change clamp (Liao et al. 2016; Xiao et al. 2018's code)."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -58,22 +57,20 @@ class BatchManhattan(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch.optim's, with the group's own arguments checked."""
+        checks.instance("param_group", param_group, dict, "a dictionary")
+        if "params" not in param_group:
+            checks.fail("param_group", "a dictionary with 'params'", repr(param_group))
         group = self.defaults | param_group
         for name in ("lr", "momentum", "weight_decay"):
-            value = group[name]
-            if name == "lr" and isinstance(value, Tensor):
-                if value.dim():
-                    checks.fail("lr", "a number or a 0-dim tensor", f"shape {tuple(value.shape)}")
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                checks.fail(name, "a number", repr(value), TypeError)
-            if not (math.isfinite(value) and value >= 0):
-                checks.fail(name, "a finite number of at least 0", value)
+            if name != "lr" or not isinstance(group[name], Tensor):
+                group[name] = checks.not_negative(name, group[name])
+            elif group[name].dim():
+                checks.fail("lr", "a number or a 0-dim tensor", f"shape {tuple(group[name].shape)}")
         for name in ("manhattan", "no_sign_change"):
-            if not isinstance(group[name], bool):
-                checks.fail(name, "True or False", repr(group[name]), TypeError)
-        if group["foreach"] not in (None, True, False):
+            checks.boolean(name, group[name])
+        if group["foreach"] is not None and not isinstance(group["foreach"], bool):
             checks.fail("foreach", "True, False or None", repr(group["foreach"]), TypeError)
+        param_group.update(group)
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if p.is_complex():
@@ -85,6 +82,7 @@ class BatchManhattan(torch.optim.Optimizer):
         """One step; `closure` computes the loss anew and returns it."""
         loss = None
         if closure is not None:
+            checks.function("closure", closure, "a function that computes the loss, or None")
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:

@@ -117,35 +117,39 @@ class TargetProp(torch.nn.Module):
         inverse_objective: InverseLoss | None = None,
     ) -> None:
         super().__init__()
-        if variant not in VARIANTS:
-            checks.fail("variant", f"one of {', '.join(VARIANTS)}", repr(variant))
+        checks.one_of("variant", variant, VARIANTS)
         plan = VARIANTS[variant]
-        for name, number, most in (("alpha", alpha, math.inf), ("sigma", sigma, math.inf), ("mix", mix, 1.0)):
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                checks.fail(name, "a number", repr(number), TypeError)
-            if not 0 <= number <= most or not math.isfinite(number):
-                checks.fail(name, "a number from 0 to 1" if most == 1 else "a finite number of at least 0", number)
-        if reduction not in ("mean", "sum"):
-            checks.fail("reduction", "'mean' or 'sum'", repr(reduction))
+        alpha, sigma = checks.not_negative("alpha", alpha), checks.not_negative("sigma", sigma)
+        mix = checks.fraction("mix", mix)
+        checks.one_of("reduction", reduction, ("mean", "sum"), "'mean' or 'sum'")
+        checks.function("loss", loss, "a function of (logits, y)")
+        checks.function("output", output, "a function of the logits")
+        if auxiliary is not None:
+            checks.module("auxiliary", auxiliary)
         if mix and (plan.direct or not plan.difference):
             checks.fail("mix", f"0 with variant={variant!r}", mix)
         if (auxiliary is not None) != (variant == "ao_sdtp"):
             wanted = "a module" if variant == "ao_sdtp" else f"None with variant={variant!r}"
             checks.fail("auxiliary", wanted, "None" if auxiliary is None else type(auxiliary).__name__)
-        objective = None if mix == 1 or plan.inverse_loss is None else inverse_objective or plan.inverse_loss
+        objective = plan.inverse_loss if inverse_objective is None else inverse_objective
+        if mix == 1 or plan.inverse_loss is None:
+            objective = None
         allowed: tuple[str, ...] = ("preserving", "drl")
         if objective is None:
             allowed = ()
         elif not plan.direct:
             allowed = ("preserving", "denoising", "l_drl") + ("drl",) * plan.difference
-        if inverse_objective is not None and inverse_objective not in allowed:
-            why = f"with variant={variant!r} and mix={mix}"
-            checks.fail("inverse_objective", f"{' or '.join(allowed) or None} {why}", repr(inverse_objective))
+        if inverse_objective is not None:
+            wanted = f"{' or '.join(allowed) or None} with variant={variant!r} and mix={mix}"
+            checks.one_of("inverse_objective", inverse_objective, allowed, wanted)
         if objective == "drl" and sigma == 0:
             checks.fail("sigma", "a positive number with the loss 'drl'", sigma)
 
+        layers = checks.entries("layers", layers, "modules f_1 … f_L")
+        for k, layer in enumerate(layers):
+            checks.module(f"layers[{k}]", layer)
         self.layers = torch.nn.ModuleList(layers)
-        inverses = list(inverses)
+        inverses = checks.entries("inverses", inverses, "modules and None, one for each of layers")
         last = len(self.layers)
         if last < 2:
             checks.fail("layers", "at least 2 modules", last)
@@ -153,14 +157,13 @@ class TargetProp(torch.nn.Module):
             checks.fail("inverses", f"{last} entries, one for each of layers", len(inverses))
         inner = range(1, last - 1 if plan.first == "hidden" else last)
         for k, inverse in enumerate(inverses):
-            if inverse is not None and not isinstance(inverse, torch.nn.Module):
-                checks.fail(f"inverses[{k}]", "a module or None", type(inverse).__name__, TypeError)
+            if inverse is not None:
+                checks.instance(f"inverses[{k}]", inverse, torch.nn.Module, "a module or None")
             if (inverse is not None) != (k in inner and mix < 1):
                 wanted = "a module" if inverse is None else "None"
                 why = f"with variant={variant!r} and mix={mix}"
                 checks.fail(f"inverses[{k}]", f"{wanted} {why}", "None" if inverse is None else type(inverse).__name__)
-        # torch's annotation forbids the None that ModuleList takes and leaves out of the state_dict.
-        self.inverses = torch.nn.ModuleList(inverses)  # type: ignore[arg-type]
+        self.inverses = torch.nn.ModuleList(inverses)
         if objective is None:
             self.inverses.requires_grad_(False)
         self.auxiliary = None if auxiliary is None else auxiliary.requires_grad_(False)
@@ -177,6 +180,7 @@ class TargetProp(torch.nn.Module):
 
     def activations(self, x: Tensor) -> list[Tensor]:
         """[x, h_1, …, h_{L-1}, logits]; the gradient of each reaches its own layer's parameters and no further."""
+        checks.tensor("x", x)
         h = [x.detach()]
         for layer in self.layers:
             h.append(layer(h[-1].detach()))
@@ -188,6 +192,7 @@ class TargetProp(torch.nn.Module):
         No gradient flows through them. The true loss's own gradient goes through at most the last layer.
         """
         h = self._detached(h)
+        checks.tensor("y", y)
         with torch.no_grad():
             # Here h_L stands for what its inverse sees.
             logits, h[-1] = h[-1], self._top(h[-1], h[-2])
@@ -207,10 +212,11 @@ class TargetProp(torch.nn.Module):
 
     def forward_loss(self, h: Sequence[Tensor], targets: Sequence[Tensor], y: Tensor) -> Tensor:
         """Σ_{l<L} ‖h_l − ĥ_l‖² + loss(h_L, y): a gradient for every layer's own parameters (S1 1.1)."""
-        if len(h) != len(self.layers) + 1:
-            checks.fail("h", f"{len(self.layers) + 1} activations", len(h))
-        if len(targets) != len(self.layers) - 1:
-            checks.fail("targets", f"{len(self.layers) - 1} tensors, one for each hidden layer", len(targets))
+        h = checks.tensors("h", h, len(self.layers) + 1, "activations")
+        targets = checks.tensors("targets", targets, len(self.layers) - 1, "tensors, one for each hidden layer")
+        checks.tensor("y", y)
+        for k, target in enumerate(targets):
+            checks.shape(f"targets[{k}]", target, h[k + 1].shape)
         total = self.loss(h[-1], y)
         for activation, target in zip(h[1:-1], targets, strict=True):
             total = total + _squares(activation - target.detach())
@@ -262,9 +268,7 @@ class TargetProp(torch.nn.Module):
         return f"variant={self.variant!r}, alpha={self.alpha}, sigma={self.sigma}, mix={self.mix}"
 
     def _detached(self, h: Sequence[Tensor]) -> list[Tensor]:
-        if len(h) != len(self.layers) + 1:
-            checks.fail("h", f"{len(self.layers) + 1} activations", len(h))
-        return [t.detach() for t in h]
+        return [t.detach() for t in checks.tensors("h", h, len(self.layers) + 1, "activations")]
 
     def _top(self, logits: Tensor, below: Tensor) -> Tensor:
         # h_L as its inverse sees it: o for labels, [o, z] with auxiliary units, the logits for an output target.
@@ -277,7 +281,12 @@ class TargetProp(torch.nn.Module):
         if not y.is_floating_point() and y.dtype != torch.int64:
             checks.fail("y", "int64 classes, or values", y.dtype, TypeError)
         n, classes = logits.shape
-        label = (y if y.is_floating_point() else F.one_hot(y, classes)).to(top.dtype)
+        try:
+            label = (y if y.is_floating_point() else F.one_hot(y, classes)).to(top.dtype)
+        except RuntimeError:
+            if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < classes:
+                checks.fail("y", f"classes from 0 to {classes - 1}", f"{int(y.min())} to {int(y.max())}")
+            raise
         if label.shape != (n, classes):
             checks.fail("y", f"classes ({n},) or values {(n, classes)}", f"shape {tuple(y.shape)}")
         return torch.cat((label, top[:, classes:]), 1)
@@ -330,6 +339,10 @@ def learned_inverse(
 
     Raises ValueError for another layer, and a convolution padded by name or with anything but zeros.
     """
+    checks.module("layer", layer)
+    extra = checks.integer("extra", extra, 0)
+    if activation is not None:
+        checks.instance("activation", activation, torch.nn.Module, "a module or None")
     parts = list(layer) if isinstance(layer, torch.nn.Sequential) else [layer]
     flat = bool(parts) and isinstance(parts[0], torch.nn.Flatten)
     parts = parts[1:] if flat else parts
@@ -339,8 +352,7 @@ def learned_inverse(
         wanted = "[Flatten,] Linear, LocallyConnected or Conv[, an activation without parameters]"
         checks.fail("layer", wanted, layer)
     main = parts[0]
-    if input_size is None and (flat or isinstance(main, convs)):
-        checks.fail("input_size", "the size that Flatten or a convolution takes, without the batch", None)
+    shape = _input_size(input_size, main, flat) if flat or isinstance(main, convs) else ()
     if activation is None and len(parts) == 2:
         activation = copy.deepcopy(parts[1])
     like: Any = {"device": main.weight.device, "dtype": main.weight.dtype}
@@ -355,8 +367,7 @@ def learned_inverse(
         if isinstance(main, convs):
             if isinstance(main.padding, str) or main.padding_mode != "zeros":
                 checks.fail("layer", "a convolution padded with zeros, by numbers", main)
-            assert input_size is not None
-            sides = zip(input_size[-d:], main.kernel_size, main.stride, main.padding, main.dilation, strict=True)
+            sides = zip(shape[1:], main.kernel_size, main.stride, main.padding, main.dilation, strict=True)
             # What the stride has left unread at the end.
             rest = tuple((n + 2 * p - e * (k - 1) - 1) % s for n, k, s, p, e in sides)
             inverse = getattr(torch.nn, f"ConvTranspose{d}d")(*ends, output_padding=rest, **geometry)
@@ -365,9 +376,21 @@ def learned_inverse(
             inverse = transpose(*ends, output_size=main.input_size, **geometry)
     tail = [] if activation is None else [activation]
     if flat:
-        assert input_size is not None
-        tail.append(torch.nn.Unflatten(1, tuple(input_size)))
+        tail.append(torch.nn.Unflatten(1, shape))
     return torch.nn.Sequential(inverse, *tail) if tail else inverse
+
+
+def _input_size(input_size: Any, main: Any, flat: bool) -> tuple[int, ...]:
+    # What `main` takes of a sample: (C, H, W) for a convolution, any shape of as many numbers behind Flatten.
+    wanted = "the size that Flatten or a convolution takes, without the batch"
+    if input_size is None:
+        checks.fail("input_size", wanted, None)
+    shape = tuple(checks.integer("input_size", n, 1) for n in checks.entries("input_size", input_size, wanted))
+    if flat and isinstance(main, torch.nn.Linear) and math.prod(shape) != main.in_features:
+        checks.fail("input_size", f"{main.in_features} numbers, as {main} takes", shape)
+    if not flat and (len(shape) != len(main.kernel_size) + 1 or shape[0] != main.in_channels):
+        checks.fail("input_size", f"{main.in_channels} channels and {len(main.kernel_size)} sizes", shape)
+    return shape
 
 
 def rhl_inverses(
@@ -391,14 +414,14 @@ def rhl_inverses(
 
     Returns L entries for `inverses`, the first None. Raises ValueError or TypeError for a size that is not positive.
     """
-    like: Any = {"device": device, "dtype": dtype}
-    shapes = [(size,) if isinstance(size, int) else tuple(size) for size in sizes]
-    numbers = [(f"sizes[{k}]", n) for k, shape in enumerate(shapes) for n in shape]
-    for name, n in [*numbers, ("classes", classes), ("hidden", hidden)]:
-        if isinstance(n, bool) or not isinstance(n, int):
-            checks.fail(name, "an integer", repr(n), TypeError)
-        if n < 1:
-            checks.fail(name, "at least 1", n)
+    like: Any = checks.factory(device, dtype)
+    if activation is not None:
+        checks.instance("activation", activation, torch.nn.Module, "a module or None")
+    classes, hidden = checks.integer("classes", classes, 1), checks.integer("hidden", hidden, 1)
+    shapes = []
+    for k, size in enumerate(checks.entries("sizes", sizes, "a size for each hidden layer")):
+        ends = [size] if checks.index(size) is not None else checks.entries(f"sizes[{k}]", size, "a number or a shape")
+        shapes.append(tuple(checks.integer(f"sizes[{k}]", n, 1) for n in ends))
     if not shapes:
         checks.fail("sizes", "at least one hidden layer", "none")
     random = torch.nn.Sequential(torch.nn.Linear(classes, hidden, **like), torch.nn.Tanh()).requires_grad_(False)

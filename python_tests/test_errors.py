@@ -80,7 +80,7 @@ LAYER_BUILDS: list[Wrong] = [
         "lc no groups",
         lambda: nn.LocallyConnected2d(4, 6, 3, input_size=5, groups=0),
         ValueError,
-        "groups: expected an integer of at least 1, got 0",
+        "groups: expected at least 1, got 0",
     ),
     (
         "lc kernel",

@@ -185,7 +185,7 @@ def test_a_step_is_captured_in_a_graph() -> None:
         ({"lr": math.inf}, ValueError, "lr: expected a finite number of at least 0, got inf"),
         ({"lr": torch.ones(2)}, ValueError, r"lr: expected a number or a 0-dim tensor, got shape \(2,\)"),
         ({"lr": torch.ones(1)}, ValueError, r"lr: expected a number or a 0-dim tensor, got shape \(1,\)"),
-        ({"momentum": "0.9"}, TypeError, "momentum: expected a number, got '0.9'"),
+        ({"momentum": "0.9"}, TypeError, "momentum: expected a finite number of at least 0, got '0.9'"),
         ({"weight_decay": -0.1}, ValueError, "weight_decay: expected a finite number of at least 0"),
         ({"manhattan": 1}, TypeError, "manhattan: expected True or False, got 1"),
         ({"no_sign_change": None}, TypeError, "no_sign_change: expected True or False, got None"),

@@ -337,6 +337,14 @@ def learner(model, rule, shape):
     return learn.Learner(experiment.check(content), model, shape, 0, "cpu")
 
 
+def test_direct_feedback_says_which_blocks_it_takes():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=r"algorithm\.blocks: got none, want names; .* Tanh, and it has none"):
+        learner(model, "dfa", (3, 2, 2))
+    model[2] = torch.nn.Tanh()
+    assert learner(model, "dfa", (3, 2, 2)).model.blocks == ("2",)
+
+
 def test_measuring_changes_nothing():
     trained = learner(models.build("mobilenet_v3_small", (3, 32, 32), 10), "brsf", (3, 32, 32))
     model = trained.model

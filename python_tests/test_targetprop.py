@@ -324,7 +324,7 @@ def test_copies_meta_modules_and_an_empty_batch(variant: str) -> None:
 ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "variant": (lambda: make_with("dpt"), ValueError, "variant: expected one of tp, dtp, .*, got 'dpt'"),
     "alpha": (lambda: make("dtp", alpha=-1.0), ValueError, "alpha: expected a finite number of at least 0, got -1"),
-    "sigma": (lambda: make("dtp", sigma="1"), TypeError, "sigma: expected a number, got '1'"),
+    "sigma": (lambda: make("dtp", sigma="1"), TypeError, "sigma: expected a finite number of at least 0, got '1'"),
     "mix": (lambda: make("dtp", mix=1.5), ValueError, "mix: expected a number from 0 to 1, got 1.5"),
     "mix of tp": (lambda: make("tp", mix=0.5), ValueError, "mix: expected 0 with variant='tp', got 0.5"),
     "reduction": (lambda: make("dtp", reduction="none"), ValueError, "reduction: expected 'mean' or 'sum', got 'none'"),

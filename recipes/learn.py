@@ -31,7 +31,13 @@ class Learner:
             last = options.pop("last_layer", None)
             bk.convert_(model, RULES[name](**options), last_layer=last, seed=seed)
         else:
-            blocks = options.pop("blocks", None) or [n for n, m in model.named_modules() if isinstance(m, nn.Tanh)]
+            blocks = options.pop("blocks", None)
+            if blocks is None:
+                blocks = [n for n, m in model.named_modules() if isinstance(m, nn.Tanh)]
+                if not blocks:
+                    raise ValueError(
+                        "algorithm.blocks: got none, want names; by default they are the model's Tanh, and it has none"
+                    )
             example = torch.zeros(2, *shape)
             model = bk.DirectFeedback(model, blocks, DIRECT[name](**options), example=example, seed=seed)
         # The layout that convolutions and pooling compute in, so that they convert nothing.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from . import choice, native
-from .reference import OPS
+from .reference import OPS, checks
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 # The ops that Triton has kernels for; B and signs are formed by the device's own kernels whatever is chosen.
@@ -88,10 +88,9 @@ def choose(backend: str | None) -> None:
     """`use` for the rest of the process."""
     global _chosen
     if backend is not None:
-        reason = unavailable(backend)
-        if reason:
-            error = ValueError if backend not in NAMES else RuntimeError
-            raise error(f"backend {backend!r} cannot be used: {reason}")
+        checks.one_of("backend", backend, NAMES)
+        if reason := unavailable(backend):
+            raise RuntimeError(f"backend {backend!r} cannot be used: {reason}")
     for follow in followers:
         follow(backend)
     _chosen = backend

@@ -28,7 +28,12 @@ class Key(NamedTuple):
 
 
 def derived_key(seed: int, name: str = "") -> Key:
-    """The key of the layer called `name` under `seed`, the same on every machine."""
+    """The key of the layer called `name` under `seed`, the same on every machine.
+
+    Raises TypeError for a seed that is no integer and a name that is no string.
+    """
+    seed = checks.integer("seed", seed)
+    checks.instance("name", name, str, "a string")
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return Key(LAYOUT_VERSION, int.from_bytes(digest, "little", signed=True), seed, name)
 
@@ -40,7 +45,7 @@ def drawn_key() -> Key:
 
 
 def feedback_key(seed: int, name: str = "") -> Tensor:
-    """The key (layout version, key, stream 0) of the layer called `name` under `seed`, the same on every machine."""
+    """`derived_key` as the ops take it: (layout version, key, stream 0)."""
     return derived_key(seed, name).tensor()
 
 

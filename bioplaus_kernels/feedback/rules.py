@@ -1,13 +1,13 @@
 """The rules of the literature: where the sign and where the magnitude of B come from."""
 
-import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..backends.reference import checks
 from ..backends.reference.pack_signs import packed_shape
 from .record import Frozen, Key
 from .rule import BACKPROP, Operands, Rule, State, check_rule
@@ -33,15 +33,13 @@ class Scaled(Rule):
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value: Any = getattr(self, field.name)
+            value = getattr(self, field.name)
             if field.name == "scale":
-                number = isinstance(value, int | float) and not isinstance(value, bool)
-                if not (math.isfinite(value) and value > 0 if number else value in SCALES):
-                    raise ValueError(f"scale: expected a positive finite number or one of {SCALES}, got {value!r}")
-            elif field.name == "stored" and not isinstance(value, bool):
-                raise TypeError(f"stored: expected True or False, got {value!r}")
-            elif field.name == "entries" and value not in self.allowed_entries:
-                raise ValueError(f"entries: expected one of {self.allowed_entries}, got {value!r}")
+                object.__setattr__(self, "scale", checks.scale(value, SCALES))
+            elif field.name == "stored":
+                checks.boolean("stored", value)
+            elif field.name == "entries":
+                checks.one_of("entries", value, self.allowed_entries, f"one of {self.allowed_entries}")
 
     @property
     def keyed(self) -> bool:
@@ -219,8 +217,7 @@ class SignConcordance(Scaled):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.p, bool) or not isinstance(self.p, int | float) or not 0 <= self.p <= 1:
-            raise ValueError(f"p: expected a number from 0 to 1, got {self.p!r}")
+        object.__setattr__(self, "p", checks.fraction("p", self.p, ValueError))
 
     @property
     def keyed(self) -> bool:

@@ -17,6 +17,7 @@ from ._conv import (
     conv_transpose3d,
     conv_transpose_with,
     conv_with,
+    explain_conv,
 )
 from ._linear import linear, linear_with
 from ._locally_connected import (
@@ -43,6 +44,7 @@ __all__ = [
     "conv_transpose3d",
     "conv_transpose_with",
     "conv_with",
+    "explain_conv",
     "formed",
     "ints",
     "is_backprop",

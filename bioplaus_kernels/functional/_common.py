@@ -120,7 +120,11 @@ def finish(
 def needs_feedback(input: Tensor) -> bool:
     """Whether a backward through `input` can follow; if not, a layer is its torch.nn namesake and forms no B."""
     refuse_transforms()
-    return torch.is_grad_enabled() and input.requires_grad
+    try:
+        return torch.is_grad_enabled() and input.requires_grad
+    except AttributeError:
+        checks.tensor("input", input)
+        raise
 
 
 def refuse_transforms() -> None:
@@ -179,17 +183,21 @@ def is_backprop(feedback: Feedback) -> bool:
 
 
 def check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if input.device != weight.device or input.dtype not in checks.DTYPES:
+    try:
+        fits = input.device == weight.device and input.dtype in checks.DTYPES
+    except AttributeError:
+        fits = False
+    if not fits:
         explain(input, weight, bias)
 
 
 def explain(input: Tensor, weight: Tensor, bias: Tensor | None, out: int | None = None) -> None:
+    checks.tensor("input", input)
     if input.is_nested:
         checks.fail("input", "a dense tensor, such as the values() of a nested one", "a nested tensor", TypeError)
     checks.floating("input", input)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
+    given = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    for name, tensor in given.items():
         checks.floating(name, tensor)
         if tensor.device != input.device:
             checks.fail("input", f"a tensor on {tensor.device}, as {name}", f"one on {input.device}")
@@ -201,16 +209,29 @@ def explain(input: Tensor, weight: Tensor, bias: Tensor | None, out: int | None 
 
 def ints(name: str, value: Ints, d: int, least: int = 0) -> list[int]:
     """`value` as one integer for each of `d` dimensions."""
-    values = list(value) if isinstance(value, Sequence) else [value] * d
-    if len(values) != d or not all(isinstance(v, int) and v >= least for v in values):
+    given = list(value) if isinstance(value, Sequence) else [value] * d
+    numbers = [checks.index(v) for v in given]
+    values = [n for n in numbers if n is not None and n >= least]
+    if len(given) != d or len(values) != d:
         checks.fail(name, f"an integer of at least {least} or {d} of them", repr(value))
+    if max(values) > checks.LARGEST:
+        checks.fail(name, f"integers of at most {checks.LARGEST}", repr(value))
     return values
 
 
-def explain_channels(d: int, input: Tensor, channels: int, divided: int, which: str, groups: int) -> None:
+def explain_dimensions(d: int, input: Tensor) -> None:
     if input.dim() not in (d + 1, d + 2):
         checks.fail("input", f"{d + 2} dimensions, or {d + 1} without a batch", f"shape {tuple(input.shape)}")
+
+
+def explain_channels(
+    d: int, input: Tensor, weight: Tensor, channels: int, divided: int, which: str, groups: int
+) -> None:
+    explain_dimensions(d, input)
     if groups < 1 or divided % groups:
         checks.fail("groups", f"a divisor of the weight's {divided} {which}put channels", groups)
     if input.shape[-d - 1] != channels:
         checks.fail("input", f"{channels} channels", f"shape {tuple(input.shape)}")
+    for name, tensor, size in (("input", input, input.shape[-d:]), ("weight", weight, weight.shape[2:])):
+        if 0 in size:
+            checks.fail(name, "spatial sizes of at least 1", f"shape {tuple(tensor.shape)}")

@@ -113,20 +113,36 @@ def conv_with(
     """A d-dimensional convolution with the operands of B at hand."""
     check(input, weight, bias)
     dims = input.dim()
-    x = input if dims == d + 2 else input.unsqueeze(0)
-    if isinstance(padding, str):
-        x, padding = _same(x, weight, padding, dilation)
     try:
-        y: Tensor = _Conv.apply(x, weight, bias, *op, stride, padding, dilation, False, (0,) * d, groups)
+        x = input if dims == d + 2 else input.unsqueeze(0)
+        pad = padding
+        if isinstance(padding, str):
+            x, pad = _same(x, weight, padding, dilation)
+        y: Tensor = _Conv.apply(x, weight, bias, *op, stride, pad, dilation, False, (0,) * d, groups)
     except Exception:
-        explain(input, weight, bias, weight.shape[0])
-        explain_channels(d, input, weight.shape[1] * groups, weight.shape[0], "out", groups)
-        spans = [dil * (k - 1) + 1 for k, dil in zip(weight.shape[2:], dilation, strict=True)]
-        if any(size + 2 * p < span for size, p, span in zip(x.shape[2:], padding, spans, strict=True)):
-            wanted = f"a padded spatial size of at least the dilated kernel {tuple(spans)}"
-            checks.fail("input", wanted, f"spatial size {tuple(x.shape[2:])} and padding {tuple(padding)}")
+        explain_conv(d, input, weight, bias, padding, dilation, groups)
         raise
     return y if dims == d + 2 else y.squeeze(0)
+
+
+def explain_conv(
+    d: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: Sequence[int] | str,
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """Raise what is wrong with the tensors of a convolution, if it is found."""
+    explain(input, weight, bias, weight.shape[0])
+    explain_channels(d, input, weight, weight.shape[1] * groups, weight.shape[0], "out", groups)
+    size, spans = input.shape[-d:], [dil * (k - 1) + 1 for k, dil in zip(weight.shape[2:], dilation, strict=True)]
+    pads = [2 * p for p in padding] if not isinstance(padding, str) else [(padding == "same") * (s - 1) for s in spans]
+    if any(n + p < span for n, p, span in zip(size, pads, spans, strict=True)):
+        wanted = f"a padded spatial size of at least the dilated kernel {tuple(spans)}"
+        got = padding if isinstance(padding, str) else tuple(padding)
+        checks.fail("input", wanted, f"spatial size {tuple(size)} and padding {got}")
 
 
 def _same(x: Tensor, weight: Tensor, padding: str, dilation: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
@@ -152,9 +168,22 @@ def _conv(
     if is_backprop(feedback):
         no_key(key)
         plain: Any = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
-        return plain(input, weight, bias, stride, padding, dilation, groups)
-    checks.rank("weight", weight, d + 2)
+        try:
+            return plain(input, weight, bias, stride, padding, dilation, groups)
+        except Exception:
+            _, padding, dilation, groups = _geometry(d, weight, stride, padding, dilation, groups)
+            explain_conv(d, input, weight, bias, padding, dilation, groups)
+            raise
+    stride, padding, dilation, groups = _geometry(d, weight, stride, padding, dilation, groups)
     op = resolve(feedback, weight, conv_fans(weight, weight.shape[0]), key)
+    return conv_with(d, input, weight, bias, stride, padding, dilation, groups, op)
+
+
+def _geometry(
+    d: int, weight: Tensor, stride: Ints, padding: Ints | str, dilation: Ints, groups: int
+) -> tuple[list[int], list[int] | str, list[int], int]:
+    checks.rank("weight", weight, d + 2)
+    groups = checks.integer("groups", groups, 1)
     stride, dilation = ints("stride", stride, d, 1), ints("dilation", dilation, d, 1)
     if not isinstance(padding, str):
         padding = ints("padding", padding, d)
@@ -162,7 +191,7 @@ def _conv(
         checks.fail("padding", "integers, 'same' or 'valid'", repr(padding))
     elif padding == "same" and any(s != 1 for s in stride):
         checks.fail("padding", "integers where stride is not 1", "'same'")
-    return conv_with(d, input, weight, bias, stride, padding, dilation, groups, op)
+    return stride, padding, dilation, groups
 
 
 def conv1d(
@@ -228,17 +257,36 @@ def conv_transpose_with(
     """A d-dimensional transposed convolution with the operands of B at hand."""
     check(input, weight, bias)
     dims = input.dim()
-    x = input if dims == d + 2 else input.unsqueeze(0)
     try:
+        x = input if dims == d + 2 else input.unsqueeze(0)
         y: Tensor = _Conv.apply(x, weight, bias, *op, stride, padding, dilation, True, output_padding, groups)
     except Exception:
-        explain(input, weight, bias, weight.shape[1] * groups)
-        explain_channels(d, input, weight.shape[0], weight.shape[0], "in", groups)
-        if any(p >= max(s, dil) for p, s, dil in zip(output_padding, stride, dilation, strict=True)):
-            wanted = f"less than stride {tuple(stride)} or dilation {tuple(dilation)}"
-            checks.fail("output_padding", wanted, tuple(output_padding))
+        _explain_transpose(d, input, weight, bias, stride, padding, output_padding, groups, dilation)
         raise
     return y if dims == d + 2 else y.squeeze(0)
+
+
+def _explain_transpose(
+    d: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+) -> None:
+    explain(input, weight, bias, weight.shape[1] * groups)
+    explain_channels(d, input, weight, weight.shape[0], weight.shape[0], "in", groups)
+    if any(p >= max(s, dil) for p, s, dil in zip(output_padding, stride, dilation, strict=True)):
+        wanted = f"less than stride {tuple(stride)} or dilation {tuple(dilation)}"
+        checks.fail("output_padding", wanted, tuple(output_padding))
+    ends = zip(input.shape[-d:], weight.shape[2:], stride, padding, output_padding, dilation, strict=True)
+    out = tuple((n - 1) * s - 2 * p + dil * (k - 1) + extra + 1 for n, k, s, p, extra, dil in ends)
+    if min(out) < 1:
+        wanted = "a spatial size whose output is at least 1 in every dimension"
+        checks.fail("input", wanted, f"spatial size {tuple(input.shape[-d:])}, whose output is {out}")
 
 
 def _conv_transpose(
@@ -254,15 +302,31 @@ def _conv_transpose(
     feedback: Feedback,
     key: Tensor | None,
 ) -> Tensor:
+    given = stride, padding, output_padding, groups, dilation
     if is_backprop(feedback):
         no_key(key)
         plain: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[d - 1]
-        return plain(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    checks.rank("weight", weight, d + 2)
+        try:
+            return plain(input, weight, bias, *given)
+        except Exception:
+            _explain_transpose(d, input, weight, bias, *_transpose_geometry(d, weight, *given))
+            raise
+    stride, padding, output_padding, groups, dilation = _transpose_geometry(d, weight, *given)
     op = resolve(feedback, weight, conv_fans(weight, weight.shape[1] * groups), key)
-    stride, dilation = ints("stride", stride, d, 1), ints("dilation", dilation, d, 1)
-    padding, output_padding = ints("padding", padding, d), ints("output_padding", output_padding, d)
     return conv_transpose_with(d, input, weight, bias, stride, padding, output_padding, groups, dilation, op)
+
+
+def _transpose_geometry(
+    d: int, weight: Tensor, stride: Ints, padding: Ints, output_padding: Ints, groups: int, dilation: Ints
+) -> tuple[list[int], list[int], list[int], int, list[int]]:
+    checks.rank("weight", weight, d + 2)
+    return (
+        ints("stride", stride, d, 1),
+        ints("padding", padding, d),
+        ints("output_padding", output_padding, d),
+        checks.integer("groups", groups, 1),
+        ints("dilation", dilation, d, 1),
+    )
 
 
 def conv_transpose1d(

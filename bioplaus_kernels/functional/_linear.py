@@ -44,11 +44,15 @@ def linear_with(input: Tensor, weight: Tensor, bias: Tensor | None, op: Operands
         x = input if dims == 2 else input.flatten(0, -2) if dims > 2 else input.unsqueeze(0)
         y: Tensor = _Linear.apply(x, weight, bias, *op)
     except Exception:
-        explain(input, weight, bias, weight.shape[0])
-        if dims == 0 or input.shape[-1] != weight.shape[1]:
-            checks.fail("input", f"{weight.shape[1]} features in the last dimension", f"shape {tuple(input.shape)}")
+        _explain(input, weight, bias)
         raise
     return y if dims == 2 else y.reshape(*input.shape[:-1], weight.shape[0])
+
+
+def _explain(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    explain(input, weight, bias, weight.shape[0])
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        checks.fail("input", f"{weight.shape[1]} features in the last dimension", f"shape {tuple(input.shape)}")
 
 
 def linear(
@@ -60,6 +64,11 @@ def linear(
     """
     if is_backprop(feedback):
         no_key(key)
-        return F.linear(input, weight, bias)
+        try:
+            return F.linear(input, weight, bias)
+        except Exception:
+            checks.rank("weight", weight, 2)
+            _explain(input, weight, bias)
+            raise
     checks.rank("weight", weight, 2)
     return linear_with(input, weight, bias, resolve(feedback, weight, linear_fans(weight), key))

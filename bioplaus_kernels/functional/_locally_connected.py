@@ -9,7 +9,20 @@ from torch import Tensor
 from .. import ops
 from ..backends.reference import checks
 from ..feedback import Operands, lc_fans
-from ._common import Feedback, Grads, Ints, begin, explain, finish, ints, once, resolve, saved_feedback, without_factors
+from ._common import (
+    Feedback,
+    Grads,
+    Ints,
+    begin,
+    explain,
+    explain_dimensions,
+    finish,
+    ints,
+    once,
+    resolve,
+    saved_feedback,
+    without_factors,
+)
 
 Padding = int | str | Sequence[int] | Sequence[Sequence[int]]
 
@@ -76,22 +89,18 @@ def pad_pairs(
 ) -> list[int]:
     """(before, after) of each dimension, flat, from one integer a dimension, nested pairs, "same" or "valid"."""
     d = len(kernel)
-    if padding == "valid":
-        return [0] * (2 * d)
-    if padding == "same":
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            checks.fail("padding", "integers, pairs, 'same' or 'valid'", repr(padding))
         pairs = []
         for size, k, s, dil in zip(input_size, kernel, stride, dilation, strict=True):
-            total = max((-(-size // s) - 1) * s + dil * (k - 1) + 1 - size, 0)
+            total = max((-(-size // s) - 1) * s + dil * (k - 1) + 1 - size, 0) if padding == "same" else 0
             pairs += [total // 2, total - total // 2]
         return pairs
-    if isinstance(padding, str):
-        checks.fail("padding", "integers, pairs, 'same' or 'valid'", repr(padding))
-    if isinstance(padding, int):
-        return [p for p in ints("padding", padding, d) for _ in range(2)]
-    if all(isinstance(p, int) for p in padding):
-        return [p for p in ints("padding", cast(Sequence[int], padding), d) for _ in range(2)]
-    if len(padding) != d or any(isinstance(p, int) or len(p) != 2 for p in padding):
-        checks.fail("padding", f"{d} pairs (before, after)", padding)
+    if not isinstance(padding, Sequence) or not any(isinstance(p, Sequence) for p in padding):
+        return [p for p in ints("padding", cast(Ints, padding), d) for _ in range(2)]
+    if len(padding) != d or not all(isinstance(p, Sequence) and len(p) == 2 for p in padding):
+        checks.fail("padding", f"{d} pairs (before, after)", repr(padding))
     return [p for pair in cast(Sequence[Sequence[int]], padding) for p in ints("padding", pair, 2)]
 
 
@@ -114,8 +123,7 @@ def locally_connected_with(
 
 def _batched(d: int, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     explain(input, weight, bias)
-    if input.dim() not in (d + 1, d + 2):
-        checks.fail("input", f"{d + 2} dimensions, or {d + 1} without a batch", f"shape {tuple(input.shape)}")
+    explain_dimensions(d, input)
     return input.dim() == d + 2
 
 
@@ -149,7 +157,12 @@ def _locally_connected(
     feedback: Feedback,
     key: Tensor | None,
 ) -> Tensor:
+    checks.tensor("input", input)
+    explain_dimensions(d, input)
     checks.rank("weight", weight, 2 * d + 2)
+    if 0 in weight.shape[d + 1 : -1]:
+        checks.fail("weight", "a kernel of at least 1 in every dimension", f"shape {tuple(weight.shape)}")
+    groups = checks.integer("groups", groups, 1)
     stride, dilation = ints("stride", stride, d, 1), ints("dilation", dilation, d, 1)
     pairs = pad_pairs(padding, input.shape[-d:], weight.shape[d + 1 : -1], stride, dilation)
     op = resolve(feedback, weight, lc_fans(weight, weight.shape[d]), key)

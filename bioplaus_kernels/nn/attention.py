@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..backends.reference import checks
 from ..feedback import Fans, Operands, linear_fans, stored
 from ..functional import formed, linear_with, needs_feedback
 from .base import FeedbackLayer
@@ -64,6 +65,8 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        for name, given in (("query", query), ("key", key), ("value", value)):
+            checks.tensor(name, given)
         trained = (query, key, value, *(getattr(self, name) for name in self.weights()))
         if not (self.uses_feedback and any(map(needs_feedback, trained))):
             return super().forward(
@@ -80,7 +83,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
             raise ValueError("attn_mask: expected a mask with is_causal=True, got None")
         batched = query.dim() == 3
         q, k, v = (self._heads(t, batched) for t in self._project(query, key, value))
-        if key_padding_mask is not None and not batched:
+        if isinstance(key_padding_mask, Tensor) and not batched:
             key_padding_mask = key_padding_mask.unsqueeze(0)
         n, _, length, _ = q.shape
         if self.bias_k is not None and self.bias_v is not None:
@@ -166,6 +169,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         ):
             if mask is None:
                 continue
+            checks.tensor(name, mask)
             if tuple(mask.shape) not in shapes:
                 raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
             if mask.dtype == torch.bool:

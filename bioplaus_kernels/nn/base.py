@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..backends.reference import checks
 from ..feedback import BACKPROP, Fans, Operands, Record, Rule, State, as_rule, encode, weight_rms
 from ..functional import formed, needs_feedback
 from .state import StatefulLayer
@@ -158,19 +159,20 @@ def mirror_(
     Draws from `generator`, else from torch's: data-parallel ranks need the same state of it. Raises ValueError where no
     layer has the rule `wm`.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    for argument, value in (("lr", lr), ("decay", decay)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{argument}: expected a number from 0 to 1, got {value!r}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size!r}")
+    checks.module("model", model)
+    lr, decay = checks.fraction("lr", lr), checks.fraction("decay", decay)
+    batch_size = checks.integer("batch_size", batch_size, 1)
+    checks.boolean("normalise", normalise)
+    if generator is not None:
+        checks.instance("generator", generator, torch.Generator, "a torch.Generator or None")
     layers = [m for m in model.modules() if isinstance(m, FeedbackLayer) and m.feedback.mirrors]
     if not layers:
         raise ValueError("model: expected a layer with the rule 'wm', got none")
     for layer in layers:
         for name in layer.weights():
             weight, b = getattr(layer, name), getattr(layer, layer._held[name].kept["weight"])
+            if generator is not None and generator.device.type != weight.device.type:
+                checks.fail("generator", f"one on {weight.device}, as the weights are", f"one on {generator.device}")
             # (positions, rows, columns): only locally-connected weights, of d dimensions, have more than one position.
             d = getattr(layer, "d", 0)
             w = (weight.flatten(0, d - 1) if d else weight.unsqueeze(0)).flatten(2)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..feedback import Fans, conv_fans
-from ..functional import conv_transpose_with, conv_with
+from ..functional import conv_transpose_with, conv_with, explain_conv
 from .base import FeedbackLayer
 
 
@@ -25,11 +25,14 @@ class _ConvForward(_Conv, torch.nn.modules.conv._ConvNd):
     def forward(self, input: Tensor) -> Tensor:
         if self.is_plain(input):
             return super().forward(input)
-        padding = self.padding
+        d, padding = len(self.kernel_size), self.padding
         if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = (0,) * len(self.kernel_size)
-        d = len(self.kernel_size)
+            try:
+                input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            except Exception:
+                explain_conv(d, input, self.weight, self.bias, padding, self.dilation, self.groups)
+                raise
+            padding = (0,) * d
         weight, op = self.used()
         return conv_with(d, input, weight, self.bias, self.stride, padding, self.dilation, self.groups, op)
 

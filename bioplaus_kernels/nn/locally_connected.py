@@ -30,6 +30,7 @@ class _LocallyConnectedNd(FeedbackLayer):
     """
 
     d: ClassVar[int]
+    transposed: ClassVar[bool] = False
     in_channels: int
     out_channels: int
     weight: Tensor
@@ -37,8 +38,6 @@ class _LocallyConnectedNd(FeedbackLayer):
 
     def _build(
         self,
-        wide_channels: int,
-        narrow_channels: int,
         size: Ints,
         size_name: str,
         kernel_size: Ints,
@@ -46,38 +45,39 @@ class _LocallyConnectedNd(FeedbackLayer):
         padding: Padding,
         dilation: Ints,
         groups: int,
-        device: Any,
-        dtype: Any,
+        like: dict[str, Any],
     ) -> tuple[list[int], list[int]]:
         d = self.d
-        for name, value in (("groups", groups), ("in_channels", self.in_channels), ("out_channels", self.out_channels)):
-            if not isinstance(value, int) or value < 1:
-                checks.fail(name, "an integer of at least 1", value)
-            if value % groups:
+        self.groups = checks.integer("groups", groups, 1)
+        for name in ("in_channels", "out_channels"):
+            value = checks.integer(name, getattr(self, name), 1)
+            setattr(self, name, value)
+            if value % self.groups:
                 checks.fail("groups", f"a divisor of {name}={value}", groups)
         self.kernel_size = tuple(ints("kernel_size", kernel_size, d, 1))
         self.stride = tuple(ints("stride", stride, d, 1))
         self.dilation = tuple(ints("dilation", dilation, d, 1))
-        self.padding = padding
-        self.groups = groups
         wide = ints(size_name, size, d, 1)
         self._pairs = pad_pairs(padding, wide, self.kernel_size, self.stride, self.dilation)
+        self.padding = _plain(padding)
         narrow = output_size(wide, self.kernel_size, self.stride, self._pairs, self.dilation)
         if any(n < 1 for n in narrow):
             checks.fail(size_name, f"a padded size of at least the dilated kernel {self.kernel_size}", tuple(wide))
-        shape = (*narrow, narrow_channels, *self.kernel_size, wide_channels // groups)
-        self.weight = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        ends = self.in_channels, self.out_channels
+        wide_channels, narrow_channels = ends[::-1] if self.transposed else ends
+        shape = (*narrow, narrow_channels, *self.kernel_size, wide_channels // self.groups)
+        self.weight = torch.nn.Parameter(torch.empty(shape, **like))
         return wide, narrow
 
-    def _build_bias(self, bias: bool, bias_per: str, positions: Sequence[int], device: Any, dtype: Any) -> None:
-        if bias_per not in ("position", "channel"):
-            checks.fail("bias_per", "'position' or 'channel'", repr(bias_per))
+    def _build_bias(self, bias: bool, bias_per: str, positions: Sequence[int], like: dict[str, Any]) -> None:
+        checks.boolean("bias", bias)
+        checks.one_of("bias_per", bias_per, ("position", "channel"), "'position' or 'channel'")
         self.bias_per = bias_per
         if not bias:
             self.register_parameter("bias", None)
             return
         shape = (*positions, self.out_channels) if bias_per == "position" else (self.out_channels,)
-        self.bias = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias = torch.nn.Parameter(torch.empty(shape, **like))
 
     def fans(self, name: str = "weight") -> Fans:
         return lc_fans(self.weight, self.out_channels)
@@ -93,7 +93,11 @@ class _LocallyConnectedNd(FeedbackLayer):
             self.reset_feedback()
 
     def _spatial(self, input: Tensor, channels: int, size: Sequence[int]) -> None:
-        spatial, batchless = tuple(input.shape[-self.d :]), input.dim() == self.d + 1
+        try:
+            spatial, batchless = tuple(input.shape[-self.d :]), input.dim() == self.d + 1
+        except AttributeError:
+            checks.tensor("input", input)
+            raise
         if input.dim() not in (self.d + 1, self.d + 2):
             checks.fail("input", f"{self.d + 2} dimensions, or {self.d + 1} without a batch", tuple(input.shape))
         if input.shape[0 if batchless else 1] != channels or spatial != tuple(size):
@@ -111,6 +115,15 @@ class _LocallyConnectedNd(FeedbackLayer):
 
     def _size_repr(self) -> str:
         raise NotImplementedError
+
+
+def _plain(padding: Any) -> Any:
+    # numpy's integers as Python's.
+    if isinstance(padding, str):
+        return padding
+    if not isinstance(padding, Sequence):
+        return checks.index(padding)
+    return (list if isinstance(padding, list) else tuple)(map(_plain, padding))
 
 
 class _LocallyConnected(_LocallyConnectedNd):
@@ -131,24 +144,12 @@ class _LocallyConnected(_LocallyConnectedNd):
         dtype: Any = None,
         feedback: Rule | str | None = None,
     ) -> None:
-        rule = as_rule(feedback)
+        rule, like = as_rule(feedback), checks.factory(device, dtype)
         torch.nn.Module.__init__(self)
         self.in_channels, self.out_channels = in_channels, out_channels
-        wide, narrow = self._build(
-            in_channels,
-            out_channels,
-            input_size,
-            "input_size",
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            device,
-            dtype,
-        )
+        wide, narrow = self._build(input_size, "input_size", kernel_size, stride, padding, dilation, groups, like)
         self.input_size, self.output_size = tuple(wide), tuple(narrow)
-        self._build_bias(bias, bias_per, narrow, device, dtype)
+        self._build_bias(bias, bias_per, narrow, like)
         self.reset_parameters()
         self.install_feedback(rule)
 
@@ -218,24 +219,12 @@ class _LocallyConnectedTranspose(_LocallyConnectedNd):
         dtype: Any = None,
         feedback: Rule | str | None = None,
     ) -> None:
-        rule = as_rule(feedback)
+        rule, like = as_rule(feedback), checks.factory(device, dtype)
         torch.nn.Module.__init__(self)
         self.in_channels, self.out_channels = in_channels, out_channels
-        wide, narrow = self._build(
-            out_channels,
-            in_channels,
-            output_size,
-            "output_size",
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            device,
-            dtype,
-        )
+        wide, narrow = self._build(output_size, "output_size", kernel_size, stride, padding, dilation, groups, like)
         self.input_size, self.output_size = tuple(narrow), tuple(wide)
-        self._build_bias(bias, bias_per, wide, device, dtype)
+        self._build_bias(bias, bias_per, wide, like)
         self.reset_parameters()
         self.install_feedback(rule)
 

@@ -1,14 +1,18 @@
-"""Argument checks of the reference: each error names the argument, what it got and what is wanted."""
+"""Argument checks of the reference and of the package: an error names the argument, what it got and what is wanted."""
 
 import math
-from collections.abc import Sequence
-from typing import NoReturn
+import operator
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from numbers import Real
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 _ENTRIES = ("constant", "stored", "uniform", "normal")
-
+# Kernels and dilations, paddings and sizes up to here: products and sums of two of them stay within 64 bits.
+LARGEST = 2**31 - 1
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -18,49 +22,172 @@ def fail(name: str, wanted: str, got: object, error: type[Exception] = ValueErro
     raise error(f"{name}: expected {wanted}, got {got}")
 
 
+def instance(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
+    """`value` must be of the class `kind`, `wanted` in words."""
+    if not isinstance(value, kind):
+        fail(name, wanted, type(value).__name__, TypeError)
+
+
+def tensor(name: str, value: object) -> None:
+    """`value` must be a tensor."""
+    if not isinstance(value, Tensor):
+        fail(name, "a tensor", type(value).__name__, TypeError)
+
+
+def module(name: str, value: object) -> None:
+    """`value` must be a module."""
+    instance(name, value, torch.nn.Module, "a torch.nn.Module")
+
+
+def boolean(name: str, value: object) -> None:
+    """`value` must be True or False itself."""
+    if not isinstance(value, bool):
+        fail(name, "True or False", repr(value), TypeError)
+
+
+def function(name: str, value: object, wanted: str) -> None:
+    """`value` must be callable, `wanted` in words."""
+    if not callable(value):
+        fail(name, wanted, repr(value), TypeError)
+
+
+def one_of(name: str, value: object, options: Collection[str], wanted: str = "") -> None:
+    """`value` must be one of the strings `options`, `wanted` in words."""
+    if not isinstance(value, str) or value not in options:
+        fail(name, wanted or f"one of {', '.join(options)}", repr(value))
+
+
+def entries(name: str, value: Any, wanted: str) -> list[Any]:
+    """What the iterable `value` holds, `wanted` in words."""
+    try:
+        return list(value)
+    except TypeError:
+        fail(name, wanted, type(value).__name__, TypeError)
+
+
+def tensors(name: str, value: Any, count: int, what: str) -> list[Tensor]:
+    """`value` as a list of `count` tensors, which are `what`."""
+    if isinstance(value, Tensor):
+        fail(name, f"{count} {what}", "a tensor", TypeError)
+    found = entries(name, value, f"{count} {what}")
+    if len(found) != count:
+        fail(name, f"{count} {what}", len(found))
+    for k, entry in enumerate(found):
+        tensor(f"{name}[{k}]", entry)
+    return found
+
+
+def index(value: Any) -> int | None:
+    """`value` as an int where it is an integer, numpy's too; a bool is none, and a tensor, which may lie on a GPU."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool | Tensor):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def integer(name: str, value: Any, least: int | None = None) -> int:
+    """`value` as an int of at least `least`."""
+    number = index(value)
+    if number is None:
+        fail(name, "an integer", repr(value), TypeError)
+    if least is not None and number < least:
+        fail(name, f"at least {least}", number)
+    return number
+
+
+def number(
+    name: str, value: Any, wanted: str, fits: Callable[[float], bool], error: type[Exception] = TypeError
+) -> float:
+    """`value` as a float that `fits`, `wanted` in words, from any real number; `error` where it is none."""
+    if type(value) is bool or not isinstance(value, int | float | Real):
+        fail(name, wanted, repr(value), error)
+    real = float("inf")
+    with suppress(OverflowError):
+        real = float(value)
+    if not fits(real):
+        fail(name, wanted, value)
+    return real
+
+
+def not_negative(name: str, value: Any) -> float:
+    """`value` as a finite number of at least 0."""
+    return number(name, value, "a finite number of at least 0", lambda v: math.isfinite(v) and v >= 0)
+
+
+def fraction(name: str, value: Any, error: type[Exception] = TypeError) -> float:
+    """`value` as a number from 0 to 1."""
+    return number(name, value, "a number from 0 to 1", lambda v: 0 <= v <= 1, error)
+
+
+def scale(value: Any, names: Collection[str]) -> float | str:
+    """A rule's scale: one of `names`, or `value` as a number."""
+    if isinstance(value, str) and value in names:
+        return value
+    wanted = f"a positive finite number or one of {names}"
+    return number("scale", value, wanted, lambda v: math.isfinite(v) and v > 0, ValueError)
+
+
 def dtype(name: str, value: torch.dtype) -> None:
     """`value` must be a dtype the ops know."""
-    if value not in DTYPES:
+    if not isinstance(value, torch.dtype) or value not in DTYPES:
         fail(name, "float32, bfloat16, float16 or float64", value, TypeError)
 
 
-def floating(name: str, tensor: Tensor) -> None:
-    """`tensor` must be of a dtype the ops know."""
-    dtype(name, tensor.dtype)
+def factory(device: Any, dtype_: Any) -> dict[str, Any]:
+    """Where and in what dtype a module makes its Parameters: `device=` and `dtype=`, each of which may be None."""
+    try:
+        device = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError):
+        fail("device", "a torch.device, its name or None", repr(device))
+    if dtype_ is not None:
+        dtype("dtype", dtype_)
+    return {"device": device, "dtype": dtype_}
 
 
-def same(name: str, tensor: Tensor, other: Tensor) -> None:
-    """`tensor` must have the dtype and device of `other`."""
-    if tensor.dtype != other.dtype:
-        fail(name, f"{other.dtype}", tensor.dtype, TypeError)
-    if tensor.device != other.device:
-        fail(name, f"a tensor on {other.device}", tensor.device)
+def floating(name: str, value: Tensor) -> None:
+    """`value` must be a tensor of a dtype the ops know."""
+    tensor(name, value)
+    dtype(name, value.dtype)
 
 
-def shape(name: str, tensor: Tensor, wanted: Sequence[int]) -> None:
-    """`tensor` must have the shape `wanted`."""
-    if tuple(tensor.shape) != tuple(wanted):
-        fail(name, f"shape {tuple(wanted)}", tuple(tensor.shape))
+def same(name: str, value: Tensor, other: Tensor) -> None:
+    """`value` must have the dtype and device of `other`."""
+    if value.dtype != other.dtype:
+        fail(name, f"{other.dtype}", value.dtype, TypeError)
+    if value.device != other.device:
+        fail(name, f"a tensor on {other.device}", value.device)
 
 
-def rank(name: str, tensor: Tensor, wanted: int) -> None:
-    """`tensor` must have `wanted` dimensions."""
-    if tensor.dim() != wanted:
-        fail(name, f"{wanted} dimensions", f"shape {tuple(tensor.shape)}")
+def shape(name: str, value: Tensor, wanted: Sequence[int]) -> None:
+    """`value` must be a tensor of the shape `wanted`."""
+    tensor(name, value)
+    if tuple(value.shape) != tuple(wanted):
+        fail(name, f"shape {tuple(wanted)}", tuple(value.shape))
 
 
-def packed(name: str, tensor: Tensor, wanted: Sequence[int]) -> None:
+def rank(name: str, value: Tensor, wanted: int) -> None:
+    """`value` must be a tensor of `wanted` dimensions."""
+    tensor(name, value)
+    if value.dim() != wanted:
+        fail(name, f"{wanted} dimensions", f"shape {tuple(value.shape)}")
+
+
+def packed(name: str, value: Tensor, wanted: Sequence[int]) -> None:
     """Packed signs are int32 of shape `wanted`."""
-    if tensor.dtype != torch.int32:
-        fail(name, "int32", tensor.dtype, TypeError)
-    shape(name, tensor, wanted)
+    if value.dtype != torch.int32:
+        fail(name, "int32", value.dtype, TypeError)
+    shape(name, value, wanted)
 
 
-def key(tensor: Tensor) -> None:
+def key(value: Tensor) -> None:
     """A key is three int64: layout version, key, stream."""
-    if tensor.dtype != torch.int64:
-        fail("key", "int64", tensor.dtype, TypeError)
-    shape("key", tensor, (3,))
+    if value.dtype != torch.int64:
+        fail("key", "int64", value.dtype, TypeError)
+    shape("key", value, (3,))
 
 
 def feedback(
@@ -135,6 +262,8 @@ def geometry(
     ):
         if len(values) != count or any(v < least for v in values):
             fail(name, f"{count} integers of at least {least}", tuple(values))
+        if any(v > LARGEST for v in values):
+            fail(name, f"integers of at most {LARGEST}", tuple(values))
     if groups < 1:
         fail("groups", "at least 1", groups)
     return d
