@@ -40,7 +40,7 @@ def describe(model: torch.nn.Module | Mapping[str, Any]) -> Description:
             (f"{prefix}.{name}".removeprefix("."), layer.feedback_record(name))
             for prefix, layer in model.named_modules()
             if isinstance(layer, FeedbackLayer | DirectFeedback)
-            for name in (layer._held if isinstance(layer, FeedbackLayer) else ["feedback"])
+            for name in layer._held
         ]
         return Description([_row(name, record) for name, record in found])
     if not isinstance(model, Mapping):

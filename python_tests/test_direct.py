@@ -116,7 +116,7 @@ def test_drtp_of_a_sum_is_n_times_that_of_a_mean(stored: bool) -> None:
     x, y = batch(8)
     y[3:5] = -100
     mean, total = (attached(direct.DRTP(stored=stored, reduction=r)) for r in ("mean", "sum"))
-    total.load_state_dict(mean.state_dict())
+    total.model.load_state_dict(mean.model.state_dict())
     for net in (mean, total):
         net(x, targets=y).sum().backward()
     torch.testing.assert_close(total.model[1][0].bias.grad, 6 * mean.model[1][0].bias.grad)

@@ -58,6 +58,7 @@ def _train(rank: int, world: int, rule: str, direct: bool) -> dict[str, Any]:
         for layer in model.modules():
             if isinstance(layer, bk.nn.FeedbackLayer):
                 layer.reset_feedback()
+    model.requires_grad_(True)  # which trains no B that is fixed
     ranks = nn.parallel.DistributedDataParallel(model)
     inputs = torch.randn(3, 4, 1, 8, 8, generator=torch.Generator().manual_seed(5))
     start = {name: t.clone() for name, t in model.state_dict().items()}

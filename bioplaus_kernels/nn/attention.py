@@ -67,8 +67,10 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         for name, given in (("query", query), ("key", key), ("value", value)):
             checks.tensor(name, given)
-        trained = (query, key, value, *(getattr(self, name) for name in self.weights()))
-        if not (self.uses_feedback and any(map(needs_feedback, trained))):
+        weights = {}
+        if self.uses_feedback and torch.is_grad_enabled():
+            weights = {name: getattr(self, name) for name in self.weights()}
+        if not (weights and any(map(needs_feedback, (query, key, value, *weights.values())))):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -82,7 +84,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         if is_causal and attn_mask is None:
             raise ValueError("attn_mask: expected a mask with is_causal=True, got None")
         batched = query.dim() == 3
-        q, k, v = (self._heads(t, batched) for t in self._project(query, key, value))
+        q, k, v = (self._heads(t, batched) for t in self._project(query, key, value, weights))
         if isinstance(key_padding_mask, Tensor) and not batched:
             key_padding_mask = key_padding_mask.unsqueeze(0)
         n, _, length, _ = q.shape
@@ -103,30 +105,30 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         )
 
         dropout = self.dropout if self.training else 0.0
-        weights = None
+        found = None
         if need_weights:
             scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)
-            weights = F.dropout(torch.softmax(scores if mask is None else scores + mask, dim=-1), dropout)
-            attended = weights @ v
+            found = F.dropout(torch.softmax(scores if mask is None else scores + mask, dim=-1), dropout)
+            attended = found @ v
             if average_attn_weights:
-                weights = weights.mean(dim=1)
+                found = found.mean(dim=1)
             if not batched:
-                weights = weights.squeeze(0)
+                found = found.squeeze(0)
         else:
             attended = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal_only)
         output = self.out_proj(attended.transpose(1, 2).flatten(2))
         if not batched:
-            return output.squeeze(0), weights
-        return (output if self.batch_first else output.transpose(0, 1)), weights
+            return output.squeeze(0), found
+        return (output if self.batch_first else output.transpose(0, 1)), found
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, weights: dict[str, Tensor]) -> list[Tensor]:
         e, bias = self.embed_dim, self.in_proj_bias
         if not self._qkv_same_embed_dim:
             biases = (None,) * 3 if bias is None else bias.chunk(3)
-            inputs = zip((query, key, value), self.weights(), biases, strict=True)
-            used = [(x, b, *self.used(name)) for x, name, b in inputs]
+            inputs = zip((query, key, value), weights.items(), biases, strict=True)
+            used = [(x, b, *self.used(*named)) for x, named, b in inputs]
             return [linear_with(x, weight, b, op) for x, b, weight, op in used]
-        weight, op = self.used("in_proj_weight")
+        weight, op = self.used(*weights.popitem())
         if query is key and key is value:
             return list(linear_with(query, weight, bias, op).chunk(3, dim=-1))
 

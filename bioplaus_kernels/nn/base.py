@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -57,14 +57,17 @@ class FeedbackLayer(StatefulLayer):
         """The root mean square of B's entries; 1 for scale="match" and "initial"."""
         return self._feedback.rms(self.fans(name))
 
-    def used(self, name: str = "weight", feedback: bool = True) -> tuple[Tensor, Operands]:
-        """W, fetched once, for this call's forward product, and what stands for B; W itself if not `feedback`.
+    def used(
+        self, name: str = "weight", weight: Tensor | None = None, *, feedback: bool = True
+    ) -> tuple[Tensor, Operands]:
+        """`weight`, else W fetched once, for this call's forward product, and what stands for B; W if not `feedback`.
 
         A gradient that W takes goes to a trained B too.
         """
-        weight: Any = self._parameters.get(name)
         if weight is None:
-            weight = getattr(self, name)
+            weight = self._parameters.get(name)
+        if weight is None:
+            weight = cast(Tensor, getattr(self, name))
         if not self.uses_feedback:
             return weight, BACKPROP
         op = self._feedback.operands(weight, self._state(name, weight)) if feedback else BACKPROP

@@ -174,10 +174,13 @@ class StatefulLayer(torch.nn.Module):
             if tensor.device == device:
                 continue
             empty |= tensor.is_meta
-            moved = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
+            moved = torch.empty_like(tensor.detach(), device=device) if tensor.is_meta else tensor.detach().to(device)
             if isinstance(tensor, torch.nn.Parameter):
+                # The optimizer may have it already.
                 moved = torch.nn.Parameter(moved) if tensor.requires_grad else Frozen(moved)
-            self._set(held.kept[n], moved)
+                torch.utils.swap_tensors(tensor, moved)
+            else:
+                self._buffers[held.kept[n]] = moved
         return empty
 
     def _set(self, attribute: str, tensor: Tensor) -> None:
@@ -321,7 +324,8 @@ class StatefulLayer(torch.nn.Module):
         except ValueError:
             return True
         if found is None:
-            return False
+            # What is written in place is never memory that nobody wrote.
+            return record is held.seen
         if why := self._mismatch(found):
             raise RuntimeError(f"{self.called(name)}: {why}")
         held.key = found.key
