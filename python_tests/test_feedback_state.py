@@ -1,9 +1,12 @@
 """State that knows whose it is: what is averaged, cast, filled, replaced or resumed is B as it was, or an error."""
 
 import copy
+import gzip
 import io
 import pickle
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -452,6 +455,27 @@ def test_a_checkpoint_of_version_0_1(rule: str) -> None:
     again = mlp(rule, seed=9)
     again.load_state_dict(other.state_dict())
     assert_equal(gradients(again, x()), gradients(model, x()))
+
+
+def test_pickled_modules_and_state_dicts_that_version_0_1_wrote() -> None:
+    """Made by 0.1.0: a linear layer, a convolution and attention by every rule, their state_dicts, and every B."""
+    found = pickle.loads(gzip.decompress((Path(__file__).parent / "data/version_0_1_0.pickle.gz").read_bytes()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for rule, model in found["models"].items():
+            fresh = copy.deepcopy(model)
+            for layer in fresh.modules():
+                if isinstance(layer, bk.nn.FeedbackLayer):
+                    layer.reset_feedback()
+            fresh.load_state_dict(found["states"][rule])
+            again = pickle.loads(pickle.dumps(model))
+            again.load_state_dict(model.state_dict())
+            for own in (model, fresh, again):
+                for layer, b in zip(own.values(), found["b"][rule], strict=True):
+                    assert torch.equal(layer.feedback_matrix(), b)
+                below = torch.randn(2, 4, requires_grad=True)
+                own["linear"](below).sum().backward()
+                assert below.grad.isfinite().all()
 
 
 def test_a_stranger_in_the_file() -> None:

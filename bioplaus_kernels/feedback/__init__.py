@@ -14,7 +14,7 @@ A linear map y = x Wᵀ + b keeps its forward product and its weight gradient; o
 Fans are torch.nn.init's; those of a locally-connected layer are the fans of one position's block.
 """
 
-from .record import Frozen, Key, Record, content_sum, decode, derived_key, drawn_key, encode, feedback_key
+from .record import Frozen, Key, Record, decode, derived_key, drawn_key, encode, feedback_key
 from .rule import BACKPROP, Operands, Rule, State, Stateful, stored
 from .rules import (
     RULES,
@@ -31,6 +31,14 @@ from .rules import (
     fill,
 )
 from .scale import Entries, Fans, Scale, conv_fans, lc_fans, linear_fans, root_mean_square, weight_rms
+
+
+class Plan(tuple[object, ...]):
+    """What pickles of version 0.1 hold, and a layer drops when it is loaded."""
+
+    def __new__(cls, *fields: object) -> "Plan":
+        return super().__new__(cls, fields)
+
 
 __all__ = [
     "BACKPROP",
@@ -55,7 +63,6 @@ __all__ = [
     "Stateful",
     "WeightMirror",
     "as_rule",
-    "content_sum",
     "conv_fans",
     "decode",
     "derived_key",

@@ -22,6 +22,15 @@ class Key(NamedTuple):
     seed: int | None = None
     name: str = ""
 
+    @classmethod
+    def of(cls, key: "Key | Tensor") -> "Key":
+        """The key that (layout version, key, stream) stands for; ValueError for another layout."""
+        if isinstance(key, Key):
+            return key
+        if key.shape != (3,) or int(key[0]) not in range(1, LAYOUT_VERSION + 1):
+            raise ValueError(f"expected (layout version up to {LAYOUT_VERSION}, key, stream), got {key.tolist()}")
+        return cls(int(key[0]), int(key[1]))
+
     def tensor(self, device: torch.device | str = "cpu") -> Tensor:
         """(version, key, stream 0) as the ops take it."""
         return torch.tensor([self.version, self.value, 0], dtype=torch.int64, device=device)
@@ -119,20 +128,45 @@ def decode(data: Tensor) -> Record | None:
         if len(found) > len(_MAGIC) and all(abs(a - b) <= 1 for a, b in zip(_MAGIC, found, strict=False)):
             raise ValueError("altered since it was written, by an average of integers or a damaged file")
         return None
-    content = json.loads(text)
-    key = None
-    if "key" in content:
-        version, value, seed, name = content["key"]
-        value = int(value, 16)
-        key = Key(version, value - 2**64 if value >= 2**63 else value, seed, name)
-    return Record(content["rule"], content["fields"], key, content["sums"])
+    try:
+        content = json.loads(text)
+        version, value, seed, name = content.get("key", (0, "0", None, ""))
+        key = Key(version, int.from_bytes(bytes.fromhex(value.zfill(16)), signed=True), seed, name)
+        return Record(content["rule"], content["fields"], key if version else None, content["sums"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None  # whole, and none of ours
 
 
-def content_sum(tensor: Tensor) -> str:
+def attribute_of(name: str, kept: str) -> str:
+    """What a layer calls what it keeps for weight `name`: feedback_key, or in_proj_feedback_key for in_proj_weight."""
+    return f"{name.removesuffix('weight')}feedback_{kept}"
+
+
+def readable(tensor: Tensor | None) -> bool:
+    """Whether the content is here: not on the meta device, sharded, or a stand-in of a tracer."""
+    return tensor is not None and not tensor.is_meta and type(tensor) in (Tensor, torch.nn.Parameter, Frozen)
+
+
+# The sum of what is not readable.
+UNKNOWN = "0" * 16
+
+
+def sum_of(tensor: Tensor) -> str:
     """A sum over all elements' bits and their logical indices, the same on every device and in every memory format."""
+    if not readable(tensor):
+        return UNKNOWN
     bits = tensor.detach()
     if bits.dtype not in checks.DTYPES:
         raw = bits.contiguous().flatten().view(torch.uint8)
         bits = torch.nn.functional.pad(raw, (0, -len(raw) % 4)).view(torch.float32)
     total = ops.redraw_key(Key(LAYOUT_VERSION, 0).tensor(bits.device), bits)[2]
     return f"{int(total) & (2**64 - 1):016x}"
+
+
+def sums_of(rule: Any, kept: dict[str, Tensor], kind: type[Tensor] = Tensor) -> dict[str, str]:
+    """Of what `rule` keeps and never changes: the integers', or of kind Parameter those', as they are when saved.
+
+    The floats of a buffer have none, since an average may round them.
+    """
+    fixed = {n: t for n, t in kept.items() if isinstance(t, kind) and (kind is not Tensor or not t.is_floating_point())}
+    return {n: sum_of(t) for n, t in fixed.items()} if rule.fixed else {}

@@ -15,7 +15,9 @@ from torch.compiler import is_compiling
 
 from ..backends.reference import checks
 from ..backends.reference.philox import LAYOUT_VERSION
-from ..feedback import Frozen, Key, Record, State, Stateful, content_sum, decode, drawn_key, encode, fill
+from ..feedback import Frozen, Key, Record, State, Stateful, decode, drawn_key, encode, fill
+from ..feedback.record import UNKNOWN, attribute_of, readable, sum_of, sums_of
+from .load import Load
 
 Keys = Callable[[str], Key | Tensor]
 _STALE = (
@@ -111,17 +113,17 @@ class StatefulLayer(torch.nn.Module):
         for own in kept:
             if own in _TAKEN or not own.isidentifier():
                 raise ValueError(f"{type(rule).__name__}.state: expected names other than {_TAKEN}, got {own!r}")
-        held = Held(self._constants(rule, name), {n: _attribute(name, n) for n in kept}, _attribute(name, "state"))
+        held = Held(self._constants(rule, name), {n: attribute_of(name, n) for n in kept}, attribute_of(name, "state"))
         for n, tensor in kept.items():
             if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad:
                 checks.shape(f"{type(rule).__name__}.state: {n!r}, a trained Parameter", tensor, weight.shape)
                 held.trained = held.kept[n]
         if rule.keyed:
-            held.key = _as_key(drawn_key() if key is None else key(name))
+            held.key = Key.of(drawn_key() if key is None else key(name))
         _draw(rule, held, kept, weight)
         tensors = {held.kept[n]: tensor for n, tensor in kept.items()}
         if rule.seeded:
-            held.kept["key"] = _attribute(name, "key")
+            held.kept["key"] = attribute_of(name, "key")
         return held, tensors
 
     def _constants(self, rule: Any, name: str) -> State:
@@ -147,7 +149,7 @@ class StatefulLayer(torch.nn.Module):
         with _writable():
             for name, held in self._held.items():
                 if self._feedback.keyed:
-                    held.key = _as_key(drawn_key() if key is None else key(name))
+                    held.key = Key.of(drawn_key() if key is None else key(name))
                     if key is None:
                         # Each rank has drawn its own.
                         self._broadcast_again()
@@ -178,9 +180,12 @@ class StatefulLayer(torch.nn.Module):
             if isinstance(tensor, torch.nn.Parameter):
                 # The optimizer may have it already.
                 moved = torch.nn.Parameter(moved) if tensor.requires_grad else Frozen(moved)
-                torch.utils.swap_tensors(tensor, moved)
-            else:
-                self._buffers[held.kept[n]] = moved
+                try:
+                    torch.utils.swap_tensors(tensor, moved)
+                    continue
+                except RuntimeError:  # something refers to it weakly
+                    pass
+            self._set(held.kept[n], moved)
         return empty
 
     def _set(self, attribute: str, tensor: Tensor) -> None:
@@ -208,8 +213,9 @@ class StatefulLayer(torch.nn.Module):
             assert held.key is not None
             self._overwrite(held.kept["key"], held.key.tensor(device))
             self._non_persistent_buffers_set.add(held.kept["key"])
-        record = Record(*self._identity(self._feedback), held.key, held.sums | self._sums_of_parameters(held))
-        self._overwrite(held.record, encode(record, device))
+        sums = held.sums | sums_of(self._feedback, self._kept(held), torch.nn.Parameter)
+        record = encode(Record(*self._identity(self._feedback), held.key, sums), device)
+        self._overwrite(held.record, torch.zeros_like(record) if held.lost else record)
         held.seen = self._record(held)
         held.version = held.seen._version
 
@@ -217,7 +223,7 @@ class StatefulLayer(torch.nn.Module):
         # Before a save or a move.
         held = self._held[name]
         record = self._record(held)
-        if _readable(record):
+        if readable(record):
             if record is not held.seen or record._version != held.version:
                 self._read_record(name)
             self._settle(name, record.device)
@@ -228,13 +234,6 @@ class StatefulLayer(torch.nn.Module):
             self._buffers[attribute] = content
         else:
             buffer.copy_(content)
-
-    def _sums_of_parameters(self, held: Held) -> dict[str, str]:
-        if not self._feedback.fixed:
-            return {}
-        kept = self._kept(held).items()
-        # Of a length that never changes.
-        return {n: _sum(t) or "0" * 16 for n, t in kept if isinstance(t, torch.nn.Parameter)}
 
     # Use.
 
@@ -291,7 +290,7 @@ class StatefulLayer(torch.nn.Module):
         # Why `found` is not of this layer's rule, if it is not.
         own = Record(*self._identity(self._feedback), None, {})
         if (found.rule, found.fields) == (own.rule, own.fields):
-            return ""
+            return "expected a key, got none" if self._feedback.seeded and found.key is None else ""
         return f"expected the state of {own}, got that of {found}: convert_ with this rule to go on with it"
 
     def _notice(self, name: str, weight: Tensor) -> None:
@@ -313,7 +312,7 @@ class StatefulLayer(torch.nn.Module):
         # nothing: those of the layer hold.
         held = self._held[name]
         record = self._record(held)
-        if not _readable(record):
+        if not readable(record):
             return True
         # transformers fills what a checkpoint lacks with memory that may be another layer's record.
         filled = held.seen is not None and held.seen.is_meta and "_is_hf_initialized" in vars(self)
@@ -328,9 +327,14 @@ class StatefulLayer(torch.nn.Module):
             return record is held.seen
         if why := self._mismatch(found):
             raise RuntimeError(f"{self.called(name)}: {why}")
-        held.key = found.key
+        self._adopt_key(held, found.key)
         held.sums |= {n: found.sums[n] for n in held.sums.keys() & found.sums.keys()}
         return True
+
+    def _adopt_key(self, held: Held, key: Key | None) -> None:
+        held.key = key
+        if note := "" if key is None else self._feedback.outdated(key):
+            warnings.warn(note, stacklevel=2)
 
     def _check_content(
         self, name: str, weight: Tensor, tensors: dict[str, Tensor | None], sums: dict[str, str]
@@ -339,7 +343,7 @@ class StatefulLayer(torch.nn.Module):
         held, rule = self._held[name], self._feedback
         for n, wanted in sums.items():
             tensor = tensors.get(n)
-            if tensor is None or not int(wanted, 16) or (found := _sum(tensor)) is None or found == wanted:
+            if tensor is None or wanted == UNKNOWN or sum_of(tensor) in (wanted, UNKNOWN):
                 continue
             if not rule.keyed or rule.initial or held.key is None:
                 break
@@ -372,7 +376,7 @@ class StatefulLayer(torch.nn.Module):
     def _mark(self, name: str) -> list[int]:
         # Something in the record that memory which nobody wrote, a record's of before for one, does not have.
         record, mark = self._record(self._held[name]), list(os.urandom(16))
-        if not _readable(record):
+        if not readable(record):
             return []
         self._write(name)
         record = self._record(self._held[name])
@@ -384,7 +388,7 @@ class StatefulLayer(torch.nn.Module):
         self._freeze(held)
         record, weight = self._record(held), self._weight(name)
         held.seen, held.version = record, record._version
-        if not _readable(record) or weight.is_meta:
+        if not readable(record) or weight.is_meta:
             return
         if record[:16].tolist() != mark or self._place(name, weight.device):
             self._lose(name, weight)
@@ -434,12 +438,12 @@ class StatefulLayer(torch.nn.Module):
         lost = [vars(self).pop(attribute, False) for attribute in ("_plans", "_state_lost")][1]
         self._held = {}
         for name in self.weights() if self.uses_feedback else ():
-            attributes = {n: _attribute(name, n) for n in ("key", "weight", "signs", "scale")}
+            attributes = {n: attribute_of(name, n) for n in ("key", "weight", "signs", "scale")}
             kept = {n: a for n, a in attributes.items() if a in self._buffers or a in self._parameters}
-            held = self._held[name] = Held(self._constants(self._feedback, name), kept, _attribute(name, "state"))
+            held = self._held[name] = Held(self._constants(self._feedback, name), kept, attribute_of(name, "state"))
             if "key" in kept:
-                held.key = _as_key(getattr(self, kept["key"]))
-            held.sums, held.lost = _sums(self._feedback, self._kept(held)), lost
+                held.key = Key.of(getattr(self, kept["key"]))
+            held.sums, held.lost = sums_of(self._feedback, self._kept(held)), lost
             held.trained = next((kept[n] for n, t in self._kept(held).items() if t.requires_grad), "")
             self._settle(name, self._weight(name).device)
 
@@ -460,107 +464,13 @@ class StatefulLayer(torch.nn.Module):
         error_msgs: list[str],
     ) -> None:
         # Records are read, and not copied; of each weight, what is given of the rest.
-        loads = [_Load(self, name, state_dict, prefix, strict, error_msgs) for name in self._held]
+        loads = [Load(self, name, state_dict, prefix, strict, error_msgs) for name in self._held]
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         with _writable():
             for load in loads:
                 load.finish(missing_keys, error_msgs)
-
-
-class _Load:
-    # One weight's part of a load_state_dict: before and after torch.nn has copied the tensors.
-
-    def __init__(
-        self,
-        layer: StatefulLayer,
-        name: str,
-        state_dict: dict[str, Any],
-        prefix: str,
-        strict: bool,
-        error_msgs: list[str],
-    ) -> None:
-        held = layer._held[name]
-        self.layer, self.name, self.prefix, self.found = layer, name, prefix, None
-        self.errors = len(error_msgs)
-        where = prefix + held.record
-        record, key = state_dict.pop(where, None), state_dict.pop(prefix + _attribute(name, "key"), None)
-        self.given = {n: state_dict[prefix + a] for n, a in held.kept.items() if prefix + a in state_dict}
-        # Version 0.1 has no records. A rule that keeps nothing takes plain weights.
-        self.complete = record is not None or key is not None or bool(self.given) or not (held.kept or held.key)
-        if record is not None and _readable(record):
-            self._read(record, where, strict, error_msgs)
-        elif key is not None and not key.is_meta:
-            try:
-                self.found = Record("", {}, _as_key(key), {})
-            except ValueError as error:
-                error_msgs.append(f"{prefix}{_attribute(name, 'key')}: {error}")
-        elif self.given:
-            # Drawn from a key that is not known.
-            self.found = Record("", {}, None, {})
-        if len(error_msgs) > self.errors:
-            self.found, self.complete = None, True
-            for n in self.given:
-                del state_dict[prefix + held.kept[n]]
-
-    def _read(self, record: Tensor, where: str, strict: bool, error_msgs: list[str]) -> None:
-        try:
-            self.found = decode(record)
-        except ValueError as error:
-            error_msgs.append(
-                f"{where}: expected a record as it was saved, got one {error}; average the parameters alone, and leave "
-                "what is called feedback_* out of the state_dict to keep this layer's"
-            )
-            return
-        if self.found is None:
-            if strict:
-                error_msgs.append(f"{where}: expected a record of a layer's feedback, got something else")
-        elif why := self.layer._mismatch(self.found):
-            error_msgs.append(f"{where}: {why}")
-
-    def finish(self, missing_keys: list[str], error_msgs: list[str]) -> None:
-        layer, name = self.layer, self.name
-        held = layer._held[name]
-        if self.complete:
-            drop = {self.prefix + held.record}
-            if self.found is None and len(error_msgs) > self.errors:
-                drop |= {self.prefix + a for a in held.kept.values()}
-            missing_keys[:] = [key for key in missing_keys if key not in drop]
-        layer._freeze(held)
-        if self.found is not None:
-            held.key = self.found.key
-            if note := layer._feedback.outdated(held.key) if held.key is not None else "":
-                warnings.warn(note, stacklevel=2)
-        weight = layer._weight(name)
-        if weight.is_meta:
-            return
-        wanted = layer._kept(held)
-        if layer._place(name, weight.device) or (
-            self.found is not None and layer._feedback.fixed and not wanted.keys() <= self.given.keys()
-        ):
-            layer._lose(name, weight)
-        elif wanted.keys() <= self.given.keys() and wanted:
-            held.lost, held.sums = False, _sums(layer._feedback, wanted)
-            if self.found is not None:
-                try:
-                    layer._check_content(name, weight, self.given, self.found.sums)
-                except RuntimeError as error:
-                    error_msgs.append(str(error))
-        layer._settle(name, weight.device)
-
-
-def _attribute(name: str, kept: str) -> str:
-    # "weight" -> "feedback_key"; "in_proj_weight" -> "in_proj_feedback_key".
-    return f"{name.removesuffix('weight')}feedback_{kept}"
-
-
-def _as_key(key: Key | Tensor) -> Key:
-    if isinstance(key, Key):
-        return key
-    if key.shape != (3,) or int(key[0]) not in range(1, LAYOUT_VERSION + 1):
-        raise ValueError(f"expected (layout version up to {LAYOUT_VERSION}, key, stream), got {key.tolist()}")
-    return Key(int(key[0]), int(key[1]))
 
 
 def _draw(rule: Stateful, held: Held, kept: dict[str, Tensor], weight: Tensor) -> None:
@@ -570,23 +480,7 @@ def _draw(rule: Stateful, held: Held, kept: dict[str, Tensor], weight: Tensor) -
                 fill(kept[n], tensor)
         key = held.key or Key(LAYOUT_VERSION, 0)
         rule.draw(held.constants | kept, weight, key.tensor(weight.device))
-    held.lost, held.sums = False, _sums(rule, kept)
-
-
-def _sums(rule: Stateful, kept: dict[str, Tensor]) -> dict[str, str]:
-    # Of integers, which are what they were or something else. The floats of a buffer may have been averaged, and a
-    # Parameter's sum is taken when it is saved.
-    integers = {n: t for n, t in kept.items() if not t.is_floating_point()} if rule.fixed else {}
-    return {n: _sum(t) or "0" * 16 for n, t in integers.items()}
-
-
-def _sum(tensor: Tensor) -> str | None:
-    return content_sum(tensor) if _readable(tensor) else None
-
-
-def _readable(tensor: Tensor | None) -> bool:
-    # Not on the meta device, sharded, or a stand-in of a tracer.
-    return tensor is not None and not tensor.is_meta and type(tensor) in (Tensor, torch.nn.Parameter, Frozen)
+    held.lost, held.sums = False, sums_of(rule, kept)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
