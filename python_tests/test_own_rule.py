@@ -72,6 +72,8 @@ class Rotated(bk.Rule):
 
 
 OWN: dict[str, bk.Rule] = {rule.name: rule for rule in (Ternary(0.05), LowRank(), Rotated())}
+# Of ours, those that keep what a wrapper shards.
+STORED: dict[str, bk.Rule] = {"fa": bk.FeedbackAlignment(stored=True), "wm": bk.WeightMirror(), "kp": bk.KolenPollack()}
 own_rules = pytest.mark.parametrize("rule", OWN.values(), ids=list(OWN))
 layers = pytest.mark.parametrize("layer", LAYERS)
 
@@ -270,7 +272,9 @@ def _train(rule: bk.Rule, wrap: str, rank: int, world: int) -> list[Tensor]:
         for layer in (model[0], model[3], model[5]):
             fully_shard(layer)
         fully_shard(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    # What is kept is trained by neither, however it is wrapped.
+    model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
     for x in torch.randn(3, 4, 1, 8, 8, generator=torch.Generator().manual_seed(5)):
         optimizer.zero_grad()
         forward(x[rank::world]).square().mean().backward()
@@ -284,9 +288,8 @@ def _worker(rank: int, world: int, folder: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     try:
-        found = {
-            (name, wrap): _train(rule, wrap, rank, world) for name, rule in OWN.items() for wrap in ("ddp", "fsdp2")
-        }
+        cases = [(name, wrap) for name in OWN | STORED for wrap in ("ddp", "fsdp2")]
+        found = {(name, wrap): _train((OWN | STORED)[name], wrap, rank, world) for name, wrap in cases}
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
@@ -298,5 +301,5 @@ def test_two_ranks_train_as_one_process(tmp_path: Any) -> None:
     ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for (name, wrap), found in ours.items():
         assert_equal(found, theirs[name, wrap])
-        for a, e in zip(found, _train(OWN[name], "", 0, 1), strict=True):
+        for a, e in zip(found, _train((OWN | STORED)[name], "", 0, 1), strict=True):
             torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-4)
