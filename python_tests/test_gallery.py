@@ -1,4 +1,4 @@
-"""Every block of docs/algorithms.md runs as it is printed."""
+"""Every block of docs/algorithms.md and docs/rules.md runs as it is printed."""
 
 import re
 from pathlib import Path
@@ -32,3 +32,15 @@ def test_a_section_runs(section: str) -> None:
     if "optimizer.step()" in "".join(BLOCKS[section]) and "range(20)" in "".join(BLOCKS[section]):
         model, x, y = (names[n] for n in ("model", "x", "y"))
         assert torch.nn.functional.cross_entropy(model(x), y) < 1.2
+
+
+def test_the_rules_of_a_users_own_train() -> None:
+    names: dict[str, object] = {"__name__": __name__}
+    (block,) = re.findall(r"```python\n(.*?)```", (PAGE.parent / "rules.md").read_text(), re.DOTALL)
+    exec(compile(block, "rules.md", "exec"), names)
+    model, x = names["model"], torch.randn(8, 20, requires_grad=True)
+    assert isinstance(model, torch.nn.Module)
+    first, last = (model[i].feedback_matrix() for i in (0, 2))
+    assert torch.linalg.matrix_rank(first) == 8 and set(last.unique().tolist()) == {-1.0, 0.0, 1.0}
+    torch.testing.assert_close(torch.autograd.grad(model[0](x).sum(), x)[0], torch.ones(8, 64) @ first)
+    model(x).square().sum().backward()
