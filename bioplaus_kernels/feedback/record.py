@@ -65,7 +65,13 @@ class Frozen(torch.nn.Parameter):
     """
 
     def __new__(cls, data: Tensor, requires_grad: bool = False) -> "Frozen":
-        return super().__new__(cls, data, requires_grad=False)
+        return super().__new__(cls, data.detach(), requires_grad=False)
+
+    @staticmethod
+    def freeze(parameter: torch.nn.Parameter) -> None:
+        """Make `parameter`, which optimizers may have already, one of these."""
+        parameter.requires_grad_(False).grad = None
+        parameter.__class__ = Frozen
 
     @property
     def requires_grad(self) -> bool:

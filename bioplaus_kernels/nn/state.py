@@ -98,12 +98,12 @@ class StatefulLayer(torch.nn.Module):
             self.remove_feedback()
             self._feedback, self._held = rule, {}
             for name, (held, tensors) in made.items():
-                self._held[name] = held
                 for attribute, tensor in tensors.items():
                     if isinstance(tensor, torch.nn.Parameter):
                         self.register_parameter(attribute, tensor)
                     else:
                         self.register_buffer(attribute, tensor)
+                self._held[name] = held
                 self._settle(name, self._weight(name).device)
 
     def _made(self, rule: Stateful, name: str, weight: Tensor, key: Keys | None) -> tuple[Held, dict[str, Tensor]]:
@@ -398,7 +398,14 @@ class StatefulLayer(torch.nn.Module):
         # What copies and loads make of a Frozen is a plain Parameter.
         for n, tensor in self._kept(held).items():
             if type(tensor) is torch.nn.Parameter and held.kept[n] != held.trained:
-                self._parameters[held.kept[n]] = Frozen(tensor.detach())
+                Frozen.freeze(tensor)
+
+    def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
+        """torch.nn's; what takes the place of a stored B, by a loader's setattr for one, is frozen as that is."""
+        super().register_parameter(name, param)
+        for held in vars(self).get("_held", {}).values():
+            if name in held.kept.values():
+                self._freeze(held)
 
     def share_feedback(self, other: "StatefulLayer") -> None:
         """Take the very state tensors of `other`, a layer that shares this one's weights and has its rule."""
