@@ -69,7 +69,8 @@ inline void check_key(const at::Tensor& key, at::Device device) {
   // A version in device memory is not worth a synchronisation.
   if (key.is_cpu()) {
     const int64_t version = *key.const_data_ptr<int64_t>();
-    TORCH_CHECK_VALUE(version == kLayoutVersion, "key: expected layout version ", kLayoutVersion, ", got ", version);
+    TORCH_CHECK_VALUE(version >= 1 && version <= kLayoutVersion, "key: expected layout version 1 or ", kLayoutVersion,
+                      ", got ", version);
   }
 }
 
