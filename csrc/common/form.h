@@ -140,7 +140,7 @@ at::Tensor form(const FeedbackArgs& args, at::Device device, at::ScalarType dtyp
 // A tensor of packed signs, formed by launch(params, planes).
 template <typename Launch>
 at::Tensor form_packed(const at::Tensor& weight, const Launch& launch) {
-  to_dtype("weight", weight.scalar_type());
+  check_floating("weight", weight);
   const int64_t rows = rows_of(weight.sizes());
   const int64_t words = sign_words(columns_of(weight.sizes()));
   const at::Tensor planes = at::empty({2 * rows + sign_tiles(rows), words}, weight.options().dtype(at::kInt));
@@ -203,7 +203,7 @@ inline RedrawParams words_of(const at::Tensor& weight) {
 // The key that redraws with `weight`, written by launch(params, new key).
 template <typename Launch>
 at::Tensor form_key(const at::Tensor& key, const at::Tensor& weight, const Launch& launch) {
-  to_dtype("weight", weight.scalar_type());
+  check_floating("weight", weight);
   check_key(key, weight.device());
   if (weight.numel() == 0) {
     return key.clone();
