@@ -409,8 +409,8 @@ class DirectFeedback(torch.nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
         key = state_dict.get(f"{prefix}feedback_key")
-        if key is not None and not key.is_meta and (key.shape != (3,) or int(key[0]) != LAYOUT_VERSION):
-            wanted = f"(layout version {LAYOUT_VERSION}, key, stream)"
+        if key is not None and not key.is_meta and (key.shape != (3,) or int(key[0]) not in (1, LAYOUT_VERSION)):
+            wanted = f"(layout version 1 or {LAYOUT_VERSION}, key, stream)"
             lists[2].append(f"{prefix}feedback_key: expected {wanted}, got {key.tolist()}")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 

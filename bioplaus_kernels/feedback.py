@@ -88,7 +88,7 @@ class FixedMagnitude(Rule):
 
 @dataclass(frozen=True)
 class BatchMagnitude(Rule):
-    """brSF: B = sign(W) ∘ |M|, M redrawn exactly when W changes (Liao et al. 2016), its stream a hash of W."""
+    """brSF: B = sign(W) ∘ |M|, M redrawn exactly when W changes (Liao et al. 2016), its stream a hash of all of W."""
 
     name: ClassVar[str] = "brsf"
     sign_of_weight: ClassVar[bool] = True

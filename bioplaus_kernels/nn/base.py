@@ -247,9 +247,9 @@ class FeedbackLayer(torch.nn.Module):
             self._adopt_biotorch(state_dict, prefix, error_msgs)
         for name in self.weights():
             key = state_dict.get(prefix + _state(name, "key"))
-            if key is not None and not key.is_meta and (key.shape != (3,) or int(key[0]) != LAYOUT_VERSION):
+            if key is not None and not key.is_meta and (key.shape != (3,) or int(key[0]) not in (1, LAYOUT_VERSION)):
                 error_msgs.append(
-                    f"{prefix}{_state(name, 'key')}: expected (layout version {LAYOUT_VERSION}, key, stream), "
+                    f"{prefix}{_state(name, 'key')}: expected (layout version 1 or {LAYOUT_VERSION}, key, stream), "
                     f"got {key.tolist()}"
                 )
         missing = len(missing_keys)

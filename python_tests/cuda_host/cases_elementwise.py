@@ -45,7 +45,8 @@ def test_signs(layout: str, dtype: torch.dtype) -> None:
 @layouts
 def test_redraw_key(layout: str, dtype: torch.dtype) -> None:
     weight = make(layout, dtype, CPU)
-    assert_same_bits(ops.redraw_key(KEY, weight), reference.redraw_key(KEY, weight))
+    for key in (KEY, KEY - torch.tensor([1, 0, 0])):
+        assert_same_bits(ops.redraw_key(key, weight), reference.redraw_key(key, weight))
 
 
 def test_offsets_beyond_32_bits() -> None:

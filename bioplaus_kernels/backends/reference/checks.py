@@ -11,6 +11,8 @@ _ENTRIES = ("constant", "stored", "uniform", "normal")
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_is_compiling = torch.compiler.is_compiling
 
 
 def fail(name: str, wanted: str, got: object, error: type[Exception] = ValueError) -> NoReturn:
@@ -24,17 +26,37 @@ def dtype(name: str, value: torch.dtype) -> None:
         fail(name, "float32, bfloat16, float16 or float64", value, TypeError)
 
 
+def memory(name: str, tensor: Tensor) -> None:
+    """The storage must hold all elements: FSDP2 frees a parameter's while autograd still has it."""
+    # What is traced, a subclass and vmap's tensors have their memory elsewhere, if any.
+    if type(tensor) not in _PLAIN or _is_compiling():
+        return
+    try:
+        held = tensor.untyped_storage().nbytes()
+    except NotImplementedError:
+        return
+    # This is asked of every operand at every call.
+    if held >= tensor.nbytes and tensor.is_contiguous() and not tensor.storage_offset():
+        return
+    last = tensor.storage_offset() + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    if held < (last + 1) * tensor.element_size() and tensor.numel() > 0 and not tensor._is_zerotensor():
+        freed = "one whose storage has been freed (FSDP2's reshard_after_forward with set_unshard_in_backward(False)?)"
+        fail(name, "a tensor with memory", freed)
+
+
 def floating(name: str, tensor: Tensor) -> None:
-    """`tensor` must be of a dtype the ops know."""
+    """`tensor` must be of a dtype the ops know, and have memory."""
     dtype(name, tensor.dtype)
+    memory(name, tensor)
 
 
 def same(name: str, tensor: Tensor, other: Tensor) -> None:
-    """`tensor` must have the dtype and device of `other`."""
+    """`tensor` must have the dtype and device of `other`, and memory."""
     if tensor.dtype != other.dtype:
         fail(name, f"{other.dtype}", tensor.dtype, TypeError)
     if tensor.device != other.device:
         fail(name, f"a tensor on {other.device}", tensor.device)
+    memory(name, tensor)
 
 
 def shape(name: str, tensor: Tensor, wanted: Sequence[int]) -> None:
@@ -54,6 +76,7 @@ def packed(name: str, tensor: Tensor, wanted: Sequence[int]) -> None:
     if tensor.dtype != torch.int32:
         fail(name, "int32", tensor.dtype, TypeError)
     shape(name, tensor, wanted)
+    memory(name, tensor)
 
 
 def key(tensor: Tensor) -> None:
@@ -61,6 +84,7 @@ def key(tensor: Tensor) -> None:
     if tensor.dtype != torch.int64:
         fail("key", "int64", tensor.dtype, TypeError)
     shape("key", tensor, (3,))
+    memory("key", tensor)
 
 
 def feedback(
