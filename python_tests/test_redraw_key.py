@@ -164,6 +164,17 @@ def test_a_layer_redraws_when_unsampled_elements_change() -> None:
     assert torch.equal(after, layer.feedback_matrix().abs())
 
 
+def test_a_checkpoint_of_version_1_draws_as_it_did() -> None:
+    """Its key keeps its version, and with it the hash of 64 elements."""
+    layer = bk.nn.Linear(64, 64, feedback="brsf")
+    layer.load_state_dict(layer.state_dict() | {"feedback_key": OLD})
+    before = layer.feedback_matrix().abs()
+    assert torch.equal(layer.feedback_key, OLD)
+    with torch.no_grad():
+        layer.weight[:, 1:] += 1
+    assert torch.equal(before, layer.feedback_matrix().abs())
+
+
 @needs_native
 @pytest.mark.parametrize("size", [(3, 50_000), (50_000, 3), (300, 513)])
 def test_any_number_of_threads_gives_the_same_bits(size: tuple[int, int]) -> None:

@@ -34,7 +34,7 @@ def test_what_is_in_the_state_dict(layer: str, rule: str) -> None:
         # the parameters and requires_grad_(True) leave alone.
         assert isinstance(state, nn.Parameter) == (suffix == "weight")
         if suffix == "key":
-            assert state.shape == (3,) and state[0] == 1 and state[2] == 0
+            assert state.shape == (3,) and state[0] == 2 and state[2] == 0
 
 
 AVERAGES = {
