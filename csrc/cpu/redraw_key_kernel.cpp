@@ -1,7 +1,7 @@
 // redraw_key on the CPU.
 //
 // Roofline: memory. Each element is read once, at two wide multiplications a word. The share reached: `python -m bench
-// run --op feedback_weight`.
+// run --op redraw_key`.
 #include "draw.h"
 #include "redraw_key.h"
 
@@ -64,12 +64,13 @@ uint64_t sum_run(const U* x, int64_t stride, int64_t n, uint64_t weyl, uint64_t 
 
 template <typename U>
 uint64_t sum_as(const RedrawParams& p, int64_t begin, int64_t end) {
+  const uint64_t start = hash_start(p.key);
   uint64_t sum = 0;
   while (begin < end) {
     const WordPlace at = word_place(p, begin);
     const int64_t left = p.dims > 1 ? p.size[0] - begin % p.size[0] : end - begin;
     const int64_t n = left < end - begin ? left : end - begin;
-    sum += sum_run(static_cast<const U*>(p.data) + at.offset, p.stride[0], n, hash_start(p.key) + at.index * kGamma,
+    sum += sum_run(static_cast<const U*>(p.data) + at.offset, p.stride[0], n, start + at.index * kGamma,
                    p.step[0] * kGamma);
     begin += n;
   }
