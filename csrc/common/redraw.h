@@ -35,8 +35,9 @@ BK_INLINE uint64_t splitmix64(uint64_t z) {
 // What word x adds to the sum, `weyl` being K + (its index)·kGamma.
 BK_INLINE uint64_t word_hash(uint64_t weyl, uint32_t x) {
   const uint64_t z = weyl ^ uint64_t{x} * kWordFactor;
-  // z alone, as the product misses a change of one half where the other is 0.
-  return (z & 0xFFFFFFFFu) * (z >> 32) + z;
+  // The product alone would miss a change of one half where the other is 0, and is a polynomial of the index between
+  // carries, whose differences at corners of a rectangle are equal.
+  return (z & 0xFFFFFFFFu) * (z >> 32) ^ (z << 32 | z >> 32);
 }
 
 BK_INLINE uint64_t hash_start(const int64_t* key) { return splitmix64(static_cast<uint64_t>(key[1])); }

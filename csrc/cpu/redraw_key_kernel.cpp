@@ -18,11 +18,13 @@ __m512i load(const uint16_t* x) {
 }
 __m512i add(__m512i a, __m512i b) { return _mm512_add_epi64(a, b); }
 __m512i exclusive_or(__m512i a, __m512i b) { return _mm512_xor_si512(a, b); }
+__m512i halves_swapped(__m512i x) { return _mm512_maskz_shuffle_epi32(0xFFFF, x, _MM_PERM_CDAB); }
 #elif defined(__AVX2__)
 __m256i load(const uint32_t* x) { return _mm256_cvtepu32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))); }
 __m256i load(const uint16_t* x) { return _mm256_cvtepu16_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))); }
 __m256i add(__m256i a, __m256i b) { return _mm256_add_epi64(a, b); }
 __m256i exclusive_or(__m256i a, __m256i b) { return _mm256_xor_si256(a, b); }
+__m256i halves_swapped(__m256i x) { return _mm256_shuffle_epi32(x, 0xB1); }
 #endif
 
 // Of n words `stride` apart in memory, `step` in their weyl numbers.
@@ -47,7 +49,8 @@ uint64_t sum_run(const U* x, int64_t stride, int64_t n, uint64_t weyl, uint64_t 
 #pragma GCC unroll 4
     for (; t + kLanes <= n; t += kLanes) {
       const auto z = exclusive_or(w, DrawLanes::multiply(load(x + t), DrawLanes::all(kWordFactor)));
-      sums = add(sums, add(DrawLanes::multiply(z, DrawLanes::high(z)), z));
+      const auto swapped = halves_swapped(z);
+      sums = add(sums, exclusive_or(DrawLanes::multiply(z, swapped), swapped));
       w = add(w, next);
     }
     __builtin_memcpy(each, &sums, sizeof each);

@@ -23,7 +23,7 @@ def redraw_key(key: Tensor, weight: Tensor) -> Tensor:
 
         K = splitmix64(key)
         z_i = (K + i * 0x9E3779B97F4A7C15) ^ (x_i * 0xD2511F53)
-        H = splitmix64(K + sum over i of lo(z_i) * hi(z_i) + z_i)
+        H = splitmix64(K + sum over i of (lo(z_i) * hi(z_i)) ^ (lo(z_i) * 2^32 + hi(z_i)))
 
     Sums of parts of W add up in any order. Version 1 took a Philox call of each of 64 evenly spread elements: H is the
     exclusive or of them. An empty W leaves the key as it is.
@@ -60,7 +60,8 @@ def _hash(key: Tensor, weight: Tensor) -> Tensor:
         for x in _words(rows).split(_CHUNK):
             i = torch.arange(first, first + len(x), device=x.device)
             z = (start + i * _GAMMA) ^ (x * _MULTIPLIERS[0])
-            total = total + ((z & _MASK) * (z >> 32 & _MASK) + z).sum()
+            low, high = z & _MASK, z >> 32 & _MASK
+            total = total + ((low * high) ^ (low << 32 | high)).sum()
             first += len(x)
     return _splitmix64(total)
 
