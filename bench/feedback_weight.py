@@ -1,10 +1,11 @@
-"""Forming B and packing signs: bound by memory."""
+"""Forming B, packing signs and hashing W: bound by memory."""
 
 from collections.abc import Iterator
 
 import torch
 
 from bioplaus_kernels import ops
+from bioplaus_kernels.backends import reference
 from bioplaus_kernels.feedback import feedback_key
 
 from .device import Device
@@ -40,3 +41,31 @@ def build(device: Device, size: tuple[int, ...]) -> Bench:
     variants["pack_signs"] = lambda: ops.pack_signs(w)
     variants["unpack_signs"] = lambda: ops.unpack_signs(signs, w.shape, dtype=w.dtype)
     return Bench(variants, work=(Work(read=2.0 * w.numel() * w.element_size()),))
+
+
+@register("redraw_key")
+def keys() -> Iterator[Case]:
+    """brSF's hash of W beside the other passes over it, and of a W that a call's own cost hides."""
+    for size in ((2048, 2048), (4096, 4096), (512, 512, 3, 3), (8, 8)):
+        for dtype in (torch.float32, torch.bfloat16):
+            label = f"{'x'.join(map(str, size))}{' channels-last' * (len(size) == 4)} {str(dtype)[6:]}"
+            quick = size == (2048, 2048)
+            yield Case("redraw_key", label, lambda device, s=size, d=dtype: key_of(s, d), quick=quick)
+
+
+def key_of(size: tuple[int, ...], dtype: torch.dtype) -> Bench:
+    """Its bits are the reference's."""
+    w = torch.randn(size).to(dtype)
+    if len(size) == 4:
+        w = w.contiguous(memory_format=torch.channels_last)
+    key = feedback_key(0).to(w.device)
+    variants = {
+        "torch W.sum()": lambda: w.sum(),
+        "pack_signs": lambda: ops.pack_signs(w),
+        "redraw_key": lambda: ops.redraw_key(key, w),
+    }
+    gate = {
+        "pack_signs": lambda: 2.0 * (not torch.equal(ops.pack_signs(w), reference.pack_signs(w))),
+        "redraw_key": lambda: 2.0 * (not torch.equal(ops.redraw_key(key, w), reference.redraw_key(key, w))),
+    }
+    return Bench(variants, gate, work=(Work(read=float(w.nbytes)),), unit=str(dtype)[6:])

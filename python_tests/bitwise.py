@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Both halves of the key and of the stream are in use, and both numbers are negative as int64.
-KEY = torch.tensor([1, 0x8123456789ABCDEF - 2**64, 0xFEDCBA9876543210 - 2**64])
+KEY = torch.tensor([2, 0x8123456789ABCDEF - 2**64, 0xFEDCBA9876543210 - 2**64])
 
 each_device = pytest.mark.parametrize(
     "device", [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str

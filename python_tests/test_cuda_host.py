@@ -35,6 +35,16 @@ BUGS = {
         ("cases_elementwise.py", "test_redraw_key and convolution"),
         "[Aa]ssert",
     ),
+    "a piece beyond the last word": (
+        ("redraw_key.cu", "p.size[0] % each == 0", "p.size[0] > 0"),
+        ("cases_elementwise.py", "test_redraw_key and below"),
+        "heap-buffer-overflow",
+    ),
+    "a warp's sum left out": (
+        ("redraw_key.cu", "warp < kThreads / 32", "warp < kThreads / 32 - 1"),
+        ("cases_elementwise.py", "test_redraw_key and convolution"),
+        "[Aa]ssert",
+    ),
     "early exit before a barrier": (
         (
             "pack_signs.cu",
@@ -181,6 +191,9 @@ def test_planted_bug_is_found(bug: str) -> None:
 
 def test_grids_smaller_than_the_work() -> None:
     """A grid is bounded, and loops in the kernel take the rest; here it is bounded to a few blocks."""
-    patches = [("feedback_weight.cu", "kMaxBlocks = 1 << 16", "kMaxBlocks = 3")]
+    patches = [
+        ("feedback_weight.cu", "kMaxBlocks = 1 << 16", "kMaxBlocks = 3"),
+        ("redraw_key.cu", "kMaxBlocks = 2048", "kMaxBlocks = 2"),
+    ]
     done = run("cases_elementwise.py", build.library(patches), "-k", "beyond_a or several or transposed")
     assert done.returncode == 0, done.stdout[-4000:]

@@ -15,7 +15,7 @@ from bioplaus_kernels.backends import native, reference
 
 pytestmark = pytest.mark.skipif(native.library is None, reason=f"no native library: {native.reason}")
 
-KEY = torch.tensor([1, 0x8123456789ABCDEF - 2**64, 0xFEDCBA9876543210 - 2**64])
+KEY = torch.tensor([2, 0x8123456789ABCDEF - 2**64, 0xFEDCBA9876543210 - 2**64])
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
 

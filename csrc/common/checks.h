@@ -58,8 +58,32 @@ inline void check_size(at::IntArrayRef size) {
   }
 }
 
+// A freed storage has fewer bytes than the tensor's elements take: FSDP2 frees a parameter's while autograd still has
+// it.
+inline void check_memory(const char* name, const at::Tensor& x) {
+  if (x.numel() == 0) {
+    return;
+  }
+  int64_t end = x.storage_offset() + 1;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    end += (x.size(d) - 1) * x.stride(d);
+  }
+  TORCH_CHECK_VALUE(
+      static_cast<size_t>(end) * x.element_size() <= x.storage().nbytes(), name,
+      ": expected a tensor with memory, got one whose storage has been freed (FSDP2's reshard_after_forward with "
+      "set_unshard_in_backward(False)?)");
+}
+
+// Of an op's first tensor, which says the device.
+inline DType check_floating(const char* name, const at::Tensor& x) {
+  const DType dtype = to_dtype(name, x.scalar_type());
+  check_memory(name, x);
+  return dtype;
+}
+
 inline void check_device(const char* name, const at::Tensor& x, at::Device device) {
   TORCH_CHECK_VALUE(x.device() == device, name, ": expected a tensor on ", device, ", got one on ", x.device());
+  check_memory(name, x);
 }
 
 inline void check_key(const at::Tensor& key, at::Device device) {
@@ -69,7 +93,8 @@ inline void check_key(const at::Tensor& key, at::Device device) {
   // A version in device memory is not worth a synchronisation.
   if (key.is_cpu()) {
     const int64_t version = *key.const_data_ptr<int64_t>();
-    TORCH_CHECK_VALUE(version == kLayoutVersion, "key: expected layout version ", kLayoutVersion, ", got ", version);
+    TORCH_CHECK_VALUE(version >= 1 && version <= kLayoutVersion, "key: expected layout version 1 or ", kLayoutVersion,
+                      ", got ", version);
   }
 }
 

@@ -3,8 +3,10 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/util/SmallVector.h>
 
 #include "checks.h"
+#include "redraw.h"
 
 namespace bioplaus {
 
@@ -138,7 +140,7 @@ at::Tensor form(const FeedbackArgs& args, at::Device device, at::ScalarType dtyp
 // A tensor of packed signs, formed by launch(params, planes).
 template <typename Launch>
 at::Tensor form_packed(const at::Tensor& weight, const Launch& launch) {
-  to_dtype("weight", weight.scalar_type());
+  check_floating("weight", weight);
   const int64_t rows = rows_of(weight.sizes());
   const int64_t words = sign_words(columns_of(weight.sizes()));
   const at::Tensor planes = at::empty({2 * rows + sign_tiles(rows), words}, weight.options().dtype(at::kInt));
@@ -153,21 +155,63 @@ at::Tensor form_packed(const at::Tensor& weight, const Launch& launch) {
   return planes;
 }
 
+// W as 32-bit words, in the order that they have in memory.
+inline RedrawParams words_of(const at::Tensor& weight) {
+  RedrawParams p{};
+  p.data = weight.const_data_ptr();
+  p.bytes = weight.element_size() == 2 ? 2 : 4;
+  p.parts = static_cast<int32_t>(weight.element_size()) / p.bytes;
+  p.words = weight.numel() * p.parts;
+  struct Dim {
+    int64_t size, stride, step;
+  };
+  c10::SmallVector<Dim, 8> dims;
+  int64_t step = p.parts;
+  for (int64_t d = weight.dim() - 1; d >= 0; step *= weight.size(d--)) {
+    if (weight.size(d) != 1) {
+      const Dim x{weight.size(d), weight.stride(d) * p.parts, step};
+      // A stable insertion, which costs nothing where the order is the logical one.
+      auto at = dims.end();
+      while (at != dims.begin() && (at - 1)->stride > x.stride) {
+        --at;
+      }
+      dims.insert(at, x);
+    }
+  }
+  Dim run{p.parts, 1, 1};
+  const auto add = [&p](const Dim& x) {
+    TORCH_CHECK_VALUE(p.dims < kWordDims, "weight: expected at most ", kWordDims,
+                      " dimensions that do not merge in memory");
+    p.size[p.dims] = x.size;
+    p.stride[p.dims] = x.stride;
+    p.step[p.dims++] = x.step;
+  };
+  for (const Dim& x : dims) {
+    if (run.size == 1) {
+      run = x;
+    } else if (x.stride == run.size * run.stride && x.step == run.size * run.step) {
+      run.size *= x.size;
+    } else {
+      add(run);
+      run = x;
+    }
+  }
+  add(run);
+  return p;
+}
+
 // The key that redraws with `weight`, written by launch(params, new key).
 template <typename Launch>
 at::Tensor form_key(const at::Tensor& key, const at::Tensor& weight, const Launch& launch) {
-  to_dtype("weight", weight.scalar_type());
+  check_floating("weight", weight);
   check_key(key, weight.device());
   if (weight.numel() == 0) {
     return key.clone();
   }
   const at::Tensor from = key.contiguous();
   const at::Tensor out = at::empty_like(from);
-  FeedbackParams p{};
+  RedrawParams p = words_of(weight);
   p.key = from.const_data_ptr<int64_t>();
-  Operands operands(p, weight.sizes(), false);
-  operands.add(p.weight, weight, const_cast<void*>(weight.const_data_ptr()));
-  operands.finish();
   launch(p, out.mutable_data_ptr<int64_t>());
   return out;
 }

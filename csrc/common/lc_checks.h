@@ -59,7 +59,7 @@ struct LcArgs {
   // Of lc_forward, its arguments checked.
   LcGeometry forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) const {
     const int64_t d = dims();
-    to_dtype("input", input.scalar_type());
+    check_floating("input", input);
     check_rank("input", input, d + 2);
     check_rank("weight", weight, 2 * d + 2);
     check(weight.sizes().slice(d + 1, d));
@@ -78,7 +78,7 @@ struct LcArgs {
   LcGeometry backward_input(const at::Tensor& grad_output, at::IntArrayRef weight_size,
                             at::IntArrayRef input_size) const {
     const int64_t d = dims();
-    to_dtype("grad_output", grad_output.scalar_type());
+    check_floating("grad_output", grad_output);
     check_rank("grad_output", grad_output, d + 2);
     TORCH_CHECK_VALUE(static_cast<int64_t>(weight_size.size()) == 2 * d + 2, "weight: expected ", 2 * d + 2,
                       " dimensions (*out, O, *kernel, C/groups), got shape ", tuple(weight_size));
@@ -96,7 +96,7 @@ struct LcArgs {
   LcGeometry backward_weight(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef kernel_size,
                              LcSize& weight_size) const {
     const int64_t d = dims();
-    to_dtype("input", input.scalar_type());
+    check_floating("input", input);
     check_same("grad_output", grad_output, input);
     check_rank("input", input, d + 2);
     check_rank("grad_output", grad_output, d + 2);

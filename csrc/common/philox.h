@@ -1,8 +1,8 @@
 // Philox4x32-10, the counter-based generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
 // 1, 2, 3" (SC 2011), for host and device.
 //
-// Random layout, version 1 (part of the file format: it never changes meaning). Element (i, j) of a feedback matrix,
-// i = dim 0, j = logical C-order index over the other dims, comes from the counter
+// Random layout, versions 1 and 2, which differ in redraw.h alone (part of the file format: it never changes meaning).
+// Element (i, j) of a feedback matrix, i = dim 0, j = logical C-order index over the other dims, comes from the counter
 //     (j / n, i, low half of stream, high half of stream)        n = 128 signs or 4 numbers a call
 // under the key words (low half of key, high half of key).
 #pragma once
@@ -19,7 +19,7 @@
 
 namespace bioplaus {
 
-constexpr int64_t kLayoutVersion = 1;
+constexpr int64_t kLayoutVersion = 2;
 constexpr int kSignsPerCall = 128;
 constexpr int kNumbersPerCall = 4;
 

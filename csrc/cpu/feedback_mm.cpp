@@ -350,7 +350,7 @@ at::Tensor feedback_mm_cpu(const at::Tensor& grad_output, const std::optional<at
                            const std::optional<at::Tensor>& signs, const std::optional<at::Tensor>& magnitude,
                            const std::optional<at::Tensor>& key, c10::string_view entries, double scale,
                            int64_t in_features) {
-  to_dtype("grad_output", grad_output.scalar_type());
+  check_floating("grad_output", grad_output);
   TORCH_CHECK_VALUE(grad_output.dim() == 2, "grad_output: expected 2 dimensions, got shape ",
                     tuple(grad_output.sizes()));
   TORCH_CHECK_VALUE(in_features >= 0, "in_features: expected at least 0, got ", in_features);

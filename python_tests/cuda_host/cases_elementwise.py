@@ -1,12 +1,15 @@
-"""feedback_weight, pack_signs, unpack_signs and redraw_key: the bits of the reference."""
+"""feedback_weight, pack_signs, unpack_signs and redraw_key: the bits of the reference; operands without memory."""
+
+from typing import Any
 
 import pytest
 import torch
 from bitwise import DTYPES, KEY, LAYOUTS, assert_same_bits, make
 from test_feedback_weight import CELLS, MIXTURES, arguments
+from test_freed_storage import CALLS, refuses
 
 from bioplaus_kernels.backends import reference
-from cuda_host.host import ops
+from cuda_host.host import BY_HOST, ops
 
 CPU = torch.device("cpu")
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
@@ -45,7 +48,14 @@ def test_signs(layout: str, dtype: torch.dtype) -> None:
 @layouts
 def test_redraw_key(layout: str, dtype: torch.dtype) -> None:
     weight = make(layout, dtype, CPU)
-    assert_same_bits(ops.redraw_key(KEY, weight), reference.redraw_key(KEY, weight))
+    for key in (KEY, KEY - torch.tensor([1, 0, 0])):
+        assert_same_bits(ops.redraw_key(key, weight), reference.redraw_key(key, weight))
+
+
+@pytest.mark.skipif(not BY_HOST, reason="moving it to a GPU would give it memory")
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0])
+def test_freed_storage(call: tuple[str, tuple[Any, ...], dict[str, Any]]) -> None:
+    refuses(getattr(ops, call[0]), *call)
 
 
 def test_offsets_beyond_32_bits() -> None:

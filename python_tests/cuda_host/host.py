@@ -16,6 +16,7 @@ from torch import Tensor
 ORDERS = 3
 
 _path = os.environ.get("BK_CUDA_HOST")
+BY_HOST = bool(_path)
 if _path:
     library = ctypes.CDLL(_path)
     torch.ops.load_library(_path)

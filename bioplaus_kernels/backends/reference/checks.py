@@ -15,6 +15,8 @@ _ENTRIES = ("constant", "stored", "uniform", "normal")
 LARGEST = 2**31 - 1
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_is_compiling = torch.compiler.is_compiling
 
 
 def fail(name: str, wanted: str, got: object, error: type[Exception] = ValueError) -> NoReturn:
@@ -137,6 +139,24 @@ def dtype(name: str, value: torch.dtype) -> None:
         fail(name, "float32, bfloat16, float16 or float64", value, TypeError)
 
 
+def memory(name: str, tensor: Tensor) -> None:
+    """The storage must hold all elements: FSDP2 frees a parameter's while autograd still has it."""
+    # What is traced, a subclass and vmap's tensors have their memory elsewhere, if any.
+    if type(tensor) not in _PLAIN or _is_compiling():
+        return
+    try:
+        held = tensor.untyped_storage().nbytes()
+    except NotImplementedError:
+        return
+    # This is asked of every operand at every call.
+    if held >= tensor.nbytes and tensor.is_contiguous() and not tensor.storage_offset():
+        return
+    last = tensor.storage_offset() + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    if held < (last + 1) * tensor.element_size() and tensor.numel() > 0 and not tensor._is_zerotensor():
+        freed = "one whose storage has been freed (FSDP2's reshard_after_forward with set_unshard_in_backward(False)?)"
+        fail(name, "a tensor with memory", freed)
+
+
 def factory(device: Any, dtype_: Any) -> dict[str, Any]:
     """Where and in what dtype a module makes its Parameters: `device=` and `dtype=`, each of which may be None."""
     try:
@@ -149,17 +169,19 @@ def factory(device: Any, dtype_: Any) -> dict[str, Any]:
 
 
 def floating(name: str, value: Tensor) -> None:
-    """`value` must be a tensor of a dtype the ops know."""
+    """`value` must be a tensor of a dtype the ops know, and have memory."""
     tensor(name, value)
     dtype(name, value.dtype)
+    memory(name, value)
 
 
 def same(name: str, value: Tensor, other: Tensor) -> None:
-    """`value` must have the dtype and device of `other`."""
+    """`value` must have the dtype and device of `other`, and memory."""
     if value.dtype != other.dtype:
         fail(name, f"{other.dtype}", value.dtype, TypeError)
     if value.device != other.device:
         fail(name, f"a tensor on {other.device}", value.device)
+    memory(name, value)
 
 
 def shape(name: str, value: Tensor, wanted: Sequence[int]) -> None:
@@ -181,6 +203,7 @@ def packed(name: str, value: Tensor, wanted: Sequence[int]) -> None:
     if value.dtype != torch.int32:
         fail(name, "int32", value.dtype, TypeError)
     shape(name, value, wanted)
+    memory(name, value)
 
 
 def key(value: Tensor) -> None:
@@ -188,6 +211,7 @@ def key(value: Tensor) -> None:
     if value.dtype != torch.int64:
         fail("key", "int64", value.dtype, TypeError)
     shape("key", value, (3,))
+    memory("key", value)
 
 
 def feedback(

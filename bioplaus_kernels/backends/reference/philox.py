@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-LAYOUT_VERSION = 1
+# Of the keys that are made; versions 1 and 2 draw the same and differ in `redraw_key` alone.
+LAYOUT_VERSION = 2
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
