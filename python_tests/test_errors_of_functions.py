@@ -266,7 +266,7 @@ OPS: list[Wrong] = [
         "lc stride",
         lambda: lc(w(1, 4, 5), L, stride=[0]),
         ValueError,
-        r"stride: expected 1 integers of at least 1, got \(0,\)",
+        r"stride: expected 1 integers from 1 to 2147483647, got \(0,\)",
     ),
     ("lc padding", lambda: lc(w(1, 4, 5), L, padding=[1]), ValueError, r"padding: expected 2 integers"),
     ("lc kernel", lambda: lc(w(1, 4, 2), L), ValueError, KERNEL),

@@ -168,9 +168,11 @@ def test_a_layer_redraws_when_unsampled_elements_change() -> None:
 def test_a_checkpoint_of_version_1_draws_as_it_did() -> None:
     """Its key keeps its version, and with it the hash of 64 elements."""
     layer = bk.nn.Linear(64, 64, feedback="brsf")
-    layer.load_state_dict(layer.state_dict() | {"feedback_key": OLD})
+    old = {name: t for name, t in layer.state_dict().items() if name != "feedback_state"} | {"feedback_key": OLD}
+    with pytest.warns(UserWarning, match="a key of layout version 1"):
+        layer.load_state_dict(old)
     before = layer.feedback_matrix().abs()
-    assert torch.equal(layer.feedback_key, OLD)
+    assert torch.equal(layer.feedback_key[:2], OLD[:2])
     with torch.no_grad():
         layer.weight[:, 1:] += 1
     assert torch.equal(before, layer.feedback_matrix().abs())

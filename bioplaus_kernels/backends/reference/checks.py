@@ -284,10 +284,8 @@ def geometry(
         ("dilation", dilation, d, 1),
         ("kernel_size", kernel, d, 1),
     ):
-        if len(values) != count or any(v < least for v in values):
-            fail(name, f"{count} integers of at least {least}", tuple(values))
-        if any(v > LARGEST for v in values):
-            fail(name, f"integers of at most {LARGEST}", tuple(values))
+        if len(values) != count or not all(least <= v <= LARGEST for v in values):
+            fail(name, f"{count} integers from {least} to {LARGEST}", tuple(values))
     if groups < 1:
         fail("groups", "at least 1", groups)
     return d
