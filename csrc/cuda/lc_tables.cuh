@@ -1,5 +1,15 @@
-// What a tile of a locally-connected product (lc.cu) reads and writes: the addresses of its rows, and of the next
-// entries along its sum, as tables in shared memory.
+// Where the entries of a locally-connected product (lc.cu) lie.
+//
+// A product has an index of its rows, one of its columns and one that it sums over, and each of its three tensors takes
+// two of them. An entry's address is the sum of what these add to it, from tables in shared memory, so that strides,
+// dilation, groups, padding and memory format are met once an index:
+//
+//     index      weights               input                 output
+//     Sample                           sample                sample
+//     Output     row of the block                            channel at the position
+//     Patch      tap and channel       the pixel's channel
+//     Input      channel               channel at the pixel
+//     Reader     row and tap                                 channel at a position that reads the pixel with that tap
 #pragma once
 
 #include "lc.h"
@@ -9,18 +19,45 @@ namespace bioplaus {
 constexpr int kThreads = 128;
 constexpr int kRows = 64;
 
-enum class Product { Forward, BackwardInput, BackwardWeight };
+enum class Index { Sample, Output, Patch, Input, Reader };
 
-// What a block works on.
-struct Tile {
-  int64_t place;  // position, or input pixel
-  int64_t group;
-  int64_t row, column;  // the first
+// result = a · b
+template <Product product>
+struct Roles {
+  static constexpr bool kForward = product == Product::Forward, kBackwardInput = product == Product::BackwardInput;
+  static constexpr bool kBackwardWeight = product == Product::BackwardWeight;
+  static constexpr Index kRow = kBackwardInput ? Index::Input : Index::Output;
+  static constexpr Index kColumn = kBackwardWeight ? Index::Patch : Index::Sample;
+  static constexpr Index kSum = kForward ? Index::Patch : kBackwardInput ? Index::Reader : Index::Sample;
+  static constexpr Tensor kA = kBackwardWeight ? kOut : kWeight, kB = kBackwardInput ? kOut : kIn;
+  static constexpr Tensor kResult = kForward ? kOut : kBackwardInput ? kIn : kWeight;
 };
 
-// For an input pixel: in each dim the taps first, first + step, … that a position reads it with.
-struct Readers {
-  int64_t first[kLcDims], step[kLcDims], count[kLcDims], coordinate[kLcDims];
+// How many there are of an index of rows or columns.
+template <Index kind>
+BK_INLINE int64_t count(const LcGeometry& g) {
+  return kind == Index::Sample ? g.n : kind == Index::Output ? g.o : kind == Index::Input ? g.c : lc_columns(g);
+}
+
+struct Tiles {
+  int64_t rows, columns, all;
+};
+
+template <typename R, int kColumns>
+BK_INLINE Tiles tiles_of(const LcGeometry& g) {
+  const int64_t rows = (count<R::kRow>(g) + kRows - 1) / kRows;
+  const int64_t columns = (count<R::kColumn>(g) + kColumns - 1) / kColumns;
+  return {rows, columns, product3(R::kBackwardInput ? g.in : g.out) * g.groups * rows * columns};
+}
+
+// What a block works on: a tile, from `row` and `column` on, of the product at a position or an input pixel.
+struct Tile {
+  int64_t place, group, row, column;
+};
+
+// Coordinates of the place; of a pixel, in each dim, the taps first, first + step, … that a position reads it with.
+struct Place {
+  int64_t at[kLcDims], first[kLcDims], step[kLcDims], count[kLcDims];
 };
 
 static __device__ void split(int64_t index, const int64_t* size, int64_t (&x)[kLcDims]) {
@@ -34,13 +71,17 @@ static __device__ int64_t join(const int64_t* size, const int64_t (&x)[kLcDims])
   return (x[0] * size[1] + x[1]) * size[2] + x[2];
 }
 
-static __device__ void find_readers(const LcGeometry& g, int64_t pixel, int d, Readers& r) {
+// Dim d of a place.
+static __device__ void find(const LcGeometry& g, bool pixel, int64_t index, int d, Place& to) {
   int64_t at[kLcDims];
-  split(pixel, g.in, at);
-  const int64_t coordinate = d == 0 ? at[0] : d == 1 ? at[1] : at[2];
+  split(index, pixel ? g.in : g.out, at);
+  to.at[d] = d == 0 ? at[0] : d == 1 ? at[1] : at[2];
+  if (!pixel) {
+    return;
+  }
   const int64_t s = g.stride[d], dilation = g.dilation[d];
   // Tap t reads the pixel from position (last − t·dilation) / s, where that divides and there is such a position.
-  const int64_t last = coordinate + g.before[d];
+  const int64_t last = to.at[d] + g.before[d];
   const int64_t over = last - (g.out[d] - 1) * s;
   const int64_t end = last / dilation + 1 < g.kernel[d] ? last / dilation + 1 : g.kernel[d];
   int64_t t = over > 0 ? (over + dilation - 1) / dilation : 0;
@@ -48,122 +89,90 @@ static __device__ void find_readers(const LcGeometry& g, int64_t pixel, int d, R
     ++t;
   }
   int64_t step = 1;
-  while (step * dilation % s != 0) {
+  while (step < g.kernel[d] && step * dilation % s != 0) {
     ++step;
   }
-  r.coordinate[d] = coordinate;
-  r.first[d] = t;
-  r.step[d] = step;
-  r.count[d] = t < end ? (end - 1 - t) / step + 1 : 0;
+  to.first[d] = t;
+  to.step[d] = step;
+  to.count[d] = t < end ? (end - 1 - t) / step + 1 : 0;
 }
 
 // Offset of a channel at a position or pixel, of sample 0.
-static __device__ int64_t activation_offset(const LcActivation& x, const int64_t (&at)[kLcDims], int64_t channel) {
-  return at[0] * x.stride[0] + at[1] * x.stride[1] + at[2] * x.stride[2] + channel * x.stride_c;
+static __device__ int64_t channel_at(const LcStrides& x, const int64_t (&at)[kLcDims], int64_t channel) {
+  return at[0] * x.spatial[0] + at[1] * x.spatial[1] + at[2] * x.spatial[2] + channel * x.channel;
 }
 
-// Offset of column k = (tap, channel) of the patch that a position sees, −1 in the padding.
-static __device__ int64_t patch_offset(const LcParams& p, const Tile& tile, int64_t k) {
+// What index i adds to an address in each tensor; a negative sum is in the padding.
+struct Offsets {
+  int64_t of[3];
+};
+
+template <Index kind>
+static __device__ Offsets offsets(const LcParams& p, const Tile& tile, const Place& place, int64_t i) {
   const LcGeometry& g = p.g;
-  int64_t at[kLcDims], tap[kLcDims];
-  split(tile.place, g.out, at);
-  split(k / g.c, g.kernel, tap);
-  for (int d = 0; d < kLcDims; ++d) {
-    at[d] = lc_start(g, d, at[d]) + tap[d] * g.dilation[d];
-    if (at[d] < 0 || at[d] >= g.in[d]) {
-      return -1;
-    }
+  if (kind == Index::Sample) {
+    return {0, i * p.in.sample, i * p.out.sample};
   }
-  return activation_offset(p.in, at, tile.group * g.c + k % g.c);
+  if (kind == Index::Output) {
+    const int64_t channel = tile.group * g.o + i;
+    return {(tile.place * g.groups * g.o + channel) * lc_columns(g), 0, channel_at(p.out, place.at, channel)};
+  }
+  if (kind == Index::Input) {
+    return {i, channel_at(p.in, place.at, tile.group * g.c + i), 0};
+  }
+  int64_t at[kLcDims], tap[kLcDims];
+  if (kind == Index::Patch) {
+    split(i / g.c, g.kernel, tap);
+    bool inside = true;
+    for (int d = 0; d < kLcDims; ++d) {
+      at[d] = lc_start(g, d, place.at[d]) + tap[d] * g.dilation[d];
+      inside = inside && at[d] >= 0 && at[d] < g.in[d];
+    }
+    return {i, inside ? channel_at(p.in, at, tile.group * g.c + i % g.c) : -1, 0};
+  }
+  split(i / g.o, place.count, at);
+  for (int d = 0; d < kLcDims; ++d) {
+    tap[d] = place.first[d] + at[d] * place.step[d];
+    at[d] = (place.at[d] + g.before[d] - tap[d] * g.dilation[d]) / g.stride[d];
+  }
+  const int64_t channel = tile.group * g.o + i % g.o;
+  const int64_t row = join(g.out, at) * g.groups * g.o + channel;
+  return {row * lc_columns(g) + join(g.kernel, tap) * g.c, 0, channel_at(p.out, at, channel)};
 }
 
-// Where entry (row, k) of the two operands lies: row + k, or nowhere, which is a zero, if either is negative.
+// Entry (line, k) of an operand lies at line + k, or nowhere, which is a zero, if either is negative.
 template <int kColumns>
-struct RowTables {
-  int64_t a[kRows], b[kColumns];
-  int64_t result[kRows];  // where the rows of the result begin
+struct LineTables {
+  int64_t a[kRows], b[kColumns], result[kRows];
 };
 template <int kDepth>
 struct DepthTables {
   int64_t a[kDepth], b[kDepth];
-  int64_t feedback_row[kDepth];
 };
 
-// The sizes of one product: rows and columns of its result, and length of the sum.
-struct Extent {
-  int64_t rows, columns, depth;
-};
-
-template <Product product>
-static __device__ Extent extent(const LcParams& p, const Readers& r) {
-  const LcGeometry& g = p.g;
-  if (product == Product::BackwardInput) {
-    return {g.c, g.n, product3(r.count) * g.o};
+template <typename R, int kColumns>
+static __device__ void fill(const LcParams& p, const Tile& tile, const Place& place, LineTables<kColumns>& t) {
+  const int i = threadIdx.x, j = kThreads - 1 - i;  // other warps' than the rows
+  if (i < kRows) {
+    const Offsets x = offsets<R::kRow>(p, tile, place, tile.row + i);
+    t.a[i] = tile.row + i < count<R::kRow>(p.g) ? x.of[R::kA] : -1;
+    t.result[i] = x.of[R::kResult];
   }
-  return product == Product::Forward ? Extent{g.o, g.n, lc_columns(g)} : Extent{g.o, lc_columns(g), g.n};
-}
-
-template <Product product, int kColumns>
-static __device__ void fill(const LcParams& p, const Tile& tile, const Extent& e, RowTables<kColumns>& t) {
-  const LcGeometry& g = p.g;
-  for (int i = threadIdx.x; i < kRows + kColumns; i += kThreads) {
-    if (i < kRows) {
-      const int64_t row = tile.row + i;
-      const int64_t in_weight = ((tile.place * g.groups + tile.group) * g.o + row) * lc_columns(g);
-      int64_t at[kLcDims];
-      split(tile.place, product == Product::BackwardInput ? g.in : g.out, at);
-      const int64_t in_activation = product == Product::BackwardInput
-                                        ? activation_offset(p.in, at, tile.group * g.c + row)
-                                        : activation_offset(p.out, at, tile.group * g.o + row);
-      const int64_t operand = product == Product::Forward         ? in_weight
-                              : product == Product::BackwardInput ? row
-                                                                  : in_activation;
-      t.a[i] = row < e.rows ? operand : -1;
-      t.result[i] = product == Product::BackwardWeight ? in_weight : in_activation;
-    } else {
-      const int64_t column = tile.column + i - kRows;
-      int64_t offset = -1;
-      if (column < e.columns) {
-        offset = product == Product::Forward         ? column * p.in.stride_n
-                 : product == Product::BackwardInput ? column * p.out.stride_n
-                                                     : patch_offset(p, tile, column);
-      }
-      t.b[i - kRows] = offset;
-    }
+  if (j < kColumns) {
+    const int64_t column = tile.column + j;
+    t.b[j] = column < count<R::kColumn>(p.g) ? offsets<R::kColumn>(p, tile, place, column).of[R::kB] : -1;
   }
 }
 
-// Entries first … first + kDepth − 1 of the sum.
-template <Product product, int kDepth>
-static __device__ void fill(const LcParams& p, const Tile& tile, const Readers& r, const Extent& e, int64_t first,
+// Entries first … first + kDepth − 1 of `depth` of the sum.
+template <typename R, int kDepth>
+static __device__ void fill(const LcParams& p, const Tile& tile, const Place& place, int64_t first, int64_t depth,
                             DepthTables<kDepth>& t) {
-  const LcGeometry& g = p.g;
-  for (int i = threadIdx.x; i < kDepth; i += kThreads) {
-    const int64_t k = first + i;
-    t.a[i] = t.b[i] = -1;
-    if (k >= e.depth) {
-      continue;
-    }
-    if (product == Product::Forward) {
-      t.a[i] = k;
-      t.b[i] = patch_offset(p, tile, k);
-    } else if (product == Product::BackwardWeight) {
-      t.a[i] = k * p.out.stride_n;
-      t.b[i] = k * p.in.stride_n;
-    } else {
-      int64_t which[kLcDims], tap[kLcDims], at[kLcDims];
-      split(k / g.o, r.count, which);
-      for (int d = 0; d < kLcDims; ++d) {
-        tap[d] = r.first[d] + which[d] * r.step[d];
-        at[d] = (r.coordinate[d] + g.before[d] - tap[d] * g.dilation[d]) / g.stride[d];
-      }
-      const int64_t channel = tile.group * g.o + k % g.o;
-      const int64_t position = join(g.out, at);
-      const int64_t entry = (position * g.groups * g.o + channel) * lc_columns(g) + join(g.kernel, tap) * g.c;
-      t.feedback_row[i] = p.weight ? 0 : entry / p.feedback.cols;
-      t.a[i] = p.weight ? entry : entry % p.feedback.cols;
-      t.b[i] = activation_offset(p.out, at, channel);
-    }
+  const int i = threadIdx.x;
+  if (i < kDepth) {
+    const Offsets x = first + i < depth ? offsets<R::kSum>(p, tile, place, first + i) : Offsets{-1, -1, -1};
+    t.a[i] = x.of[R::kA];
+    t.b[i] = x.of[R::kB];
   }
 }
 
