@@ -38,7 +38,7 @@ void multiply(Product product, LcParams p, const at::Tensor& weight, const at::T
   p.dtype = to_dtype("dtype", in.scalar_type());
   p.in = strides(in);
   p.out = strides(out);
-  launch_on(in.device(), [&](cudaStream_t stream) { return launch_lc(product, p, stream); });
+  launch_on(in.device(), launch_lc, product, p);
 }
 
 at::Tensor lc_forward_cuda(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
@@ -46,7 +46,7 @@ at::Tensor lc_forward_cuda(const at::Tensor& input, const at::Tensor& weight, co
   const LcArgs args{stride, padding, dilation, groups};
   LcParams p{};
   p.g = args.forward(input, weight, bias);
-  p.bias_per_position = bias && bias->dim() > 1;
+  p.bias_stride = bias && bias->dim() > 1 ? groups * p.g.o : 0;
   const at::Tensor b = bias ? bias->contiguous() : at::Tensor();
   p.bias = bias ? b.const_data_ptr() : nullptr;
   const at::Tensor output = empty_activation(input, groups * p.g.o, weight.sizes().slice(0, args.dims()));
@@ -69,10 +69,10 @@ at::Tensor lc_backward_input_cuda(const at::Tensor& grad_output, const std::opti
   const at::Tensor grad_input = empty_activation(grad_output, groups * p.g.c, input_size);
   if (grad_input.numel() > 0) {
     const at::ScalarType dtype = grad_output.scalar_type();
-    const bool plain = magnitude && !weight && !signs && scale == 1 && magnitude->scalar_type() == dtype;
-    const at::Tensor b = plain ? *magnitude : form(feedback, device, dtype, [&](const FeedbackParams& f) {
-      launch_on(device, [&](cudaStream_t stream) { return launch_feedback_weight(f, 0, f.cols, stream); });
-    });
+    const at::Tensor b =
+        feedback.plain(dtype) ? *magnitude : form(feedback, device, dtype, [&](const FeedbackParams& f) {
+          launch_on(device, launch_feedback_weight, f, 0, f.cols);
+        });
     multiply(Product::BackwardInput, p, b.contiguous(), grad_input, for_wide_reads(grad_output, p.g.o));
   }
   return grad_input;

@@ -1,14 +1,23 @@
 // Locally-connected ops on CUDA: three products, every block of threads one tile of one of them.
 //
-//                      for each            rows  columns  summed over
-//     forward          position, group     o     sample   taps · c                  Y = W_p X_p
-//     input gradient   input pixel, group  c     sample   (position, tap) · o       the positions that read the pixel
-//     weight gradient  position, group     o     taps · c sample                    dW_p = dY_p X_pᵀ
+//                      for each            rows    columns  summed over
+//     forward          position, group     Output  Sample   Patch          Y = W_p X_p
+//     weight gradient  position, group     Output  Patch    Sample         dW_p = dY_p X_pᵀ
+//     input gradient   input pixel, group  Input   Sample   Reader         the positions that read the pixel
 //
-// The patch that a position sees is gathered while a tile is loaded: the address of an operand's entry is that of its
-// row plus that of its index in the sum (lc_tables.cuh). The input gradient asks which positions read a pixel: in each
-// dim they and their taps are arithmetic progressions; so every output has one writer, every entry of B is read once
-// for all samples of a tile, and results have the same bits in any order of the blocks. B is stored: lc.cpp forms it.
+// Each tensor takes two of a product's three indices, and an entry's address is the sum of what these add to it, from
+// tables in shared memory, so that strides, dilation, groups, padding and memory format are met once an index:
+//
+//     index      weights               input                 output
+//     Sample                           sample                sample
+//     Output     row of the block                            channel at the position
+//     Patch      tap and channel       the pixel's channel
+//     Input      channel               channel at the pixel
+//     Reader     row and tap                                 channel at a position that reads the pixel with that tap
+//
+// The positions that read a pixel and their taps are, in each dim, arithmetic progressions; so every output has one
+// writer, every entry of B is read once for all samples of a tile, and results have the same bits in any order of the
+// blocks. B is stored: lc.cpp forms it.
 //
 // Where channels are whole 16-byte pieces, activations come channels-last and cp.async brings the next stage of both
 // operands while this one is multiplied; an operand lies in shared memory as it does in device memory, and ldmatrix
@@ -25,24 +34,156 @@
 
 #include "element.h"
 #include "launch_kernel.h"
-#include "lc_tables.cuh"
+#include "lc.h"
 #include "ptx.cuh"
 
 namespace bioplaus {
 namespace {
 
+constexpr int kThreads = 128;
+constexpr int kRows = 64;
 constexpr int kStageBytes = 128;
 constexpr int kFewSamples = 8;
 
 // Blocks on a processor at once, which registers and shared memory have to allow.
 template <typename T, int kColumns>
-constexpr int kBlocks = sizeof(T) == 8   ? 2
-                        : kColumns == 64 ? 3
-                                         : 4;
+constexpr int kBlocks = sizeof(T) == 8 ? 2 : (kColumns == 64 ? 3 : 4);
 
 // What sums are made in: float, or double.
 template <typename T>
 using acc_of = decltype(to_float(T()));
+
+// What each is: above.
+enum class Index { Sample, Output, Patch, Input, Reader };
+
+// Of a product: its indices, and the tensors of result = a · b.
+template <Product product>
+struct Roles {
+  static constexpr bool kForward = product == Product::Forward, kBackwardInput = product == Product::BackwardInput;
+  static constexpr bool kBackwardWeight = product == Product::BackwardWeight;
+  static constexpr Index kRow = kBackwardInput ? Index::Input : Index::Output;
+  static constexpr Index kColumn = kBackwardWeight ? Index::Patch : Index::Sample;
+  static constexpr Index kSum = kForward ? Index::Patch : kBackwardInput ? Index::Reader : Index::Sample;
+  static constexpr Tensor kA = kBackwardWeight ? kOut : kWeight, kB = kBackwardInput ? kOut : kIn;
+  static constexpr Tensor kResult = kForward ? kOut : kBackwardInput ? kIn : kWeight;
+};
+
+// How many there are of an index of rows or columns.
+template <Index kind>
+BK_INLINE int64_t count(const LcGeometry& g) {
+  return kind == Index::Sample ? g.n : kind == Index::Output ? g.o : kind == Index::Input ? g.c : lc_columns(g);
+}
+
+struct Tiles {
+  int64_t rows, columns, all;
+};
+
+// What a block works on: a tile, from `row` and `column` on, of the product at a position or an input pixel.
+struct Tile {
+  int64_t place, group, row, column;
+};
+
+// Coordinates of the place; of a pixel, in each dim, the taps first, first + step, … that a position reads it with.
+struct Place {
+  int64_t at[kLcDims], first[kLcDims], step[kLcDims], count[kLcDims];
+};
+
+__device__ void split(int64_t index, const int64_t* size, int64_t (&x)[kLcDims]) {
+  x[2] = index % size[2];
+  index /= size[2];
+  x[1] = index % size[1];
+  x[0] = index / size[1];
+}
+
+__device__ int64_t join(const int64_t* size, const int64_t (&x)[kLcDims]) {
+  return (x[0] * size[1] + x[1]) * size[2] + x[2];
+}
+
+// Dim d of a place.
+__device__ void find(const LcGeometry& g, bool pixel, int64_t index, int d, Place& to) {
+  int64_t at[kLcDims];
+  split(index, pixel ? g.in : g.out, at);
+  to.at[d] = d == 0 ? at[0] : d == 1 ? at[1] : at[2];
+  if (!pixel) {
+    return;
+  }
+  const int64_t s = g.stride[d], dilation = g.dilation[d];
+  // Tap t reads the pixel from position (last − t·dilation) / s, where that divides and there is such a position.
+  const int64_t last = to.at[d] + g.before[d];
+  const int64_t over = last - (g.out[d] - 1) * s;
+  const int64_t end = last / dilation + 1 < g.kernel[d] ? last / dilation + 1 : g.kernel[d];
+  int64_t t = over > 0 ? (over + dilation - 1) / dilation : 0;
+  while (t < end && (last - t * dilation) % s != 0) {
+    ++t;
+  }
+  int64_t step = 1;
+  while (step < g.kernel[d] && step * dilation % s != 0) {
+    ++step;
+  }
+  to.first[d] = t;
+  to.step[d] = step;
+  to.count[d] = t < end ? (end - 1 - t) / step + 1 : 0;
+}
+
+// Offset of a channel at a position or pixel, of sample 0.
+__device__ int64_t channel_at(const LcStrides& x, const int64_t (&at)[kLcDims], int64_t channel) {
+  return at[0] * x.spatial[0] + at[1] * x.spatial[1] + at[2] * x.spatial[2] + channel * x.channel;
+}
+
+// What index i adds to an address in each tensor; −1 in the padding.
+struct Offsets {
+  int64_t of[3];
+};
+
+template <Index kind>
+__device__ Offsets offsets(const LcParams& p, const Tile& tile, const Place& place, int64_t i) {
+  const LcGeometry& g = p.g;
+  if (kind == Index::Sample) {
+    return {0, i * p.in.sample, i * p.out.sample};
+  }
+  if (kind == Index::Output) {
+    const int64_t channel = tile.group * g.o + i;
+    return {(tile.place * g.groups * g.o + channel) * lc_columns(g), 0, channel_at(p.out, place.at, channel)};
+  }
+  if (kind == Index::Input) {
+    return {i, channel_at(p.in, place.at, tile.group * g.c + i), 0};
+  }
+  int64_t at[kLcDims], tap[kLcDims];
+  if (kind == Index::Patch) {
+    split(i / g.c, g.kernel, tap);
+    bool inside = true;
+    for (int d = 0; d < kLcDims; ++d) {
+      at[d] = lc_start(g, d, place.at[d]) + tap[d] * g.dilation[d];
+      inside = inside && at[d] >= 0 && at[d] < g.in[d];
+    }
+    return {i, inside ? channel_at(p.in, at, tile.group * g.c + i % g.c) : -1, 0};
+  }
+  split(i / g.o, place.count, at);
+  for (int d = 0; d < kLcDims; ++d) {
+    tap[d] = place.first[d] + at[d] * place.step[d];
+    at[d] = (place.at[d] + g.before[d] - tap[d] * g.dilation[d]) / g.stride[d];
+  }
+  const int64_t channel = tile.group * g.o + i % g.o;
+  const int64_t row = join(g.out, at) * g.groups * g.o + channel;
+  return {row * lc_columns(g) + join(g.kernel, tap) * g.c, 0, channel_at(p.out, at, channel)};
+}
+
+// What N neighbours of an index add to an address, in two tensors; −1 where there is none.
+template <int N>
+struct Table {
+  int64_t x[2][N];
+};
+
+// Thread i has the neighbour first + i.
+template <Index kind, Tensor one, Tensor other, int N>
+__device__ void fill(const LcParams& p, const Tile& tile, const Place& place, int i, int64_t first, int64_t end,
+                     Table<N>& to) {
+  if (i < N) {
+    const Offsets o = first + i < end ? offsets<kind>(p, tile, place, first + i) : Offsets{-1, -1, -1};
+    to.x[0][i] = o.of[one];
+    to.x[1][i] = o.of[other];
+  }
+}
 
 // A stage of one operand: lines of the tile by kDepth entries along the sum. Lines are adjacent (kAcross), or entries.
 template <typename T, int kLines_, bool kAcross_>
@@ -55,7 +196,7 @@ struct Stage {
 
   // Piece i of N neighbours.
   template <int N>
-  __device__ static void find(int i, int& line, int& k) {
+  __device__ static void piece(int i, int& line, int& k) {
     constexpr int kInner = (kAcross ? kLines : kDepth) / N;
     line = kAcross ? i % kInner * N : i / kInner;
     k = kAcross ? i / kInner : i % kInner * N;
@@ -73,7 +214,7 @@ __device__ void load(const T* data, bool wide, const int64_t* line, const int64_
 #pragma unroll
     for (int first = 0; first < kPieces; first += kThreads) {
       if (kPieces % kThreads == 0 || first + threadIdx.x < kPieces) {
-        S::template find<S::kWide>(first + threadIdx.x, l, k);
+        S::template piece<S::kWide>(first + threadIdx.x, l, k);
         const bool inside = (line[l] | depth[k]) >= 0;
         cp_async_16(to.x + S::at(l, k), data + (inside ? line[l] + depth[k] : 0), inside);
       }
@@ -85,14 +226,22 @@ __device__ void load(const T* data, bool wide, const int64_t* line, const int64_
     T x[kAtOnce];
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      S::template find<1>(i + j * kThreads, l, k);
+      S::template piece<1>(i + j * kThreads, l, k);
       x[j] = (line[l] | depth[k]) >= 0 ? data[line[l] + depth[k]] : T(0.0f);
     }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      S::template find<1>(i + j * kThreads, l, k);
+      S::template piece<1>(i + j * kThreads, l, k);
       to.x[S::at(l, k)] = x[j];
     }
+  }
+}
+
+template <typename T, int N, int M>
+__device__ void add_to(T (&total)[N][M], const T (&part)[N][M]) {
+#pragma unroll
+  for (int i = 0; i < N * M; ++i) {
+    total[i / M][i % M] += part[i / M][i % M];
   }
 }
 
@@ -115,16 +264,12 @@ struct Sums {
   template <typename S, int kLines, typename F>
   __device__ static void load(const S& s, int k, const F& line, T (&x)[kLines][kWide]) {
 #pragma unroll
-    for (int i = 0; i < kLines; ++i) {
-      if (!S::kAcross || i % kWide == 0) {
+    for (int n = 0; n < kLines; ++n) {
+      const int i = S::kAcross ? n / kWide * kWide : n, q = S::kAcross ? n % kWide : 0;
+      const auto pack = *reinterpret_cast<const Pack<T, kWide>*>(s.x + S::at(line(i), k + q));
 #pragma unroll
-        for (int q = 0; q < (S::kAcross ? kWide : 1); ++q) {
-          const auto pack = *reinterpret_cast<const Pack<T, kWide>*>(s.x + S::at(line(i), k + q));
-#pragma unroll
-          for (int w = 0; w < kWide; ++w) {
-            (S::kAcross ? x[(i + w) % kLines][q] : x[i][w]) = pack.x[w];
-          }
-        }
+      for (int w = 0; w < kWide; ++w) {
+        (S::kAcross ? x[(i + w) % kLines][q] : x[i][w]) = pack.x[w];
       }
     }
   }
@@ -148,24 +293,15 @@ struct Sums {
         }
       }
     }
-#pragma unroll
-    for (int i = 0; i < kMine; ++i) {
-#pragma unroll
-      for (int j = 0; j < kTheirs; ++j) {
-        total[i][j] += part[i][j];
-      }
-    }
+    add_to(total, part);
   }
 
   // Calls f(row, column, sum).
   template <typename F>
   __device__ void each(const F& f) const {
 #pragma unroll
-    for (int i = 0; i < kMine; ++i) {
-#pragma unroll
-      for (int j = 0; j < kTheirs; ++j) {
-        f(row(i), column(j), total[i][j]);
-      }
+    for (int i = 0; i < kMine * kTheirs; ++i) {
+      f(row(i / kTheirs), column(i % kTheirs), total[i / kTheirs][i % kTheirs]);
     }
   }
 };
@@ -176,24 +312,19 @@ struct TensorSums {
   static constexpr int kParts = B::kLines / 8;
   float total[kParts][4] = {};
 
+  template <typename S>
+  __device__ static void load(const S& s, int line, int k, uint32_t (&x)[4]) {
+    S::kAcross ? ldmatrix_x4_trans(x, s.x + S::at(line, k)) : ldmatrix_x4(x, s.x + S::at(line, k));
+  }
   // 16 rows by 16 entries.
   __device__ static void load_rows(const A& a, int row, int k, uint32_t (&x)[4]) {
-    const int lane = threadIdx.x % 32, low = lane % 16, high = lane / 16 * 8;
-    if (A::kAcross) {
-      ldmatrix_x4_trans(x, a.x + A::at(row + lane / 8 % 2 * 8, k + high + lane % 8));
-    } else {
-      ldmatrix_x4(x, a.x + A::at(row + low, k + high));
-    }
+    const int lane = threadIdx.x % 32, high = k + lane / 16 * 8;
+    A::kAcross ? load(a, row + lane / 8 % 2 * 8, high + lane % 8, x) : load(a, row + lane % 16, high, x);
   }
-
   // 8 columns by 32 entries.
   __device__ static void load_columns(const B& b, int column, int k, uint32_t (&y)[4]) {
     const int lane = threadIdx.x % 32;
-    if (B::kAcross) {
-      ldmatrix_x4_trans(y, b.x + B::at(column, k + lane));
-    } else {
-      ldmatrix_x4(y, b.x + B::at(column + lane % 8, k + lane / 8 * 8));
-    }
+    B::kAcross ? load(b, column, k + lane, y) : load(b, column + lane % 8, k + lane / 8 * 8, y);
   }
 
   __device__ void add(const A& a, const B& b, int64_t) {
@@ -212,69 +343,59 @@ struct TensorSums {
         mma_m16n8k16(part[j], x[1], second, T());
       }
     }
-#pragma unroll
-    for (int j = 0; j < kParts; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        total[j][e] += part[j][e];
-      }
-    }
+    add_to(total, part);
   }
 
   template <typename F>
   __device__ void each(const F& f) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
-    for (int j = 0; j < kParts; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        f(16 * warp + lane / 4 + 8 * (e / 2), 8 * j + lane % 4 * 2 + e % 2, total[j][e]);
-      }
+    for (int i = 0; i < kParts * 4; ++i) {
+      f(16 * warp + lane / 4 + i / 2 % 2 * 8, i / 4 * 8 + lane % 4 * 2 + i % 2, total[i / 4][i % 4]);
     }
   }
 };
 
 template <typename T, Product product, int kColumns>
 __global__ void __launch_bounds__(kThreads, kBlocks<T, kColumns>)
-    lc_kernel(const __grid_constant__ LcParams p, bool a_wide, bool b_wide) {
+    lc_kernel(const __grid_constant__ LcParams p, Tiles tiles, bool a_wide, bool b_wide) {
   using R = Roles<product>;
   using A = Stage<T, kRows, !R::kForward>;
   using B = Stage<T, kColumns, R::kBackwardWeight>;
-  using Depths = DepthTables<A::kDepth>;
   __shared__ A a[2];
   __shared__ B b[2];
-  __shared__ LineTables<kColumns> lines;
-  __shared__ Depths depths[2];
+  __shared__ Table<kRows> rows;
+  __shared__ Table<kColumns> columns;
+  __shared__ Table<A::kDepth> depths[2];
   __shared__ Place place;
   const LcGeometry& g = p.g;
-  const Tiles tiles = tiles_of<R, kColumns>(g);
 
   // Tiles of the same weights are neighbours.
   for (int64_t index = blockIdx.x; index < tiles.all; index += gridDim.x) {
-    Tile tile;
-    tile.column = index % tiles.columns * kColumns;
-    tile.row = index / tiles.columns % tiles.rows * kRows;
-    tile.group = index / tiles.columns / tiles.rows % g.groups;
-    tile.place = index / tiles.columns / tiles.rows / g.groups;
+    const int64_t rest = index / tiles.columns, block = rest / tiles.rows;
+    const Tile tile{block / g.groups, block % g.groups, rest % tiles.rows * kRows, index % tiles.columns * kColumns};
     if (threadIdx.x < kLcDims) {
       find(g, R::kBackwardInput, tile.place, threadIdx.x, place);
     }
     __syncthreads();
     const int64_t depth = R::kBackwardInput ? product3(place.count) * g.o : count<R::kSum>(g);
-    fill<R>(p, tile, place, lines);
+    fill<R::kRow, R::kA, R::kResult>(p, tile, place, threadIdx.x, tile.row, count<R::kRow>(g), rows);
+    // The last threads', while the first have rows.
+    const int last = kThreads - 1 - threadIdx.x;
+    fill<R::kColumn, R::kB, R::kResult>(p, tile, place, last, tile.column, count<R::kColumn>(g), columns);
     std::conditional_t<sizeof(T) == 2, TensorSums<T, A, B>, Sums<T, A, B>> sums;
     int now = 1;
     for (int64_t first = -A::kDepth; first < depth; first += A::kDepth, now = 1 - now) {
       const int64_t next = first + A::kDepth;
-      Depths& t = depths[1 - now];
+      Table<A::kDepth>& t = depths[1 - now];
       if (next < depth) {
-        fill<R>(p, tile, place, next, depth, t);
+        fill<R::kSum, R::kA, R::kB>(p, tile, place, threadIdx.x, next, depth, t);
       }
       // All have the tables, and have multiplied the stage that the next one takes the place of.
       __syncthreads();
       if (next < depth) {
-        load(static_cast<const T*>(p.data[R::kA]), a_wide, lines.a, t.a, a[1 - now]);
-        load(static_cast<const T*>(p.data[R::kB]), b_wide, lines.b, t.b, b[1 - now]);
+        load(static_cast<const T*>(p.data[R::kA]), a_wide, rows.x[0], t.x[0], a[1 - now]);
+        load(static_cast<const T*>(p.data[R::kB]), b_wide, columns.x[0], t.x[1], b[1 - now]);
       }
       cp_async_commit();
       if (first >= 0) {
@@ -284,15 +405,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kColumns>)
       }
     }
     sums.each([&](int row, int column, acc_of<T> sum) {
-      const int64_t i = tile.row + row, j = tile.column + column;
-      if (i < count<R::kRow>(g) && j < count<R::kColumn>(g)) {
+      if ((rows.x[1][row] | columns.x[1][column]) >= 0) {
         if (R::kForward && p.bias) {
-          const int64_t channel = tile.group * g.o + i;
-          const int64_t position = p.bias_per_position ? tile.place * g.groups * g.o : 0;
-          sum += to_float(static_cast<const T*>(p.bias)[position + channel]);
+          const int64_t channel = tile.group * g.o + tile.row + row;
+          sum += to_float(static_cast<const T*>(p.bias)[tile.place * p.bias_stride + channel]);
         }
-        const int64_t at = lines.result[row] + j * (R::kForward ? p.out.sample : R::kBackwardInput ? p.in.sample : 1);
-        round_to(sum, static_cast<T*>(p.data[R::kResult])[at]);
+        round_to(sum, static_cast<T*>(p.data[R::kResult])[rows.x[1][row] + columns.x[1][column]]);
       }
     });
     __syncthreads();
@@ -314,10 +432,14 @@ template <typename T, Product product, int kColumns>
 cudaError_t launch(const LcParams& p, cudaStream_t stream) {
   using R = Roles<product>;
   constexpr int64_t kMaxBlocks = 1 << 20;
-  const int64_t all = tiles_of<R, kColumns>(p.g).all;
+  const LcGeometry& g = p.g;
+  const int64_t rows = (count<R::kRow>(g) + kRows - 1) / kRows;
+  const int64_t columns = (count<R::kColumn>(g) + kColumns - 1) / kColumns;
+  const int64_t all = product3(R::kBackwardInput ? g.in : g.out) * g.groups * rows * columns;
   const unsigned blocks = static_cast<unsigned>(all < kMaxBlocks ? all : kMaxBlocks);
   const bool a_wide = wide<T, R>(p, R::kA), b_wide = wide<T, R>(p, R::kB);
-  BK_LAUNCH((lc_kernel<T, product, kColumns>), blocks, kThreads, 0, stream, p, a_wide, b_wide);
+  BK_LAUNCH((lc_kernel<T, product, kColumns>), blocks, kThreads, 0, stream, p, Tiles{rows, columns, all}, a_wide,
+            b_wide);
   return cudaGetLastError();
 }
 
@@ -338,16 +460,7 @@ cudaError_t launch(Product product, const LcParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_lc(Product product, const LcParams& p, cudaStream_t stream) {
-  switch (p.dtype) {
-    case DType::Float64:
-      return launch<double>(product, p, stream);
-    case DType::BFloat16:
-      return launch<__nv_bfloat16>(product, p, stream);
-    case DType::Float16:
-      return launch<__half>(product, p, stream);
-    default:
-      return launch<float>(product, p, stream);
-  }
+  return of_dtype(p.dtype, [&](auto zero) { return launch<decltype(zero)>(product, p, stream); });
 }
 
 }  // namespace bioplaus

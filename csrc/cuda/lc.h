@@ -22,8 +22,8 @@ struct LcParams {
   void* data[3];  // by Tensor
   LcStrides in, out;
   DType dtype;
-  const void* bias;  // or null
-  bool bias_per_position;
+  const void* bias;     // or null
+  int64_t bias_stride;  // from a position to the next
 };
 
 cudaError_t launch_lc(Product product, const LcParams& p, cudaStream_t stream);
