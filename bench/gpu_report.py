@@ -45,7 +45,7 @@ def text() -> str:
         f"machine code (bench/gpu_static.csv; {', '.join(toolchains)}). Last, a step of the product: the instructions",
         "of the innermost loop with products, those of them that are products (tensor-core instructions, or FMA where",
         "there are none), and how many of the first come with one of the second. Both sides of every branch count:",
-        "where a kernel has all loaders in that loop (lc_kernel of half types) far fewer run.",
+        "where that loop also loads, 16 bytes at a time or entry by entry (lc_kernel of half types), fewer run.",
         "",
     ]
     for target in sorted({r.target for r in gpu_static.read()}, key=lambda t: (len(t), t)):

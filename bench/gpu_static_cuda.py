@@ -31,7 +31,7 @@ PRODUCTS = {
 # The constants that say how much dynamic shared memory the kernels of a file are launched with.
 DYNAMIC_SHARED = {
     "feedback_mm_digits.cu": {
-        f"multiply_kernel<{sizes}>": f"Tile<{sizes}>" for sizes in ("2, 1, 4", "4, 1, 4", "4, 2, 2")
+        f"multiply_kernel<Tile<{sizes}> >": f"Tile<{sizes}>" for sizes in ("2, 1, 4", "4, 1, 4", "4, 2, 2")
     },
 }
 

@@ -74,10 +74,7 @@ class Variant:
 
 SIGNS = ("weight", "packed", "seeded")
 # Sign source and entries of a locally-connected input gradient.
-CELLS = [(s, "constant") for s in SIGNS] + [
-    ("weight", "stored"), ("packed", "stored"), ("weight", "uniform"), ("none", "uniform"), ("none", "normal"),
-    ("none", "stored"),
-]  # fmt: skip
+CELLS = [*((s, "constant") for s in SIGNS), ("weight", "stored"), ("packed", "stored"), ("none", "stored")]
 
 
 def variants(dtype: str) -> Iterator[Variant]:
@@ -100,7 +97,7 @@ def _arguments(variant: Variant, tile: Tile, target: str) -> tuple[dict[str, str
         "weight": variant.source == "weight" or variant.kernel is lc.forward_kernel,
         "planes": variant.source == "packed",
         "magnitude": variant.entries == "stored",
-        "key": variant.source == "seeded" or variant.entries in ("uniform", "normal"),
+        "key": variant.source == "seeded",
         "bias": False,
         "sums": variant.split or variant.kernel is feedback_mm.add_kernel,
     }
@@ -109,7 +106,7 @@ def _arguments(variant: Variant, tile: Tile, target: str) -> tuple[dict[str, str
         typed["weight"] = variant.parameters
     pointers = {"grad", "out", "x", "y", "dx", "dw", "weight", "magnitude", "planes", "key", "sums"}
     constants: dict[str, Any] = {
-        "ENTRIES": variant.entries, "BIAS": "", "WIDE": False, "WGMMA": capability(target)[0] in (9, 10),
+        "BIAS": "", "WIDE": False, "WGMMA": capability(target)[0] in (9, 10),
         "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "BLOCK": tile.columns,
         "grad_column": 1, "weight_column": 1,
         # A 2-D product of stride and dilation 1.
@@ -228,7 +225,7 @@ def tiles(variant: Variant, target: str) -> tuple[Tile, ...]:
         source = size[variant.parameters or variant.dtype] if variant.source == "weight" else 0
         found = [feedback_mm.tile_for(DTYPES[variant.dtype], 2**i, source, *limits) for i in range(4, 9)]
     else:
-        found = [lc.tile_for(size[variant.dtype], 2**i, variant.entries, *limits)[0] for i in range(4, 9)]
+        found = [lc.tile_for(size[variant.dtype], 2**i, *limits)[0] for i in range(4, 9)]
     return tuple(dict.fromkeys(found))
 
 

@@ -24,7 +24,7 @@ def test_bounded_memory() -> None:
 
 
 HOST = "feedback_mm.cpp"
-DIGITS, QUANTISE, FINISH, BYTES = (f"feedback_mm_{part}.cu" for part in ("digits", "quantise", "finish", "sign_bytes"))
+DIGITS, PASSES = "feedback_mm_digits.cu", "feedback_mm_passes.cu"
 WAIT = "    cp_async_wait<kStages - 2>();\n    __syncthreads();\n"
 
 # what: (file, text, what takes its place, tests that find it, words of what they say)
@@ -62,67 +62,67 @@ BUGS = {
         *("test_bits and primes and digits", "heap-buffer-overflow"),
     ),
     "quantise: largest entry above the digits' range": (
-        *(QUANTISE, "    --shift;\n", ""),
+        *(PASSES, "    --shift;\n", ""),
         *("test_bits and primes and digits", "signed integer overflow"),
     ),
     "quantise: barrier missing": (
-        *(QUANTISE, "  __syncthreads();\n  for (int w", "  for (int w"),
+        *(PASSES, "  __syncthreads();\n  for (int w", "  for (int w"),
         *("test_bits and primes and digits", "[Aa]ssert|runtime error"),
     ),
     "quantise: rows of dY by 32 bits": (
-        *(QUANTISE, "+ i * p.row_stride", "+ static_cast<int>(i * p.row_stride)"),
+        *(PASSES, "+ i * p.row_stride", "+ static_cast<int>(i * p.row_stride)"),
         *("test_offsets and digits", "SEGV|heap-buffer|[Aa]ssert"),
     ),
     "quantise: rows that fill up read": (
-        *(QUANTISE, "i < p.rows ? p.depth : 0", "p.depth"),
+        *(PASSES, "i < p.rows ? p.depth : 0", "p.depth"),
         *("test_bits and primes and digits", "heap-buffer-overflow"),
     ),
     "sign bytes: barrier missing": (
-        *(BYTES, "  __syncthreads();\n", ""),
+        *(PASSES, "  __syncthreads();\n  for (int i", "  for (int i"),
         *("test_bits and primes and int_mm", "[Aa]ssert"),
     ),
     "sign bytes: rows beyond the last read": (
-        *(BYTES, "k < p.depth && word", "word"),
+        *(PASSES, "k < p.depth && word", "word"),
         *("test_bits and primes and int_mm", "heap-buffer-overflow"),
     ),
     "sign bytes: columns beyond the last written": (
-        *(BYTES, "if (at < p.width)", "if (at <= p.width)"),
+        *(PASSES, "if (at < p.width)", "if (at <= p.width)"),
         *("test_bits and primes and int_mm", "heap-buffer-overflow"),
     ),
     "sign bytes: the next word's bits": (
-        *(BYTES, "bit_of_four(nonzero[col / 32][run]", "bit_of_four(nonzero[(col + 1) / 32][run]"),
+        *(PASSES, "bit_of_four(nonzero[col / 32][run]", "bit_of_four(nonzero[(col + 1) / 32][run]"),
         *("test_bits and primes and int_mm", "[Aa]ssert|runtime error"),
     ),
     "finish: digits in a wrong order": (
-        *(FINISH, "(digit[3 * step]) * 256 + digit[2 * step]", "(digit[2 * step]) * 256 + digit[3 * step]"),
+        *(PASSES, "digit[3 * step], digit[2 * step]", "digit[2 * step], digit[3 * step]"),
         *("test_bits and primes and int_mm", "[Aa]ssert"),
     ),
     "finish: column stored beyond the last": (
-        *(FINISH, "col < end_of(p)", "col <= end_of(p)"),
+        *(PASSES, "col < end_of(p)", "col <= end_of(p)"),
         *("test_bits and primes and int_mm", "heap-buffer-overflow"),
     ),
     "finish: a part of K left out": (
-        *(FINISH, "s < p.splits", "s + 1 < p.splits"),
+        *(PASSES, "s < p.splits", "s + 1 < p.splits"),
         *("test_bits and parts and digits", "[Aa]ssert"),
     ),
     "finish: ends at one lane's NaN": (
-        *(FINISH, "__all_sync(kAll, isnan(sum))", "__any_sync(kAll, isnan(sum))"),
+        *(PASSES, "__all_sync(kAll, isnan(sum))", "__any_sync(kAll, isnan(sum))"),
         *("test_bits and primes", "[Aa]ssert"),
     ),
     "finish: a lane missing from a collective": (
         *(
-            FINISH,
+            PASSES,
             "  if (col < p.cols) {\n    p.out",
             "  if (col >= p.cols) return;\n  {\n    __syncwarp();\n    p.out",
         ),
         *("test_bits and primes and int_mm", "__syncwarp"),
     ),
     "finish: non-finite rows by 32 bits": (
-        *(FINISH, "p.grad[row * p.row_stride", "p.grad[static_cast<int>(row * p.row_stride)"),
+        *(PASSES, "p.grad[row * p.row_stride", "p.grad[static_cast<int>(row * p.row_stride)"),
         *("test_offsets", "SEGV|heap-buffer|[Aa]ssert"),
     ),
     "finish: rows of the first warp's alone": (
-        *(FINISH, "first = static_cast<int64_t>(blockIdx.y) * kWarpRows", "first = 0"),
+        *(PASSES, "first = static_cast<int64_t>(blockIdx.y) * kWarpRows", "first = 0"),
         *("test_bits and large and digits", "[Aa]ssert"),
     ),
 }
@@ -135,21 +135,21 @@ BOUNDED_BUGS = {
     "a slab's counters from 0 on": (
         *(
             "feedback_weight.cu",
-            "form_entries(p, c);",
-            "c.first -= first;\n      form_entries(p, c);\n      c.first += first;",
+            "      magnitudes(p, c);\n      signs(p, c);\n",
+            "      c.first -= first;\n      magnitudes(p, c);\n      signs(p, c);\n      c.first += first;\n",
         ),
         *("test_columns and float32", "[Aa]ssert"),
     ),
     "a last slab as wide as the others": (
-        *(HOST, "launch_feedback_weight(b, first, cols, stream)", "launch_feedback_weight(b, first, width, stream)"),
+        *(HOST, "launch_feedback_weight, b, first, cols)", "launch_feedback_weight, b, first, width)"),
         *("test_columns and float32", "AddressSanitizer: unknown-crash"),
     ),
     "signs of the first columns": (
-        *(BYTES, "word = p.first / 32 + first_word", "word = first_word"),
+        *(PASSES, "word = p.first / 32 + first_word", "word = first_word"),
         *("test_bits and int_mm", "[Aa]ssert"),
     ),
     "results beyond the columns at hand": (
-        *(FINISH, "return p.sums && p.first + p.width < p.cols ? p.first + p.width : p.cols;", "return p.cols;"),
+        *(PASSES, "return p.sums && p.first + p.width < p.cols ? p.first + p.width : p.cols;", "return p.cols;"),
         *("test_bits and int_mm", "heap-buffer-overflow|[Aa]ssert"),
     ),
     "signs formed once for several slabs": (

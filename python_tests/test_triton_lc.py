@@ -1,6 +1,6 @@
 """The three locally-connected products in Triton: test_lc_ops.py's geometries and contracts, with `use("triton")`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import test_feedback_mm as matrices
@@ -154,12 +154,9 @@ AS_MATRICES: dict[str, Callable[..., Tensor]] = {
 
 
 @pytest.fixture
-def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 by bfloat16 parts, as on devices whose tensor cores make six such products faster than one of FMA."""
     monkeypatch.setattr(lc, "device_limits", lambda device: ((9, 0), 232_448))
-    lc._tiled.cache_clear()
-    yield
-    lc._tiled.cache_clear()
 
 
 @needs_interpreter

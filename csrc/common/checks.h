@@ -159,6 +159,11 @@ struct FeedbackArgs {
     }
   }
 
+  // Whether B, in `dtype`, is the stored tensor as it lies there.
+  bool plain(at::ScalarType dtype) const {
+    return magnitude && !weight && !signs && scale == 1 && magnitude->scalar_type() == dtype;
+  }
+
  private:
   void check_operand(const char* name, const std::optional<at::Tensor>& x, at::Device device) const {
     if (x) {

@@ -108,6 +108,30 @@ class Operands {
   const at::Tensor* tensor_[kMaxOperands];
 };
 
+// What kernels are told of B, from checked arguments, and the tensors that this points into.
+struct Formula {
+  // `out`: B itself, where it is written whole.
+  explicit Formula(const FeedbackArgs& args, const at::Tensor* out = nullptr)
+      // Only what comes from outside the library can be non-contiguous here.
+      : signs(args.signs ? args.signs->contiguous() : at::Tensor()),
+        key(args.key ? args.key->contiguous() : at::Tensor()) {
+    p.entries = to_entries(args.entries);
+    p.scale = args.scale;
+    p.signs = args.signs ? signs.const_data_ptr<int32_t>() : nullptr;
+    p.key = args.key ? key.const_data_ptr<int64_t>() : nullptr;
+    Operands operands(p, args.size, out && !args.signs && !args.key);
+    if (out) {
+      operands.add(p.out, *out, out->mutable_data_ptr());
+    }
+    operands.add(p.weight, args.weight);
+    operands.add(p.magnitude, args.magnitude);
+    operands.finish();
+  }
+
+  at::Tensor signs, key;
+  FeedbackParams p{};
+};
+
 // A tensor with B's size and memory order, formed by launch(params).
 template <typename Launch>
 at::Tensor form(const FeedbackArgs& args, at::Device device, at::ScalarType dtype, const Launch& launch) {
@@ -119,21 +143,7 @@ at::Tensor form(const FeedbackArgs& args, at::Device device, at::ScalarType dtyp
   if (out.numel() == 0) {
     return out;
   }
-  // Only what comes from outside the library can be non-contiguous here.
-  const auto signs = args.signs ? args.signs->contiguous() : at::Tensor();
-  const auto key = args.key ? args.key->contiguous() : at::Tensor();
-
-  FeedbackParams p{};
-  p.entries = to_entries(args.entries);
-  p.scale = args.scale;
-  p.signs = args.signs ? signs.const_data_ptr<int32_t>() : nullptr;
-  p.key = args.key ? key.const_data_ptr<int64_t>() : nullptr;
-  Operands operands(p, args.size, !args.signs && !args.key);
-  operands.add(p.out, out, out.mutable_data_ptr());
-  operands.add(p.weight, args.weight);
-  operands.add(p.magnitude, args.magnitude);
-  operands.finish();
-  launch(p);
+  launch(Formula(args, &out).p);
   return out;
 }
 

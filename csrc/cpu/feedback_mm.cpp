@@ -360,25 +360,14 @@ at::Tensor feedback_mm_cpu(const at::Tensor& grad_output, const std::optional<at
   if (grad_output.size(0) == 0 || size[0] == 0 || size[1] == 0) {
     return at::zeros({grad_output.size(0), in_features}, grad_output.options());
   }
-  const Entries e = to_entries(entries);
   const at::ScalarType dtype = grad_output.scalar_type();
-  if (e == Entries::Stored && !weight && !signs && scale == 1 && magnitude->scalar_type() == dtype) {
+  if (args.plain(dtype)) {
     return at::mm(grad_output, *magnitude);
   }
-
-  const auto planes = signs ? signs->contiguous() : at::Tensor();
-  const auto words = key ? key->contiguous() : at::Tensor();
-  FeedbackParams b{};
-  b.entries = e;
-  b.scale = scale;
-  b.signs = signs ? planes.const_data_ptr<int32_t>() : nullptr;
-  b.key = key ? words.const_data_ptr<int64_t>() : nullptr;
+  Formula formula(args);
+  FeedbackParams& b = formula.p;
   b.out.dtype = to_dtype("grad_output", dtype);
-  Operands operands(b, size, false);
-  operands.add(b.weight, weight);
-  operands.add(b.magnitude, magnitude);
-  operands.finish();
-  if (e == Entries::Constant && dtype != at::kDouble && size[0] <= kMaxDepth) {
+  if (b.entries == Entries::Constant && dtype != at::kDouble && size[0] <= kMaxDepth) {
     return sign_product(grad_output, b);
   }
   const bool slabs = dtype == at::kDouble || grad_output.size(0) >= (dtype == at::kFloat ? kSlabRows : kHalfSlabRows);

@@ -105,22 +105,9 @@ at::Tensor lc_backward_input_cpu(const at::Tensor& grad_output, const std::optio
   if (grad_input.numel() == 0) {
     return grad_input;
   }
-  const bool plain = magnitude && !weight && !signs && scale == 1 && magnitude->is_contiguous() &&
-                     magnitude->scalar_type() == grad_output.scalar_type();
-  const at::Tensor planes = signs ? signs->contiguous() : at::Tensor();
-  const at::Tensor words = key ? key->contiguous() : at::Tensor();
-  FeedbackParams p{};
-  if (!plain) {
-    p.entries = to_entries(entries);
-    p.scale = scale;
-    p.signs = signs ? planes.const_data_ptr<int32_t>() : nullptr;
-    p.key = key ? words.const_data_ptr<int64_t>() : nullptr;
-    p.out.dtype = dtype;
-    Operands operands(p, weight_size, false);
-    operands.add(p.weight, weight);
-    operands.add(p.magnitude, magnitude);
-    operands.finish();
-  }
+  const bool plain = feedback.plain(grad_output.scalar_type()) && magnitude->is_contiguous();
+  Formula formula(feedback);
+  formula.p.out.dtype = dtype;
   Activation dy = view(grad_output), dx = view(grad_input);
   const int64_t k = lc_columns(g);
   if (one_row(g)) {
@@ -131,7 +118,7 @@ at::Tensor lc_backward_input_cpu(const at::Tensor& grad_output, const std::optio
   with_product(grad_output.scalar_type(), g.n, g.o % 2 == 0, [&]<typename P>(P) {
     const BackwardInput<P> op(
         g, dy, dx,
-        {plain ? static_cast<const char*>(magnitude->const_data_ptr()) : nullptr, dtype, &p, groups * g.o, k});
+        {plain ? static_cast<const char*>(magnitude->const_data_ptr()) : nullptr, dtype, &formula.p, groups * g.o, k});
     run_tasks<BackwardInputTask<P>>(op, op.units());
   });
   return grad_input;

@@ -24,4 +24,20 @@ struct alignas(16) Pack {
   T x[N];
 };
 
+// f(a T) of the element type; what calls it is compiled for host or device.
+#pragma nv_exec_check_disable
+template <typename F>
+BK_INLINE auto of_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::Float64:
+      return f(double());
+    case DType::BFloat16:
+      return f(__nv_bfloat16());
+    case DType::Float16:
+      return f(__half());
+    default:
+      return f(float());
+  }
+}
+
 }  // namespace bioplaus

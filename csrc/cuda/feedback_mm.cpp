@@ -38,8 +38,8 @@ void multiply_digits(SignProduct p, const at::TensorOptions& options) {
   p.splits = sign_splits(p.rows, p.depth, p.cols);
   const at::Tensor partial = at::empty({p.splits > 1 ? p.splits * p.rows * p.cols : 0}, options.dtype(at::kLong));
   p.partial = p.splits > 1 ? partial.mutable_data_ptr<int64_t>() : nullptr;
-  launch_on(options.device(), [&](cudaStream_t stream) { return launch_sign_product(p, stream); });
-  launch_on(options.device(), [&](cudaStream_t stream) { return launch_finish(p, stream); });
+  launch_on(options.device(), launch_sign_product, p);
+  launch_on(options.device(), launch_finish, p);
 }
 
 // `bytes`: σ of all columns, which are then formed once, or of some at a time.
@@ -49,24 +49,21 @@ void multiply_bytes(SignProduct p, const at::Tensor& digits, const at::Tensor& b
   p.sign_bytes = bytes.mutable_data_ptr<int8_t>();
   for (; p.first < p.cols; p.first += p.width) {
     if (!formed) {
-      launch_on(digits.device(), [&](cudaStream_t stream) { return launch_sign_bytes(p, stream); });
+      launch_on(digits.device(), launch_sign_bytes, p);
     }
     at::Tensor to = sums;
     at::_int_mm_out(to, digits, bytes.t());
-    launch_on(digits.device(), [&](cudaStream_t stream) { return launch_finish(p, stream); });
+    launch_on(digits.device(), launch_finish, p);
   }
 }
 
 // dX = s · (dY · σ).
 at::Tensor sign_product(const at::Tensor& grad, const FeedbackArgs& args, bool int_mm) {
   const at::Device device = grad.device();
-  const at::Tensor planes =
-      args.weight  ? form_packed(*args.weight,
-                                 [&](const FeedbackParams& w, int32_t* to) {
-                                  launch_on(device, [&](cudaStream_t s) { return launch_pack_signs(w, to, s); });
-                                 })
-      : args.signs ? aligned(*args.signs)
-                   : at::Tensor();
+  const auto pack = [&](const FeedbackParams& w, int32_t* to) { launch_on(device, launch_pack_signs, w, to); };
+  const at::Tensor planes = args.weight  ? form_packed(*args.weight, pack)
+                            : args.signs ? aligned(*args.signs)
+                                         : at::Tensor();
   const at::Tensor key = args.key ? args.key->contiguous() : at::Tensor();
   const int64_t rows = grad.size(0), depth = padded(grad.size(1));
   const at::Tensor out = at::empty({rows, args.size[1]}, grad.options());
@@ -96,7 +93,7 @@ at::Tensor sign_product(const at::Tensor& grad, const FeedbackArgs& args, bool i
     const at::Tensor unit = at::empty({digits.size(0) / 4}, grad.options().dtype(at::kDouble));
     p.digits = digits.mutable_data_ptr<int8_t>();
     p.unit = unit.mutable_data_ptr<double>();
-    launch_on(device, [&](cudaStream_t stream) { return launch_quantise(p, stream); });
+    launch_on(device, launch_quantise, p);
     if (int_mm) {
       multiply_bytes(p, digits, bytes, first > 0 && p.width >= p.cols);
     } else {
@@ -111,27 +108,17 @@ at::Tensor formed_product(const at::Tensor& grad, const FeedbackArgs& args) {
   // Gradients are the layers' own; with one asked for, a product into a given result is refused.
   const at::AutoDispatchBelowAutograd guard;
   at::Tensor out = at::empty({grad.size(0), args.size[1]}, grad.options());
-  FeedbackParams b{};
-  b.entries = to_entries(args.entries);
-  if (b.entries == Entries::Stored && !args.weight && !args.signs && args.scale == 1 &&
-      args.magnitude->scalar_type() == grad.scalar_type()) {
+  if (args.plain(grad.scalar_type())) {
     return at::mm_out(out, grad, *args.magnitude);
   }
-  const at::Tensor planes = args.signs ? args.signs->contiguous() : at::Tensor();
-  const at::Tensor key = args.key ? args.key->contiguous() : at::Tensor();
-  b.scale = args.scale;
-  b.signs = args.signs ? planes.const_data_ptr<int32_t>() : nullptr;
-  b.key = args.key ? key.const_data_ptr<int64_t>() : nullptr;
-  Operands operands(b, args.size, false);
-  operands.add(b.weight, args.weight);
-  operands.add(b.magnitude, args.magnitude);
-  operands.finish();
+  Formula formula(args);
+  FeedbackParams& b = formula.p;
   const int64_t width = as_fit(kSlabBytes, b.rows * grad.element_size(), b.cols, kSignsPerCall);
   const at::Tensor slab = at::empty({b.rows, width}, grad.options());
   b.out = {slab.mutable_data_ptr(), to_dtype("grad_output", grad.scalar_type()), true, width, {1}};
   for (int64_t first = 0; first < b.cols; first += width) {
     const int64_t cols = std::min(width, b.cols - first);
-    launch_on(grad.device(), [&](cudaStream_t stream) { return launch_feedback_weight(b, first, cols, stream); });
+    launch_on(grad.device(), launch_feedback_weight, b, first, cols);
     // Columns of a row-major matrix: a result that the product writes in place.
     at::Tensor part = out.narrow(1, first, cols);
     at::mm_out(part, grad, slab.narrow(1, 0, cols));

@@ -53,6 +53,11 @@ BK_INLINE int64_t digit_rows(int64_t rows) { return divide_up(rows, 8) * 32; }
 // The first of row i's digits; the others lie 8, 16 and 24 rows further on.
 BK_INLINE int64_t digit_row(int64_t i) { return i / 8 * 32 + i % 8; }
 
+// The sum of a row's numbers from those of its digits 3 … 0.
+BK_INLINE int64_t whole_sum(int32_t d3, int32_t d2, int32_t d1, int32_t d0) {
+  return (int64_t{d3} * 256 + d2) * 65536 + (int64_t{d1} * 256 + d0);
+}
+
 // σ in columns 32w … 32w + 31 of row k.
 BK_INLINE SignWord sign_word(const SignProduct& p, int64_t k, int64_t w) {
   return p.key ? seeded_signs(p.key, k, w) : read_signs(p.signs, p.depth, sign_words(p.cols), k, w);

@@ -3,7 +3,7 @@
 // A block of digits is 16 of their rows, so that a lane's sums of an mma are two digits of its results, and those of
 // two blocks all four: they meet in one integer without passing between threads. That, the row's unit and s make the
 // result, rounded once. No step before that rounding is inexact, so any tiling, split and order of threads gives the
-// same bits. Sums of parts of K, and rows that hold infinities or NaNs, are feedback_mm_finish.cu's.
+// same bits. Sums of parts of K, and rows that hold infinities or NaNs, are feedback_mm_passes.cu's.
 //
 // σ stays bits until it is a fragment: 4 rows of sign words, byte-transposed, give one register a shift. 5.5
 // instructions a lane are the price of 4 entries, and all that moves is 1/32 of fp32's operand. Exact zeros have a
@@ -27,6 +27,7 @@ constexpr int kWarpColumns = 64;
 // A block of WARPS_M × WARPS_N warps, each BLOCKS blocks of digits × 64 columns.
 template <int BLOCKS, int WARPS_M, int WARPS_N>
 struct Tile {
+  static constexpr int kWarpBlocks = BLOCKS, kWarpsN = WARPS_N;
   static constexpr int kThreads = 32 * WARPS_M * WARPS_N;
   static constexpr int kBlocks = BLOCKS * WARPS_M;
   static constexpr int kColumns = kWarpColumns * WARPS_N;
@@ -82,18 +83,15 @@ template <typename TILE>
 class Fill {
  public:
   __device__ Fill(const SignProduct& p, int64_t first, int64_t panel, int64_t tile, char* shared)
-      : p_(p), shared_(shared), length_(padded(p.depth)), tile_(tile) {
+      : p_(p), shared_(shared), length_(padded(p.depth)), width_(sign_words(p.cols)), tile_(tile) {
     first += threadIdx.x / kChunks;
     digits_ = p.digits + first * length_ + threadIdx.x % kChunks * 16;
     left_ = digit_rows(p.rows) - first;
-    if (threadIdx.x < kDepth * TILE::kPanels) {
-      k_ = threadIdx.x / TILE::kPanels;
-      panel_ = panel + threadIdx.x % TILE::kPanels;
-      if (p.key) {
-        key_ = read_key(p.key);
-      }
-      zeros_ = flag();
+    word_ = 4 * (panel + piece_);
+    if (p.key) {
+      key_ = read_key(p.key);
     }
+    zeros_ = flag();
   }
 
   // The next tile along K, into a stage.
@@ -105,8 +103,23 @@ class Fill {
       cp_async_16(to + swizzled(threadIdx.x / kChunks + row, threadIdx.x % kChunks),
                   valid ? digits_ + row * length_ + tile_ * kDepth : p_.digits, valid);
     }
-    if (threadIdx.x < kDepth * TILE::kPanels) {
-      signs(to + TILE::kDigitBytes, stage);
+    if (k_ < kDepth) {
+      to += TILE::kDigitBytes + sign_row(k_) * (TILE::kColumns / 8) + piece_ * 16;
+      const int64_t k = tile_ * kDepth + k_;
+      if (p_.key) {
+        const Philox4 x = draw(key_, k, word_ / 4);
+        *reinterpret_cast<uint4*>(to) = make_uint4(x.w[0], x.w[1], x.w[2], x.w[3]);
+      } else {
+        const bool valid = k < p_.depth && word_ < width_;
+        const int32_t* from = valid ? p_.signs + k * width_ + word_ : p_.signs;
+        cp_async_16(to, from, valid);
+        if (zeros_) {
+          cp_async_16(to + TILE::kSignBytes, valid ? from + p_.depth * width_ : from, valid);
+        }
+      }
+      if (k_ == 0) {
+        reinterpret_cast<int32_t*>(shared_ + kStages * TILE::kStageBytes)[stage * TILE::kPanels + piece_] = zeros_;
+      }
     }
     ++tile_;
     zeros_ = flag();
@@ -117,52 +130,29 @@ class Fill {
   static constexpr int kRowsAtOnce = TILE::kThreads / kChunks;
   static_assert(TILE::kBlocks * 16 % kRowsAtOnce == 0, "");
 
-  __device__ void signs(char* to, int stage) {
-    const int piece = threadIdx.x % TILE::kPanels;
-    to += sign_row(k_) * (TILE::kColumns / 8) + piece * 16;
-    const int64_t k = tile_ * kDepth + k_;
-    if (p_.key) {
-      const Philox4 x = draw(key_, k, panel_);
-      *reinterpret_cast<uint4*>(to) = make_uint4(x.w[0], x.w[1], x.w[2], x.w[3]);
-    } else {
-      const int64_t width = sign_words(p_.cols);
-      const bool valid = k < p_.depth && 4 * panel_ < width;
-      const int32_t* from = valid ? p_.signs + k * width + 4 * panel_ : p_.signs;
-      cp_async_16(to, from, valid);
-      if (zeros_) {
-        cp_async_16(to + TILE::kSignBytes, valid ? from + p_.depth * width : from, valid);
-      }
-    }
-    if (k_ == 0) {
-      int32_t* zeros = reinterpret_cast<int32_t*>(shared_ + kStages * TILE::kStageBytes);
-      zeros[stage * TILE::kPanels + piece] = zeros_;
-    }
-  }
-
   // Read a tile ahead of the copies that need it.
   __device__ bool flag() const {
-    const int64_t width = sign_words(p_.cols);
-    if (p_.key || threadIdx.x >= kDepth * TILE::kPanels || 4 * panel_ >= width || tile_ * kDepth >= p_.depth) {
+    if (p_.key || k_ >= kDepth || word_ >= width_ || tile_ * kDepth >= p_.depth) {
       return false;
     }
-    const int4 x = *reinterpret_cast<const int4*>(p_.signs + (2 * p_.depth + tile_) * width + 4 * panel_);
+    const int4 x = *reinterpret_cast<const int4*>(p_.signs + (2 * p_.depth + tile_) * width_ + word_);
     return (x.x | x.y | x.z | x.w) != 0;
   }
 
   const SignProduct& p_;
   char* shared_;
   const int8_t* digits_;
-  int64_t length_, left_, tile_;
-  int k_ = 0;
-  int64_t panel_ = 0;
+  int64_t length_, width_, left_, tile_, word_;
+  // This thread's row of signs in a tile, where it has one, and its 16 bytes of that.
+  int k_ = threadIdx.x / TILE::kPanels, piece_ = threadIdx.x % TILE::kPanels;
   Key key_{};
   bool zeros_ = false;
 };
 
 // sums += a stage's digits · σ.
-template <typename TILE, int BLOCKS>
+template <typename TILE>
 __device__ __forceinline__ void multiply_stage(const char* shared, int stage, int warp_m, int warp_n,
-                                               int32_t (&sums)[BLOCKS][8][4]) {
+                                               int32_t (&sums)[TILE::kWarpBlocks][8][4]) {
   constexpr int kRowBytes = TILE::kColumns / 8;
   const int lane = threadIdx.x % 32;
   const char* digits = shared + stage * TILE::kStageBytes;
@@ -190,20 +180,15 @@ __device__ __forceinline__ void multiply_stage(const char* shared, int stage, in
       }
     }
 #pragma unroll
-    for (int i = 0; i < BLOCKS; ++i) {
+    for (int i = 0; i < TILE::kWarpBlocks; ++i) {
       uint32_t a[4];
-      ldmatrix_x4(a, digits + swizzled((warp_m * BLOCKS + i) * 16 + lane % 16, k / 16 + lane / 16));
+      ldmatrix_x4(a, digits + swizzled((warp_m * TILE::kWarpBlocks + i) * 16 + lane % 16, k / 16 + lane / 16));
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         mma_m16n8k32_s8(sums[i][j], a, b[j]);
       }
     }
   }
-}
-
-// Two digits' sums of the lane's columns c = 0, 1.
-__device__ __forceinline__ int64_t two_digits(const int32_t (&sums)[4], int c) {
-  return static_cast<int64_t>(sums[2 + c]) * 256 + sums[c];
 }
 
 // A lane's results of one row: columns col and col + 1, col + 8 and col + 9, …
@@ -213,42 +198,36 @@ __device__ __forceinline__ void store(const SignProduct& p, int64_t row, int64_t
     return;
   }
   const double unit = p.unit[row] * p.scale;
-  const bool pairs = p.cols % 2 == 0;
+  const bool pairs = !p.partial && p.cols % 2 == 0;
 #pragma unroll
   for (int j = 0; j < 8; ++j, col += 8) {
-    int64_t sum[2];
+    float x[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      sum[c] = two_digits(upper[j], c) * 65536 + two_digits(lower[j], c);
-    }
-    const float x[2] = {static_cast<float>(static_cast<double>(sum[0]) * unit),
-                        static_cast<float>(static_cast<double>(sum[1]) * unit)};
-    if (!p.partial && pairs && col < p.cols) {
-      *reinterpret_cast<float2*>(p.out + row * p.cols + col) = make_float2(x[0], x[1]);
-      continue;
-    }
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
+      const int64_t sum = whole_sum(upper[j][2 + c], upper[j][c], lower[j][2 + c], lower[j][c]);
+      x[c] = static_cast<float>(static_cast<double>(sum) * unit);
       if (col + c < p.cols) {
         if (p.partial) {
-          p.partial[(split * p.rows + row) * p.cols + col + c] = sum[c];
-        } else {
+          p.partial[(split * p.rows + row) * p.cols + col + c] = sum;
+        } else if (!pairs) {
           p.out[row * p.cols + col + c] = x[c];
         }
       }
+    }
+    if (pairs && col < p.cols) {
+      *reinterpret_cast<float2*>(p.out + row * p.cols + col) = make_float2(x[0], x[1]);
     }
   }
 }
 
 // 2 blocks of threads a multiprocessor where a warp has 4 blocks of digits, whose sums take 128 registers; else 3.
-template <int BLOCKS, int WARPS_M, int WARPS_N>
-__global__ void __launch_bounds__(Tile<BLOCKS, WARPS_M, WARPS_N>::kThreads, BLOCKS == 4 ? 2 : 3)
+template <typename TILE>
+__global__ void __launch_bounds__(TILE::kThreads, TILE::kWarpBlocks == 4 ? 2 : 3)
     multiply_kernel(const __grid_constant__ SignProduct p) {
-  using TILE = Tile<BLOCKS, WARPS_M, WARPS_N>;
   BK_DYNAMIC_SHARED(char, shared);
   const int lane = threadIdx.x % 32;
-  const int warp_m = threadIdx.x / 32 / WARPS_N;
-  const int warp_n = threadIdx.x / 32 % WARPS_N;
+  const int warp_m = threadIdx.x / 32 / TILE::kWarpsN;
+  const int warp_n = threadIdx.x / 32 % TILE::kWarpsN;
   const int64_t column_tiles = divide_up(p.cols, TILE::kColumns);
   const int64_t row = blockIdx.x / column_tiles * TILE::kRows;
   const int64_t column_tile = blockIdx.x % column_tiles;
@@ -258,7 +237,7 @@ __global__ void __launch_bounds__(Tile<BLOCKS, WARPS_M, WARPS_N>::kThreads, BLOC
   const int64_t end = tiles * (split + 1) / p.splits;
 
   Fill<TILE> fill(p, 4 * row, column_tile * TILE::kPanels, begin, shared);
-  int32_t sums[BLOCKS][8][4] = {};
+  int32_t sums[TILE::kWarpBlocks][8][4] = {};
   for (int s = 0; s < kStages - 1; ++s) {
     if (begin + s < end) {
       fill(s);
@@ -277,13 +256,11 @@ __global__ void __launch_bounds__(Tile<BLOCKS, WARPS_M, WARPS_N>::kThreads, BLOC
     stage = (stage + 1) % kStages;
   }
 #pragma unroll
-  for (int i = 0; i < BLOCKS; i += 2) {
-    store(p, row + (warp_m * BLOCKS + i) * 4 + lane / 4,
+  for (int i = 0; i < TILE::kWarpBlocks; i += 2) {
+    store(p, row + (warp_m * TILE::kWarpBlocks + i) * 4 + lane / 4,
           column_tile * TILE::kColumns + warp_n * kWarpColumns + lane % 4 * 2, split, sums[i], sums[i + 1]);
   }
 }
-
-// --- launch ---
 
 using Small = Tile<2, 1, 4>;
 using Middle = Tile<4, 1, 4>;
@@ -294,12 +271,11 @@ int64_t tiles_of(int64_t rows, int64_t cols) {
   return divide_up(rows, TILE::kRows) * divide_up(cols, TILE::kColumns);
 }
 
-template <int BLOCKS, int WARPS_M, int WARPS_N>
-void multiply(const SignProduct& p, cudaStream_t stream) {
-  using TILE = Tile<BLOCKS, WARPS_M, WARPS_N>;
-  BK_LAUNCH((multiply_kernel<BLOCKS, WARPS_M, WARPS_N>),
-            dim3(static_cast<unsigned>(tiles_of<TILE>(p.rows, p.cols)), static_cast<unsigned>(p.splits)),
-            dim3(TILE::kThreads), TILE::kSharedBytes, stream, p);
+template <typename TILE>
+cudaError_t multiply(const SignProduct& p, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(tiles_of<TILE>(p.rows, p.cols)), static_cast<unsigned>(p.splits));
+  BK_LAUNCH(multiply_kernel<TILE>, grid, dim3(TILE::kThreads), TILE::kSharedBytes, stream, p);
+  return cudaGetLastError();
 }
 
 }  // namespace
@@ -316,14 +292,9 @@ int64_t sign_splits(int64_t rows, int64_t depth, int64_t cols) {
 }
 
 cudaError_t launch_sign_product(const SignProduct& p, cudaStream_t stream) {
-  if (p.rows <= Small::kRows) {
-    multiply<2, 1, 4>(p, stream);
-  } else if (p.rows <= Middle::kRows) {
-    multiply<4, 1, 4>(p, stream);
-  } else {
-    multiply<4, 2, 2>(p, stream);
-  }
-  return cudaGetLastError();
+  return p.rows <= Small::kRows    ? multiply<Small>(p, stream)
+         : p.rows <= Middle::kRows ? multiply<Middle>(p, stream)
+                                   : multiply<Large>(p, stream);
 }
 
 }  // namespace bioplaus

@@ -7,16 +7,6 @@
 
 namespace bioplaus {
 
-namespace {
-
-at::Tensor form_on(at::Device device, const FeedbackArgs& args, at::ScalarType dtype) {
-  return form(args, device, dtype, [&](const FeedbackParams& p) {
-    launch_on(device, [&](cudaStream_t stream) { return launch_feedback_weight(p, 0, p.cols, stream); });
-  });
-}
-
-}  // namespace
-
 at::Tensor feedback_weight_cuda(const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& signs,
                                 const std::optional<at::Tensor>& magnitude, const std::optional<at::Tensor>& key,
                                 c10::string_view entries, double scale, at::IntArrayRef size, at::ScalarType dtype) {
@@ -27,12 +17,13 @@ at::Tensor feedback_weight_cuda(const std::optional<at::Tensor>& weight, const s
       break;
     }
   }
-  return form_on(device, {weight, signs, magnitude, key, entries, scale, size}, dtype);
+  return form({weight, signs, magnitude, key, entries, scale, size}, device, dtype,
+              [&](const FeedbackParams& p) { launch_on(device, launch_feedback_weight, p, 0, p.cols); });
 }
 
 // ±1 and 0 from packed signs are the constant entries of scale 1.
 at::Tensor unpack_signs_cuda(const at::Tensor& signs, at::IntArrayRef size, at::ScalarType dtype) {
-  return form_on(signs.device(), {std::nullopt, signs, std::nullopt, std::nullopt, "constant", 1.0, size}, dtype);
+  return feedback_weight_cuda(std::nullopt, signs, std::nullopt, std::nullopt, "constant", 1.0, size, dtype);
 }
 
 TORCH_LIBRARY_IMPL(bioplaus, CUDA, m) {

@@ -1,11 +1,17 @@
-// feedback_weight on CUDA: a thread forms 8 neighbouring columns of one row in registers: magnitudes (already scaled),
-// times signs, rounded into the output.
+// feedback_weight on CUDA: a thread forms 8 neighbouring columns of one row in registers, by the table of
+// common/feedback.h: magnitudes (already scaled), times signs, rounded into the output. The rule is the same for a
+// whole launch, so its branches do not diverge. A Philox call is 20 wide multiplications: eight uniform entries take
+// two calls, seeded signs one, of which 8 of its 128 bits are used, as passing the words between threads would cost
+// about what it saves.
 //
 // Roofline, on paper and not yet on hardware: memory where entries are read or are signs alone, the bytes of the weight
 // and the magnitude that are read and of the output that is written (8 for s·sign(W) in fp32); packed signs add 1/8
 // byte. Drawn entries are bound by instructions: 16.7 M uniform ones take some 31 µs of them on an H100, where writing
 // them as bf16 takes 10.
-#include "entries.cuh"
+#include <type_traits>
+
+#include "../common/packed_signs.h"
+#include "element.h"
 #include "feedback_weight.h"
 #include "launch_kernel.h"
 
@@ -13,44 +19,133 @@ namespace bioplaus {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kColumns = 8;
 
+// Columns first … first + n − 1 of a row, `first` a multiple of kColumns. Where every operand is known to be dense,
+// kStrided is false: to find a strided column takes divisions.
+template <typename acc_t, bool kStrided>
+struct Chunk {
+  int64_t row, first;
+  int n;
+  acc_t b[kColumns];
+};
+
+// Whether a chunk can be moved in whole 16-byte pieces.
+template <typename C>
+__device__ __forceinline__ bool wide(const C& c, const Operand& x, const void* from) {
+  return c.n == kColumns && x.dense && reinterpret_cast<uintptr_t>(from) % 16 == 0;
+}
+
+// Its divisions once in a kernel: inlined for every entry and dtype they are most of its code and of its compilation.
+__device__ __noinline__ int64_t strided_offset(const FeedbackParams& p, const Operand& x, int64_t j) {
+  return column_offset(p, x, j);
+}
+
+// Calls f(b[t], x) with the operand's entries x.
+template <typename acc_t, bool kStrided, typename F>
+__device__ __forceinline__ void with_entries(const FeedbackParams& p, const Operand& x, Chunk<acc_t, kStrided>& c,
+                                             const F& f) {
+  of_dtype(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T* row = static_cast<const T*>(x.data) + c.row * x.row_stride;
+    Pack<T, kColumns> entries{};
+    if (wide(c, x, row + c.first)) {
+      entries = *reinterpret_cast<const Pack<T, kColumns>*>(row + c.first);
+    } else {
+#pragma unroll
+      for (int t = 0; t < kColumns; ++t) {
+        if (t < c.n) {
+          entries.x[t] = row[kStrided ? strided_offset(p, x, c.first + t) : c.first + t];
+        }
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kColumns; ++t) {
+      f(c.b[t], to_float(entries.x[t]));
+    }
+  });
+}
+
+template <typename acc_t, bool kStrided>
+__device__ void random(const FeedbackParams& p, Chunk<acc_t, kStrided>& c) {
+  const Key key = read_key(p.key);
+  const acc_t scale = static_cast<acc_t>(p.scale);
+#pragma unroll
+  for (int t = 0; t < kColumns; t += kNumbersPerCall) {
+    const Philox4 x = draw(key, c.row, (c.first + t) / kNumbersPerCall);
+#pragma unroll
+    for (int q = 0; q < kNumbersPerCall; q += 2) {
+      acc_t &a = c.b[t + q], &b = c.b[t + q + 1];
+      if (p.entries == Entries::Uniform) {
+        a = uniform(x.w[q], uniform_scale<acc_t>(p.scale));
+        b = uniform(x.w[q + 1], uniform_scale<acc_t>(p.scale));
+      } else {
+        normal_pair(x.w[q], x.w[q + 1], a, b);
+        a *= scale;
+        b *= scale;
+      }
+    }
+  }
+}
+
+template <typename acc_t, bool kStrided>
+__device__ void magnitudes(const FeedbackParams& p, Chunk<acc_t, kStrided>& c) {
+  const acc_t scale = static_cast<acc_t>(p.scale);
+  if (p.entries == Entries::Constant) {
+#pragma unroll
+    for (int t = 0; t < kColumns; ++t) {
+      c.b[t] = scale;
+    }
+  } else if (p.entries == Entries::Stored) {
+    with_entries(p, p.magnitude, c, [&](acc_t& b, auto m) { b = scale * static_cast<acc_t>(m); });
+  } else {
+    random(p, c);
+  }
+}
+
+template <typename acc_t, bool kStrided>
+__device__ void signs(const FeedbackParams& p, Chunk<acc_t, kStrided>& c) {
+  if (p.entries != Entries::Constant && (p.weight.data || p.signs)) {
+#pragma unroll
+    for (int t = 0; t < kColumns; ++t) {
+      c.b[t] = fabs(c.b[t]);
+    }
+  }
+  if (p.weight.data) {
+    with_entries(p, p.weight, c, [](acc_t& b, auto w) { b *= sign_of<acc_t>(w); });
+  } else if (p.signs || p.entries == Entries::Constant) {
+    // A chunk lies in one word.
+    const int64_t w = c.first / 32;
+    const SignWord word =
+        p.signs ? read_signs(p.signs, p.rows, sign_words(p.cols), c.row, w) : seeded_signs(p.key, c.row, w);
+    const uint32_t negative = word.negative >> c.first % 32, nonzero = word.nonzero >> c.first % 32;
+#pragma unroll
+    for (int t = 0; t < kColumns; ++t) {
+      c.b[t] = negative & (1u << t) ? -c.b[t] : c.b[t];
+      c.b[t] *= nonzero & (1u << t) ? acc_t(1) : acc_t(0);
+    }
+  }
+}
+
+// Columns from `first` on are the output's.
 template <typename T, typename acc_t, bool kStrided>
-__device__ void store_as(const FeedbackParams& p, const Chunk<acc_t, kColumns, kStrided>& c, int64_t first) {
-  alignas(16) T from[kColumns];
+__device__ void store(const FeedbackParams& p, const Chunk<acc_t, kStrided>& c, int64_t first) {
+  Pack<T, kColumns> from;
 #pragma unroll
   for (int t = 0; t < kColumns; ++t) {
-    round_to(c.b[t], from[t]);
+    round_to(c.b[t], from.x[t]);
   }
   T* row = static_cast<T*>(p.out.data) + c.row * p.out.row_stride;
   const int64_t at = c.first - first;
-  if (c.n == kColumns && wide(p.out, row + at)) {
-    *reinterpret_cast<Pack<T, kColumns>*>(row + at) = *reinterpret_cast<const Pack<T, kColumns>*>(from);
+  if (wide(c, p.out, row + at)) {
+    *reinterpret_cast<Pack<T, kColumns>*>(row + at) = from;
     return;
   }
 #pragma unroll
   for (int t = 0; t < kColumns; ++t) {
     if (t < c.n) {
-      row[kStrided ? strided_offset(p, p.out, at + t) : at + t] = from[t];
+      row[kStrided ? strided_offset(p, p.out, at + t) : at + t] = from.x[t];
     }
-  }
-}
-
-template <bool kStrided>
-__device__ void store(const FeedbackParams& p, const Chunk<double, kColumns, kStrided>& c, int64_t first) {
-  store_as<double>(p, c, first);
-}
-
-template <bool kStrided>
-__device__ void store(const FeedbackParams& p, const Chunk<float, kColumns, kStrided>& c, int64_t first) {
-  switch (p.out.dtype) {
-    case DType::BFloat16:
-      store_as<__nv_bfloat16>(p, c, first);
-      break;
-    case DType::Float16:
-      store_as<__half>(p, c, first);
-      break;
-    default:
-      store_as<float>(p, c, first);
   }
 }
 
@@ -61,13 +156,18 @@ __global__ void __launch_bounds__(kThreads, sizeof(acc_t) == 8 || kStrided ? 2 :
     feedback_weight_kernel(const __grid_constant__ FeedbackParams p, int64_t first, int64_t end) {
   const int64_t row_step = static_cast<int64_t>(gridDim.y) * blockDim.y;
   const int64_t column_step = static_cast<int64_t>(gridDim.x) * blockDim.x * kColumns;
-  Chunk<acc_t, kColumns, kStrided> c;
+  Chunk<acc_t, kStrided> c;
   for (c.row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y; c.row < p.rows; c.row += row_step) {
     for (c.first = first + (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kColumns; c.first < end;
          c.first += column_step) {
       c.n = static_cast<int>(end - c.first < kColumns ? end - c.first : kColumns);
-      form_entries(p, c);
-      store(p, c, first);
+      magnitudes(p, c);
+      signs(p, c);
+      of_dtype(p.out.dtype, [&](auto zero) {
+        if constexpr (std::is_same_v<decltype(to_float(zero)), acc_t>) {
+          store<decltype(zero)>(p, c, first);
+        }
+      });
     }
   }
 }

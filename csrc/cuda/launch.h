@@ -7,11 +7,11 @@
 
 namespace bioplaus {
 
-// Runs launch(stream), which returns the launch's cudaError_t, on the device and its current stream.
-template <typename Launch>
-void launch_on(at::Device device, const Launch& launch) {
+// Runs launch(arguments …, stream), which returns the launch's cudaError_t, on the device and its current stream.
+template <typename Launch, typename... Arguments>
+void launch_on(at::Device device, const Launch& launch, const Arguments&... arguments) {
   const c10::cuda::CUDAGuard guard(device);
-  C10_CUDA_CHECK(launch(c10::cuda::getCurrentCUDAStream().stream()));
+  C10_CUDA_CHECK(launch(arguments..., c10::cuda::getCurrentCUDAStream().stream()));
 }
 
 }  // namespace bioplaus

@@ -3,26 +3,14 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <tuple>
-
 #include "../common/form.h"
 #include "../common/lc_checks.h"
+#include "feedback_weight.h"
 #include "launch.h"
 
 namespace bioplaus {
 
 namespace {
-
-LcActivation view(const at::Tensor& x) {
-  LcActivation a{};
-  a.data = const_cast<void*>(x.const_data_ptr());
-  a.stride_n = x.stride(0);
-  a.stride_c = x.stride(1);
-  for (int64_t d = 2; d < x.dim(); ++d) {
-    a.stride[d - (x.dim() - kLcDims)] = x.stride(d);
-  }
-  return a;
-}
 
 // Channels adjacent, where the kernel can then read 16 bytes of those of a group at a time.
 at::Tensor for_wide_reads(const at::Tensor& x, int64_t channels) {
@@ -35,25 +23,36 @@ at::Tensor empty_activation(const at::Tensor& like, int64_t channels, at::IntArr
   return at::empty(size, like.options(), lc_memory_format(like));
 }
 
+LcStrides strides(const at::Tensor& x) {
+  LcStrides s{x.stride(0), x.stride(1), {}};
+  for (int64_t d = 2; d < x.dim(); ++d) {
+    s.spatial[d - (x.dim() - kLcDims)] = x.stride(d);
+  }
+  return s;
+}
+
+void multiply(Product product, LcParams p, const at::Tensor& weight, const at::Tensor& in, const at::Tensor& out) {
+  for (const auto& [to, x] : {std::pair(kWeight, &weight), std::pair(kIn, &in), std::pair(kOut, &out)}) {
+    p.data[to] = const_cast<void*>(x->const_data_ptr());
+  }
+  p.dtype = to_dtype("dtype", in.scalar_type());
+  p.in = strides(in);
+  p.out = strides(out);
+  launch_on(in.device(), launch_lc, product, p);
+}
+
 at::Tensor lc_forward_cuda(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                            at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   const LcArgs args{stride, padding, dilation, groups};
   LcParams p{};
-  p.dtype = to_dtype("input", input.scalar_type());
   p.g = args.forward(input, weight, bias);
-  p.bias_per_position = bias && bias->dim() > 1;
+  p.bias_stride = bias && bias->dim() > 1 ? groups * p.g.o : 0;
   const at::Tensor b = bias ? bias->contiguous() : at::Tensor();
   p.bias = bias ? b.const_data_ptr() : nullptr;
   const at::Tensor output = empty_activation(input, groups * p.g.o, weight.sizes().slice(0, args.dims()));
-  if (output.numel() == 0) {
-    return output;
+  if (output.numel() > 0) {
+    multiply(Product::Forward, p, weight.contiguous(), for_wide_reads(input, p.g.c), output);
   }
-  const at::Tensor w = weight.contiguous();
-  p.weight = const_cast<void*>(w.const_data_ptr());
-  const at::Tensor x = for_wide_reads(input, p.g.c);
-  p.in = view(x);
-  p.out = view(output);
-  launch_on(input.device(), [&](cudaStream_t stream) { return launch_lc_forward(p, stream); });
   return output;
 }
 
@@ -62,67 +61,33 @@ at::Tensor lc_backward_input_cuda(const at::Tensor& grad_output, const std::opti
                                   const std::optional<at::Tensor>& key, c10::string_view entries, double scale,
                                   at::IntArrayRef weight_size, at::IntArrayRef input_size, at::IntArrayRef stride,
                                   at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  const LcArgs args{stride, padding, dilation, groups};
   LcParams p{};
-  p.dtype = to_dtype("grad_output", grad_output.scalar_type());
-  p.g = args.backward_input(grad_output, weight_size, input_size);
+  p.g = LcArgs{stride, padding, dilation, groups}.backward_input(grad_output, weight_size, input_size);
   const FeedbackArgs feedback{weight, signs, magnitude, key, entries, scale, weight_size};
-  feedback.check(grad_output.device());
-
+  const at::Device device = grad_output.device();
+  feedback.check(device);
   const at::Tensor grad_input = empty_activation(grad_output, groups * p.g.c, input_size);
-  if (grad_input.numel() == 0) {
-    return grad_input;
+  if (grad_input.numel() > 0) {
+    const at::ScalarType dtype = grad_output.scalar_type();
+    const at::Tensor b =
+        feedback.plain(dtype) ? *magnitude : form(feedback, device, dtype, [&](const FeedbackParams& f) {
+          launch_on(device, launch_feedback_weight, f, 0, f.cols);
+        });
+    multiply(Product::BackwardInput, p, b.contiguous(), grad_input, for_wide_reads(grad_output, p.g.o));
   }
-  const at::Tensor planes = signs ? signs->contiguous() : at::Tensor();
-  const at::Tensor words = key ? key->contiguous() : at::Tensor();
-  at::Tensor dense_weight, dense_magnitude;
-  if (magnitude && !weight && !signs && scale == 1 && magnitude->is_contiguous() &&
-      magnitude->scalar_type() == grad_output.scalar_type()) {
-    p.weight = const_cast<void*>(magnitude->const_data_ptr());
-  } else {
-    FeedbackParams& f = p.feedback;
-    f.entries = to_entries(entries);
-    f.scale = scale;
-    f.signs = signs ? planes.const_data_ptr<int32_t>() : nullptr;
-    f.key = key ? words.const_data_ptr<int64_t>() : nullptr;
-    Operands operands(f, weight_size, false);
-    for (const auto& [from, dense, to] :
-         {std::tuple(&weight, &dense_weight, &f.weight), std::tuple(&magnitude, &dense_magnitude, &f.magnitude)}) {
-      if (*from) {
-        *dense = (*from)->contiguous();
-        operands.add(*to, *dense, const_cast<void*>(dense->const_data_ptr()));
-      }
-    }
-    operands.finish();
-    if (f.entries == Entries::Constant && weight && !signs && weight->scalar_type() == grad_output.scalar_type()) {
-      p.weight = const_cast<void*>(dense_weight.const_data_ptr());
-      p.signs_of_weight = true;
-    }
-  }
-  const at::Tensor g = for_wide_reads(grad_output, p.g.o);
-  p.in = view(grad_input);
-  p.out = view(g);
-  launch_on(grad_output.device(), [&](cudaStream_t stream) { return launch_lc_backward_input(p, stream); });
   return grad_input;
 }
 
 at::Tensor lc_backward_weight_cuda(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef kernel_size,
                                    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                                    int64_t groups) {
-  const LcArgs args{stride, padding, dilation, groups};
   LcSize size;
   LcParams p{};
-  p.dtype = to_dtype("input", input.scalar_type());
-  p.g = args.backward_weight(grad_output, input, kernel_size, size);
+  p.g = LcArgs{stride, padding, dilation, groups}.backward_weight(grad_output, input, kernel_size, size);
   const at::Tensor grad_weight = at::empty(size, grad_output.options());
-  if (grad_weight.numel() == 0) {
-    return grad_weight;
+  if (grad_weight.numel() > 0) {
+    multiply(Product::BackwardWeight, p, grad_weight, for_wide_reads(input, p.g.c), for_wide_reads(grad_output, p.g.o));
   }
-  p.weight = grad_weight.mutable_data_ptr();
-  const at::Tensor x = for_wide_reads(input, p.g.c), g = for_wide_reads(grad_output, p.g.o);
-  p.in = view(x);
-  p.out = view(g);
-  launch_on(input.device(), [&](cudaStream_t stream) { return launch_lc_backward_weight(p, stream); });
   return grad_weight;
 }
 

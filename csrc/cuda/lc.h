@@ -7,26 +7,25 @@
 
 namespace bioplaus {
 
-// An activation (N, C, *spatial) in memory; strides in elements.
-struct LcActivation {
-  void* data;
-  int64_t stride_n, stride_c, stride[kLcDims];
+enum class Product { Forward, BackwardInput, BackwardWeight };
+
+// The tensors of every product: the weights, (positions, groups · o, taps · c), the input and the output, or gradients.
+enum Tensor { kWeight, kIn, kOut };
+
+// Of an activation (N, C, *spatial), in elements.
+struct LcStrides {
+  int64_t sample, channel, spatial[kLcDims];
 };
 
 struct LcParams {
   LcGeometry g;
-  LcActivation in, out;  // input or its gradient, output or its gradient
-  void* weight;          // (positions, groups · o, taps · c): read, or the gradient written; null where B is formed
-  bool signs_of_weight;  // B = feedback.scale · sign(weight)
+  void* data[3];  // by Tensor
+  LcStrides in, out;
   DType dtype;
-  const void* bias;  // or null
-  bool bias_per_position;
-  // B, where it is not `weight`: as rows and columns of the weight's first dim and the others.
-  FeedbackParams feedback;
+  const void* bias;     // or null
+  int64_t bias_stride;  // from a position to the next
 };
 
-cudaError_t launch_lc_forward(const LcParams& p, cudaStream_t stream);
-cudaError_t launch_lc_backward_input(const LcParams& p, cudaStream_t stream);
-cudaError_t launch_lc_backward_weight(const LcParams& p, cudaStream_t stream);
+cudaError_t launch_lc(Product product, const LcParams& p, cudaStream_t stream);
 
 }  // namespace bioplaus

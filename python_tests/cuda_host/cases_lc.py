@@ -40,8 +40,8 @@ def check_products(layer: Layer, n: int, dtype: torch.dtype, bias_per_position: 
             check(a, e, p)
 
 
-# Channels of a group that are whole calls of the generator.
-WHOLE_CALLS = Layer((8, 12), (5, 4), (3, 2), (1, 2), (2, 1, 1, 2), (2, 1), 2)
+# Input channels of a group that are whole 16-byte pieces of float32 and float64 alone.
+NARROW = Layer((8, 12), (5, 4), (3, 2), (1, 2), (2, 1, 1, 2), (2, 1), 2)
 
 
 # Channels of a group that are whole 16-byte pieces of every dtype.
@@ -62,8 +62,8 @@ def test_geometries(geometry: Geometry, dtype: torch.dtype, truncating: bool) ->
 
 SIZES = {
     # name: (layer, batch, why)
-    "few samples": (WHOLE_CALLS, 8),  # a whole narrow tile
-    "more than few": (WHOLE_CALLS, 9),  # and one more
+    "few samples": (NARROW, 8),  # a whole narrow tile
+    "more than few": (NARROW, 9),  # and one more
     "two tiles and one": (Layer((65, 129), (2,), (1,), (1,), (0, 0), (1,)), 129),  # rows, columns and samples
     "wide rows": (Layer((8, 24), (3, 3), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)), 5),  # 16-byte loads of every type
     "wide channels": (WIDE, 9),  # 16-byte pieces of every operand, stages that do not end with a tap
@@ -85,8 +85,8 @@ def test_sizes(size: str, dtype: torch.dtype, truncating: bool) -> None:
 @dtypes
 @pytest.mark.parametrize("cell", CELLS)
 def test_feedback(cell: str, dtype: torch.dtype, truncating: bool) -> None:
-    """Formed B: channels in whole calls of the generator, not, in 16-byte pieces; the weight's dtype may be another."""
-    for layer, n in ((WHOLE_CALLS, 3), (LAYERS["1d ragged"], 9), (WIDE, 2)):
+    """B is formed in dY's dtype; the weight's may be another."""
+    for layer, n in ((NARROW, 3), (LAYERS["1d ragged"], 9), (WIDE, 2)):
         g, size = layer.tensors(n, dtype)[-1], layer.weight_size()
         rest = (size, layer.size, *layer.op())
         for other in {dtype, torch.float32}:
@@ -98,7 +98,7 @@ def test_feedback(cell: str, dtype: torch.dtype, truncating: bool) -> None:
 
 
 def test_formed_and_stored_feedback_give_the_same_bits() -> None:
-    for layer, cell in itertools.product((WHOLE_CALLS, WIDE), CELLS):
+    for layer, cell in itertools.product((NARROW, WIDE), CELLS):
         g, size = layer.tensors(3, torch.float32)[-1], layer.weight_size()
         rest = (size, layer.size, *layer.op())
         feedback = feedback_of(cell, size, torch.float32)
@@ -124,7 +124,7 @@ def test_strided_operands() -> None:
 
 
 def test_a_non_finite_sample_stays_alone() -> None:
-    layer = WHOLE_CALLS
+    layer = NARROW
     for dtype in (torch.float32, torch.bfloat16):
         x, w, _, g = layer.tensors(3, dtype)
         bad_x, bad_g = x.clone(), g.clone()

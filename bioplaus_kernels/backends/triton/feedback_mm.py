@@ -25,7 +25,7 @@ from .. import reference
 from ..reference import checks
 from ..reference.pack_signs import packed_shape
 from .launch import Tile, device_limits, fitting, launch, product, traced
-from .loaders import matrix_tile, sign_tile
+from .loaders import add_product, matrix_tile, sign_tile
 
 # By rows of dY, which are columns here, where tensor cores read an operand from registers and one from shared memory
 # (wgmma) and where they read both from registers; float32 holds three parts. 128 columns of B are a call of the
@@ -71,14 +71,7 @@ def sign_kernel(
         x = matrix_tile(grad, grad_row, grad_column, m0, k0, M, K, BK, BM, WIDE)
         half: tl.constexpr = tl.bfloat16 if x.dtype == tl.float32 else x.dtype
         signs = sign_tile(weight, weight_row, weight_column, planes, key, k0, n0, K, N, half, BN, BK, WIDE)
-        if x.dtype == tl.float32:
-            high = x.to(tl.bfloat16)
-            rest = tl.where(tl.abs(x) < float("inf"), x - high.to(tl.float32), 0.0)
-            middle = rest.to(tl.bfloat16)
-            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-            total += tl.dot(signs, high, tl.dot(signs, middle, tl.dot(signs, low)))
-        else:
-            total = tl.dot(signs, x, total)
+        total = add_product(total, signs, x, True, True)
     m = m0 + tl.arange(0, BM)
     n = n0 + tl.arange(0, BN)
     if sums is None:
@@ -138,11 +131,7 @@ def feedback_mm(grad_output: Tensor, *feedback: Any) -> Tensor:
     checks.feedback(weight, signs, magnitude, key, entries, scale, (k, n), packed_shape((k, n)), grad_output.device)
     if m == 0 or n == 0 or k == 0:
         return grad_output.new_zeros(m, n)
-    out, shift = grad_output.new_empty(m, n), None
-    if dtype == torch.float32:
-        # bf16's least number is 2^-133: rows move to where all three parts are normal.
-        shift = torch.frexp(grad_output.abs().amax(1, keepdim=True).nan_to_num()).exponent.double()
-        grad_output = (grad_output * torch.exp2(-shift)).float()
+    out = grad_output.new_empty(m, n)
     planes, words = None if signs is None else signs.contiguous(), None if key is None else key.contiguous()
     strides = (*grad_output.stride(), *((0, 0) if weight is None else weight.stride()))
     source = 0 if weight is None else weight.element_size()
@@ -159,4 +148,4 @@ def feedback_mm(grad_output: Tensor, *feedback: Any) -> Tensor:
     if sums is not None:
         kernel, grid = wrap_triton(add_kernel) if trace else add_kernel, (-(-m * n // BLOCK), 1, 1)
         launch(kernel, grid, (sums, out), (float(scale), m * n, parts), {"BLOCK": BLOCK})
-    return out if shift is None else (out * torch.exp2(shift)).float()
+    return out

@@ -15,9 +15,6 @@ from torch import Tensor
 from torch.library import triton_op
 from triton.runtime.jit import JITFunction
 
-# In the interpreter: the least that these kernels run on.
-_INTERPRETED = (8, 6), 101_376
-
 
 class Tile(NamedTuple):
     """`rows` of dY (or samples), `columns` of B (or outputs), `depth` of the sum, and how they are run."""
@@ -39,7 +36,7 @@ class Tile(NamedTuple):
 def device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
     """Compute capability of `device` (AMD's have no wgmma: 8.0), and bytes of shared memory that a block may have."""
     if device.type != "cuda":
-        return _INTERPRETED
+        return (8, 6), 101_376  # in the interpreter: the least that these kernels run on
     of: Any = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return (8, 0), of.shared_memory_per_block

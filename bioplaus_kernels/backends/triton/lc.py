@@ -22,12 +22,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from ... import ops
 from .. import reference
 from ..reference import checks
 from ..reference.lc import memory_format, output_size
 from ..reference.pack_signs import matrix_shape, packed_shape
 from .launch import Tile, device_limits, fitting, launch, product, traced
-from .loaders import block_entries, block_signs
+from .loaders import add_product, block_signs
 
 Ints = tuple[int, ...]
 
@@ -70,33 +71,6 @@ def _patch(j, CI, position, I0, I1, I2, O1, O2, K1, K2, S0, S1, S2, B0, B1, B2, 
 
 
 @triton.jit
-def _parts(x):
-    """float32 numbers as high + (middle + low / 256) / 256 in bfloat16: lower parts keep their bits at 1e-40 too."""
-    high = x.to(tl.bfloat16)
-    rest = (x - high.to(tl.float32)) * 256.0
-    middle = rest.to(tl.bfloat16)
-    return high, middle, ((rest - middle.to(tl.float32)) * 256.0).to(tl.bfloat16)
-
-
-@triton.jit
-def _add_product(total, b, a, WGMMA: tl.constexpr):
-    """total + b . a. Of float32 by its parts, the least products first: what is left out is below 2^-24 of one."""
-    if not WGMMA or a.dtype != tl.float32:
-        return tl.dot(b.to(a.dtype), a, total, input_precision="ieee")
-    else:
-        high, middle, low = _parts(a)
-        if b.dtype == tl.float32:
-            b0, b1, b2 = _parts(b)
-            least = tl.dot(b0, low, tl.dot(b2, high, tl.dot(b1, middle)))
-            less = tl.dot(b1, high, least * (1.0 / 256))
-        else:  # signs, which are bfloat16's own
-            b0 = b
-            less = tl.dot(b, low) * (1.0 / 256)
-        # Tensor cores cut what they add: each step starts from zero, and is rounded into the sum.
-        return total + tl.dot(b0, high, tl.dot(b0, middle, less) * (1.0 / 256))
-
-
-@triton.jit
 def forward_kernel(
     x, weight, bias, y, N, G, CI, CO, J, P,
     I0, I1, I2, O0, O1, O2, K0, K1, K2, S0, S1, S2, B0, B1, B2, D0, D1, D2,
@@ -113,7 +87,7 @@ def forward_kernel(
         at = pixel * (G * CI) + g * CI + c
         a = tl.load(x + sample[:, None] + at[None, :], mask=(n < N)[:, None] & (inside & (j < J))[None, :], other=0.0)
         b = tl.load(weight + row[:, None] * J + j[None, :], mask=(o < CO)[:, None] & (j < J)[None, :], other=0.0)
-        total = _add_product(total, b, tl.trans(a), WGMMA)
+        total = add_product(total, b, tl.trans(a), WGMMA)
     if BIAS != "":
         where = row if BIAS == "position" else g * CO + o
         total += tl.load(bias + where, mask=o < CO, other=0.0).to(tl.float32)[:, None]
@@ -139,11 +113,12 @@ def _readers(pixel, positions, K, S, B, D):
 def backward_input_kernel(
     grad, weight, planes, magnitude, key, dx, scale, N, G, CI, CO, J, P, ROWS, COLUMNS,
     I0, I1, I2, O0, O1, O2, K0, K1, K2, S0, S1, S2, B0, B1, B2, D0, D1, D2,
-    ENTRIES: tl.constexpr, WGMMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    WGMMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
     """dx (N, I, G CI) = sum over taps of grad (N, P, G CO) at the position that reads the pixel, times its block."""
     TYPE: tl.constexpr = grad.dtype.element_ty
     SIGN: tl.constexpr = TYPE if TYPE.primitive_bitwidth == 16 else tl.bfloat16
+    SIGNED: tl.constexpr = (weight is not None) or (planes is not None)
     n, c, g, pixel = _block(N, CI, G, BM, BN)
     x0, x1, x2 = _coordinates(pixel, I1, I2)
     count0, tap0, step0, first0, apart0 = _readers(x0, O0, K0, S0, B0, D0)
@@ -162,18 +137,20 @@ def backward_input_kernel(
         first = (position * (G * CO) + (g * CO + o0)) * J + tap * CI
         offset = tl.arange(0, BK)[None, :] * J + c[:, None]
         inside = (c < CI)[:, None] & (o < CO)[None, :]
-        if ENTRIES == "stored" and scale is None:  # B as it lies there
-            b = tl.load(magnitude + first + offset, mask=inside, other=0.0).to(TYPE)
-        elif ENTRIES == "constant":
+        if magnitude is not None:
+            b = tl.load(magnitude + first + offset, mask=inside, other=0.0)
+            if scale is not None:
+                b = b.to(tl.float32) * scale
+            if SIGNED:
+                signs = block_signs(weight, planes, key, first, offset, inside, ROWS, COLUMNS, tl.bfloat16)
+                b = signs.to(tl.float32) * tl.abs(b.to(tl.float32))
+            b = b.to(TYPE)
+        else:
             b = block_signs(weight, planes, key, first, offset, inside, ROWS, COLUMNS, SIGN)
             if not WGMMA:
                 # A mask, although nothing is to be masked: without it every warp that needs a sign makes it anew.
                 b = tl.where(inside, b, 0.0)
-        else:
-            b = block_entries(weight, planes, magnitude, key, scale, first, offset, inside, ROWS, COLUMNS, ENTRIES).to(
-                TYPE
-            )
-        total = _add_product(total, b, tl.trans(a), WGMMA)
+        total = add_product(total, b, tl.trans(a), WGMMA)
         o0 += BK
         i2 = tl.where(o0 < CO, i2, i2 + 1)
         o0 = tl.where(o0 < CO, o0, 0)
@@ -181,7 +158,7 @@ def backward_input_kernel(
         i2 = tl.where(i2 < count2, i2, 0)
         i0 = tl.where(i1 < count1, i0, i0 + 1)
         i1 = tl.where(i1 < count1, i1, 0)
-    if ENTRIES == "constant":
+    if magnitude is None:
         total *= tl.cast(scale, tl.float32).to(TYPE).to(tl.float32)
     to = (n.to(tl.int64) * (I0 * I1 * I2) + pixel)[None, :] * (G * CI) + (g * CI + c)[:, None]
     tl.store(dx + to, total.to(TYPE), mask=(c < CI)[:, None] & (n < N)[None, :])
@@ -205,7 +182,7 @@ def backward_weight_kernel(
         a = tl.load(grad + of, mask=(n < N)[:, None] & (o < CO)[None, :], other=0.0)
         sample = n.to(tl.int64) * I0 * I1 * I2 * (G * CI)
         b = tl.load(x + at[:, None] + sample[None, :], mask=inside[:, None] & (n < N)[None, :], other=0.0)
-        total = _add_product(total, b, a, WGMMA)
+        total = add_product(total, b, a, WGMMA)
     to = ((tl.cast(position, tl.int64) * G + g) * CO + o)[None, :] * J + j[:, None]
     tl.store(dw + to, total.to(dw.dtype.element_ty), mask=(j < J)[:, None] & (o < CO)[None, :])
 
@@ -215,21 +192,14 @@ _HALF = Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 8, 4), Tile(128, 64, 32, 8, 4)
 _FLOAT32 = Tile(16, 64, 32, 8, 2), Tile(64, 64, 16, 4, 3), Tile(128, 64, 32, 8, 3)
 
 
-def tile_for(width: int, rows: int, entries: str, capability: tuple[int, int], shared: int) -> tuple[Tile, bool]:
+@functools.lru_cache(4096)
+def tile_for(width: int, rows: int, capability: tuple[int, int], shared: int) -> tuple[Tile, bool]:
     """The tile of a product of `rows` rows of numbers of `width` bytes, and whether float32 is multiplied in parts."""
     wgmma = capability[0] in (9, 10)
-    # The largest leaves no registers for draws, nor for sums that are not the tensor cores'.
-    fit = 1 if entries == "normal" else 2 if entries == "uniform" or (width == 4 and not wgmma) else 3
-    tiles = (_HALF if width == 2 else _FLOAT32)[:fit]
+    # The largest leaves no registers for sums that are not the tensor cores'.
+    tiles = _HALF if width == 2 else _FLOAT32 if wgmma else _FLOAT32[:2]
     rows = next((tile.rows for tile in tiles if rows <= tile.rows), tiles[-1].rows)  # a number, of a symbol too
     return fitting(tiles, rows, width, width, shared), wgmma
-
-
-@functools.lru_cache(4096)
-def _tiled(device: torch.device, width: int, rows: int, entries: str = "") -> tuple[Tile, dict[str, Any]]:
-    """The tile on `device`, and the last constants of its kernel."""
-    tile, wgmma = tile_for(width, rows, entries, *device_limits(device))
-    return tile, {"WGMMA": wgmma, **tile.constants()}
 
 
 def _kept(function: Any, recorded: bool) -> Any:
@@ -264,22 +234,25 @@ def _begin(name: str, x: Tensor, geometry: Sequence[Any]) -> tuple[int, bool, tu
     return d, traced(x), (*map(tuple, geometry[:3]), geometry[3])
 
 
-def _formed(x: Tensor) -> tuple[Tensor, torch.memory_format]:
-    """`x` in four dims or five, and the format that has its channels innermost."""
-    return x.unsqueeze(2) if x.dim() == 3 else x, torch.channels_last_3d if x.dim() == 5 else torch.channels_last
-
-
 def _last(x: Tensor) -> Tensor:
     """`x` with its channels innermost in dense memory."""
-    x, form = _formed(x)
-    return x.contiguous(memory_format=form)
+    return x.movedim(1, -1).contiguous()
 
 
 def _result(size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
     """A result in the format of `like`, and what a kernel writes, channels-last: the same memory where that fits."""
     result = torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
-    x, form = _formed(result)
-    return result, result if x.is_contiguous(memory_format=form) else torch.empty_like(x, memory_format=form)
+    last = result.movedim(1, -1)
+    return result, result if last.is_contiguous() else result.new_empty(last.shape).movedim(-1, 1)
+
+
+def _multiply(
+    kernel: Any, recorded: bool, rows: int, columns: int, blocks: int, tensors: Any, numbers: Any, **constants: Any
+) -> None:
+    """`blocks` products of `rows` x `columns`, in tiles."""
+    tile, wgmma = _kept(tile_for, recorded)(tensors[0].element_size(), rows, *device_limits(tensors[0].device))
+    grid = -(-rows // tile.rows) * -(-columns // tile.columns) * blocks, 1, 1
+    launch(kernel, grid, tensors, numbers, {**constants, "WGMMA": wgmma, **tile.constants()})
 
 
 @product(reference.lc_forward)
@@ -296,15 +269,11 @@ def lc_forward(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: An
     result, y = _result((n, o, *out), input)
     if n > 0:
         g, _, co, _, positions = sizes
-        tile, constants = _kept(_tiled, recorded)(input.device, input.element_size(), n)
-        launch(
-            forward_kernel if not recorded else wrap_triton(forward_kernel),
-            (-(-n // tile.rows) * -(-co // tile.columns) * g * positions, 1, 1),
-            (_last(input), weight.contiguous(), bias, y),
-            (n, *sizes, *places),
-            {"BIAS": "" if bias is None else "channel" if bias.dim() == 1 else "position", **constants},
-        )
-    return result if y is result else result.copy_(y.view(result.shape))
+        kernel = wrap_triton(forward_kernel) if recorded else forward_kernel
+        tensors, numbers = (_last(input), weight.contiguous(), bias, y), (n, *sizes, *places)
+        kind = "" if bias is None else "channel" if bias.dim() == 1 else "position"
+        _multiply(kernel, recorded, n, co, g * positions, tensors, numbers, BIAS=kind)
+    return result if y is result else result.copy_(y)
 
 
 @product(reference.lc_backward_input)
@@ -316,20 +285,19 @@ def lc_backward_input(grad_output: Tensor, *rest: Any) -> Tensor:
     n = grad_output.shape[0]
     checks.shape("grad_output", grad_output, (n, size[d], *out))
     checks.feedback(weight, signs, magnitude, key, entries, scale, size, packed, grad_output.device)
+    if entries in ("uniform", "normal"):
+        # Drawn once: a tile would draw four numbers for each that it needs, and every tile of samples anew.
+        magnitude = ops.feedback_weight(weight, signs, None, key, entries, scale, size, dtype=grad_output.dtype)
+        weight, signs, key, scale = None, None, None, 1
     g, c, *_ = sizes
     result, dx = _result((n, c * g, *input_size), grad_output)
     if n > 0:
-        tile, constants = _kept(_tiled, recorded)(grad_output.device, grad_output.element_size(), n, entries)
+        kernel = wrap_triton(backward_input_kernel) if recorded else backward_input_kernel
         sources = [None if x is None else x.contiguous() for x in (weight, signs, magnitude, key)]
         plain = magnitude is not None and weight is None and signs is None and scale == 1
-        launch(
-            backward_input_kernel if not recorded else wrap_triton(backward_input_kernel),
-            (-(-n // tile.rows) * -(-c // tile.columns) * g * math.prod(places[:3]), 1, 1),
-            (_last(grad_output), *sources, dx),
-            (None if plain else float(scale), n, *sizes, *matrix, *places),
-            {"ENTRIES": entries, **constants},
-        )
-    return result if dx is result else result.copy_(dx.view(result.shape))
+        numbers = (None if plain else float(scale), n, *sizes, *matrix, *places)
+        _multiply(kernel, recorded, n, c, g * math.prod(places[:3]), (_last(grad_output), *sources, dx), numbers)
+    return result if dx is result else result.copy_(dx)
 
 
 @product(reference.lc_backward_weight)
@@ -344,12 +312,7 @@ def lc_backward_weight(grad_output: Tensor, input: Tensor, kernel_size: Sequence
     checks.shape("grad_output", grad_output, (n, block[0], *out))
     dw = grad_output.new_empty(*out, *block)
     g, _, co, columns, positions = sizes
-    tile, constants = _kept(_tiled, recorded)(input.device, input.element_size(), co)
-    launch(
-        backward_weight_kernel if not recorded else wrap_triton(backward_weight_kernel),
-        (-(-co // tile.rows) * -(-columns // tile.columns) * g * positions, 1, 1),
-        (_last(grad_output), _last(input), dw),
-        (n, *sizes, *places),
-        constants,
-    )
+    kernel = wrap_triton(backward_weight_kernel) if recorded else backward_weight_kernel
+    tensors = _last(grad_output), _last(input), dw
+    _multiply(kernel, recorded, co, columns, g * positions, tensors, (n, *sizes, *places))
     return dw

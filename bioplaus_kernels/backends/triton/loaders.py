@@ -1,7 +1,5 @@
-"""Tiles of B, formed in registers as they are needed: csrc/common/feedback.h in Triton.
-
-Which cell of the table it is follows from which pointers are None and from ENTRIES, so that a tile's code holds nothing
-of the other cells. Half types are widened as they are loaded: the interpreter has no arithmetic in bf16.
+"""Tiles of signs, made in registers as they are needed, and what a product makes of them: csrc/common/feedback.h in
+Triton. Where signs come from follows from which pointers are None, so that a tile's code holds nothing of the others.
 """
 
 import triton
@@ -24,64 +22,6 @@ def draw(key, call, row):
     high = (stream >> 32).to(tl.uint32)
     call, row = tl.broadcast(call.to(tl.uint32), row.to(tl.uint32))
     return tl.philox(tl.load(key + 1), call, row, low, high)
-
-
-@triton.jit
-def uniform(word, scale):
-    # An integer in [-2^23, 2^23) times scale * 2^-23: one rounding, so that the backends agree on bits.
-    return ((word >> 8).to(tl.int32) - 8388608).to(tl.float32) * (scale * (1.0 / 8388608.0))
-
-
-@triton.jit
-def natural_log(u):
-    """ln u of a normal u = m 2^e, m in [sqrt(1/2), sqrt(2)): 2 artanh((m - 1) / (m + 1)) + e ln 2."""
-    shifted = u.to(tl.int32, bitcast=True) - 0x3F3504F3
-    e = (shifted >> 23).to(tl.float32)
-    m = ((shifted & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)
-    s = (m - 1.0) / (m + 1.0)
-    q = s * s
-    series = 2.0 + q * (2.0 / 3 + q * (2.0 / 5 + q * (2.0 / 7 + q * (2.0 / 9))))
-    # ln 2 in two parts, the first short enough that its product with e is exact.
-    return e * 0.693115234375 + (e * 3.1946183e-05 + s * series)
-
-
-@triton.jit
-def cos_sin(u):
-    """Of 2 pi u, u in [0, 1): the nearest quarter turn and Taylor's series of the rest, as the CPU has it.
-
-    The device library's own carry a branch for huge arguments, with a table on the stack.
-    """
-    quarter = (4.0 * u + 0.5).to(tl.int32)
-    x = 1.5707963267948966 * (4.0 * u - quarter.to(tl.float32))
-    q = x * x
-    s = x * (1.0 - q * (1 / 6) * (1.0 - q * (1 / 20) * (1.0 - q * (1 / 42) * (1.0 - q * (1 / 72)))))
-    c = 1.0 - q * (1 / 30) * (1.0 - q * (1 / 56) * (1.0 - q * (1 / 90)))
-    c = 1.0 - q * 0.5 * (1.0 - q * (1 / 12) * c)
-    odd = (quarter & 1) != 0
-    cosine = tl.where(odd, s, c)
-    sine = tl.where(odd, c, s)
-    return tl.where(((quarter + 1) & 2) != 0, -cosine, cosine), tl.where((quarter & 2) != 0, -sine, sine)
-
-
-@triton.jit
-def normal_pair(a, b, scale):
-    # Box and Muller; the argument of the logarithm is in (0, 1].
-    u = ((a >> 8) + 1).to(tl.int32).to(tl.float32) * (1.0 / 16777216.0)
-    radius = tl.sqrt(-2.0 * natural_log(u))
-    cosine, sine = cos_sin((b >> 8).to(tl.int32).to(tl.float32) * (1.0 / 16777216.0))
-    return radius * cosine * scale, radius * sine * scale
-
-
-@triton.jit
-def numbers(words, scale, ENTRIES: tl.constexpr):
-    """Four draws of one call."""
-    a, b, c, d = words
-    if ENTRIES == "uniform":
-        return uniform(a, scale), uniform(b, scale), uniform(c, scale), uniform(d, scale)
-    else:
-        na, nb = normal_pair(a, b, scale)
-        nc, nd = normal_pair(c, d, scale)
-        return na, nb, nc, nd
 
 
 @triton.jit
@@ -203,18 +143,29 @@ def block_signs(weight, planes, key, first, offset, inside, rows, columns, dtype
 
 
 @triton.jit
-def block_entries(
-    weight, planes, magnitude, key, scale, first, offset, inside, rows, columns, ENTRIES: tl.constexpr
-):  # fmt: skip
-    """Entries of such a B, stored or drawn, times signs where something gives them; float32, 0 where not inside."""
-    if ENTRIES == "stored":
-        b = tl.load(magnitude + first + offset, mask=inside, other=0.0).to(tl.float32) * scale
+def parts(x, INFINITE: tl.constexpr = False):
+    """float32 numbers as high + (middle + low / 256) / 256 in bfloat16: lower parts keep their bits at 1e-40 too."""
+    high = x.to(tl.bfloat16)
+    rest = (x - high.to(tl.float32)) * 256.0
+    if INFINITE:  # an infinity is its high part, and not a NaN
+        rest = tl.where(tl.abs(x) < float("inf"), rest, 0.0)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, ((rest - middle.to(tl.float32)) * 256.0).to(tl.bfloat16)
+
+
+@triton.jit
+def add_product(total, b, a, PARTS: tl.constexpr, INFINITE: tl.constexpr = False):
+    """total + b . a. Of float32 by PARTS, the least products first: what is left out is below 2^-24 of one."""
+    if not PARTS or a.dtype != tl.float32:
+        return tl.dot(b.to(a.dtype), a, total, input_precision="ieee")
     else:
-        i = first // columns
-        j = first - i * columns
-        place = (j % 4).to(tl.int32) + offset
-        b = choose(numbers(draw(key, (j // 4).to(tl.int32) + place // 4, i), scale, ENTRIES), place % 4)
-    if (weight is not None) or (planes is not None):
-        signs = block_signs(weight, planes, key, first, offset, inside, rows, columns, tl.bfloat16)
-        b = signs.to(tl.float32) * tl.abs(b)
-    return tl.where(inside, b, 0.0)
+        high, middle, low = parts(a, INFINITE)
+        if b.dtype == tl.float32:
+            b0, b1, b2 = parts(b)
+            least = tl.dot(b0, low, tl.dot(b2, high, tl.dot(b1, middle)))
+            less = tl.dot(b1, high, least * (1.0 / 256))
+        else:  # signs, which are bfloat16's own
+            b0 = b
+            less = tl.dot(b, low) * (1.0 / 256)
+        # Tensor cores cut what they add: each step starts from zero, and is rounded into the sum.
+        return total + tl.dot(b0, high, tl.dot(b0, middle, less) * (1.0 / 256))
