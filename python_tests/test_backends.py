@@ -328,7 +328,7 @@ def test_gpus_without_kernels_are_named(
     capabilities = [(7, 5), (9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"NVIDIA {'T4' if index == 0 else 'H200'}")
-    importlib.import_module("bioplaus_kernels.__main__").main()
+    importlib.import_module("bioplaus_kernels.__main__").report()
     report = capsys.readouterr().out
     assert "  0: NVIDIA T4, sm_75\n" in report and "  1: NVIDIA H200, sm_90\n" in report
     assert report.count("not served by triton: compute capability 7.5 is below 8.0") == 1

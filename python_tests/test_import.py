@@ -16,7 +16,7 @@ from bitwise import needs_native
 from small import RULES, gradients
 
 import bioplaus_kernels as bk
-from bioplaus_kernels.__main__ import main
+from bioplaus_kernels.__main__ import report
 from bioplaus_kernels.backends import native, reference
 
 TORCH = torch.__version__.partition("+")[0].encode()
@@ -188,7 +188,7 @@ def test_the_report_names_a_build_of_changed_sources(
     text = kernel.read_text()
     kernel.write_text(f"{text}\n")
     assert native.outdated()
-    main()
+    report()
     assert "  built from other sources than csrc beside the package: build again" in capsys.readouterr().out
     kernel.write_text(text)
     assert not native.outdated()
