@@ -19,7 +19,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 EVERY = {rule.name + ("-stored" if getattr(rule, "stored", False) else ""): rule for rule in RULES.values()}
 EVERY |= {"kp": bk.KolenPollack()}
 EVERY.pop("backprop")
-every_rule = pytest.mark.parametrize("rule", EVERY)
+FAST = ("fa", "kp", "fa_signed_init")
+every_rule = pytest.mark.parametrize(
+    "rule", [pytest.param(rule, marks=[] if rule in FAST else pytest.mark.slow) for rule in EVERY]
+)
 
 
 class Config(transformers.PretrainedConfig):

@@ -283,6 +283,22 @@ def _train(rule: bk.Rule, wrap: str, rank: int, world: int) -> list[Tensor]:
     return [p.detach().clone() for p in full]
 
 
+def _freed(rank: int, world: int) -> str:
+    """What the backward says where FSDP2 was told not to gather W for it."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = MODEL()
+    bk.convert_(model, "usf")
+    for layer in (model[0], model[3], model[5], model):
+        fully_shard(layer, reshard_after_forward=True)
+        layer.set_unshard_in_backward(False)
+    try:
+        model(torch.randn(4, 1, 8, 8)).square().mean().backward()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _worker(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -290,7 +306,7 @@ def _worker(rank: int, world: int, folder: str) -> None:
     try:
         cases = [(name, wrap) for name in OWN | STORED for wrap in ("ddp", "fsdp2")]
         found = {(name, wrap): _train((OWN | STORED)[name], wrap, rank, world) for name, wrap in cases}
-        torch.save(found, f"{folder}/{rank}.pt")
+        torch.save((found, _freed(rank, world)), f"{folder}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 
@@ -298,7 +314,8 @@ def _worker(rank: int, world: int, folder: str) -> None:
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 def test_two_ranks_train_as_one_process(tmp_path: Any) -> None:
     torch.multiprocessing.start_processes(_worker, (2, str(tmp_path)), nprocs=2, start_method=fresh.START_METHOD)
-    ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (ours, said), (theirs, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert said.startswith("weight: expected a tensor with memory, got one whose storage has been freed")
     for (name, wrap), found in ours.items():
         assert_equal(found, theirs[name, wrap])
         for a, e in zip(found, _train((OWN | STORED)[name], "", 0, 1), strict=True):
