@@ -71,7 +71,7 @@ def test_from_pretrained_of_its_own(rule: str, tmp_path: Path) -> None:
     whole = torch.compile(Model.from_pretrained(tmp_path), backend="aot_eager", fullgraph=True)
     if rule == "usf":
         whole(x())
-    else:
+    elif transformers.__version__ >= "5":  # before, it gave layers what it had by load_state_dict, one tensor at a time
         with pytest.raises(Exception, match=r"call the model once without torch.compile"):
             whole(x())
 

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..feedback import Key, Record, decode
@@ -15,30 +16,31 @@ class Load:
     """Before torch.nn has copied the tensors (the constructor) and after it (`finish`)."""
 
     def __init__(
-        self,
-        layer: "StatefulLayer",
-        name: str,
-        state_dict: dict[str, Any],
-        prefix: str,
-        strict: bool,
-        error_msgs: list[str],
+        self, layer: "StatefulLayer", name: str, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]
     ) -> None:
         held = layer._held[name]
         self.layer, self.name, self.prefix, self.found = layer, name, prefix, None
         self.errors = len(error_msgs)
+        # Some loaders give one tensor at a time, memory that nobody wrote where they have none.
+        self.piece = all("feedback_" in key for key in state_dict)
         where = prefix + held.record
         record, key = state_dict.pop(where, None), state_dict.pop(prefix + attribute_of(name, "key"), None)
+        if any(t.is_meta for t in (layer._record(held), *layer._kept(held).values())):
+            held.unwritten = True
+        elif record is not None and not self.piece:
+            held.unwritten = False
+        held.in_pieces |= held.unwritten and self.piece
         self.given = {n: state_dict[prefix + a] for n, a in held.kept.items() if prefix + a in state_dict}
         # Version 0.1 has no records. A rule that keeps nothing takes plain weights.
         self.complete = record is not None or key is not None or bool(self.given) or not (held.kept or held.key)
         if record is not None and readable(record):
-            self._read(record, where, strict, error_msgs)
+            self._read(record, where, error_msgs)
         elif key is not None and not key.is_meta:
             try:
                 self.found = Record("", {}, Key.of(key), {})
             except ValueError as error:
                 error_msgs.append(f"{prefix}{attribute_of(name, 'key')}: {error}")
-        elif self.given:
+        elif self.given and not self.piece:
             # Drawn from a key that is not known.
             self.found = Record("", {}, None, {})
         if len(error_msgs) > self.errors:
@@ -46,7 +48,7 @@ class Load:
             for n in self.given:
                 del state_dict[prefix + held.kept[n]]
 
-    def _read(self, record: Tensor, where: str, strict: bool, error_msgs: list[str]) -> None:
+    def _read(self, record: Tensor, where: str, error_msgs: list[str]) -> None:
         try:
             self.found = decode(record)
         except ValueError as error:
@@ -56,7 +58,7 @@ class Load:
             )
             return
         if self.found is None:
-            if strict:
+            if not self.piece:
                 error_msgs.append(f"{where}: expected a record of a layer's feedback, got something else")
         elif why := self.layer._mismatch(self.found):
             error_msgs.append(f"{where}: {why}")
@@ -76,9 +78,8 @@ class Load:
         if weight.is_meta:
             return
         wanted = layer._kept(held)
-        if layer._place(name, weight.device) or (
-            self.found is not None and layer._feedback.fixed and not wanted.keys() <= self.given.keys()
-        ):
+        partial = self.found is not None and layer._feedback.fixed and not wanted.keys() <= self.given.keys()
+        if layer._place(name, weight.device) or (partial and not self.piece):
             layer._lose(name, weight)
         elif wanted.keys() <= self.given.keys() and wanted:
             held.lost, held.sums = False, sums_of(layer._feedback, wanted)
@@ -88,3 +89,6 @@ class Load:
                 except RuntimeError as error:
                     error_msgs.append(str(error))
         layer._settle(name, weight.device)
+        if held.unwritten and held.in_pieces:
+            # The next call looks again: who loads marks what it had, when it is done.
+            held.seen = torch.empty(0, device="meta")

@@ -56,6 +56,10 @@ class Held:
     seen: Tensor | None = None
     # Its version then; -1 where writes are DistributedDataParallel's, which sends the same at each forward.
     version: int = 0
+    # Whether the layer was on the meta device and no record was loaded since.
+    unwritten: bool = False
+    # Whether something was loaded alone since.
+    in_pieces: bool = False
     # Whether a kept tensor is memory that nobody wrote, and no key can draw it.
     lost: bool = False
 
@@ -315,8 +319,9 @@ class StatefulLayer(torch.nn.Module):
         if not readable(record):
             return True
         # transformers fills what a checkpoint lacks with memory that may be another layer's record.
-        filled = held.seen is not None and held.seen.is_meta and "_is_hf_initialized" in vars(self)
-        if filled and not hasattr(record, "_is_hf_initialized"):
+        unwritten = held.unwritten or (held.seen is not None and held.seen.is_meta)
+        held.unwritten = held.in_pieces = False
+        if unwritten and "_is_hf_initialized" in vars(self) and not hasattr(record, "_is_hf_initialized"):
             return False
         try:
             found = decode(record)
@@ -471,7 +476,7 @@ class StatefulLayer(torch.nn.Module):
         error_msgs: list[str],
     ) -> None:
         # Records are read, and not copied; of each weight, what is given of the rest.
-        loads = [Load(self, name, state_dict, prefix, strict, error_msgs) for name in self._held]
+        loads = [Load(self, name, state_dict, prefix, error_msgs) for name in self._held]
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
