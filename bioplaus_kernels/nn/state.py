@@ -235,6 +235,8 @@ class StatefulLayer(torch.nn.Module):
     def _overwrite(self, attribute: str, content: Tensor) -> None:
         buffer = self._buffers.get(attribute)
         if buffer is None or buffer.is_inference() or not _alike(buffer, content):
+            # With what loaders have marked it by.
+            vars(content).update({} if buffer is None else vars(buffer))
             self._buffers[attribute] = content
         else:
             buffer.copy_(content)
