@@ -15,7 +15,7 @@ from . import nn
 from .backends.reference import checks
 from .feedback import RULES, Key, Rule, as_rule, derived_key
 from .nn.base import FeedbackLayer
-from .nn.state import supported
+from .nn.held import supported
 
 _PAIRS: dict[type[torch.nn.Module], type[FeedbackLayer]] = {
     getattr(torch.nn, name): getattr(nn, name)
@@ -126,7 +126,7 @@ def convert_(
     report = Report()
     # One B for each Parameter: who shares a weight shares the first name it has, and so the key.
     names = {id(parameter): _WRAPPERS.sub("", name) for name, parameter in model.named_parameters()}
-    owners: dict[int, FeedbackLayer] = {}
+    owners: dict[int, tuple[FeedbackLayer, str]] = {}
     for name, module, why in modules:
         if module in plan:
             report.rows.append(_apply(name, module, plan[module], seed, names, owners))
@@ -175,7 +175,7 @@ def _obstacle(module: Any) -> str:
 
 
 def _apply(
-    name: str, module: Any, rule: Rule, seed: int, names: dict[int, str], owners: dict[int, FeedbackLayer]
+    name: str, module: Any, rule: Rule, seed: int, names: dict[int, str], owners: dict[int, tuple[FeedbackLayer, str]]
 ) -> Row:
     if rule.transports_weight and not isinstance(module, FeedbackLayer):
         return Row(name, _type(module), "left", rule.name, "left to back-propagation")
@@ -193,10 +193,12 @@ def _apply(
             module.__class__ = _PLAIN[type(module)]
     if rule.transports_weight:
         return Row(name, _type(module), "restored", rule.name, "")
-    for weight in module.weights():
-        owner = owners.setdefault(id(getattr(module, weight)), module)
-        if owner is not module and owner.feedback == rule:
-            module.share_feedback(owner)
+    # An attention's output projection is a layer of its own.
+    for layer in (m for m in (module, *module.children()) if isinstance(m, FeedbackLayer)):
+        for weight in layer.weights():
+            owner, its = owners.setdefault(id(getattr(layer, weight)), (layer, weight))
+            if owner is not layer and owner.feedback == rule:
+                layer.share_feedback(weight, owner, its)
     reason = ""
     if trained := [held.trained for held in module._held.values() if held.trained]:
         reason = f"its {trained[0]} learns: add it to the optimizer, in the weight's parameter group"

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from .direct import DirectFeedback
 from .feedback import Record, decode
+from .feedback.record import readable
 from .nn.base import FeedbackLayer
 
 _SUFFIX = "feedback_state"
+_KINDS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
 
 @dataclass
@@ -59,16 +61,17 @@ def describe_file(path: str | Path) -> Description:
     try:
         if (path / ".metadata").exists():
             return describe(_distributed(path))
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        rows = []
-        for file in files:
-            content = _safetensors(file) if file.suffix == ".safetensors" else _torch(file)
-            rows += describe(content if isinstance(content, Mapping) else {}).rows
-        return Description(rows)
+        files = [f for kind in _KINDS for f in sorted(path.glob(kind))] if path.is_dir() else [path]
+        found = [_safetensors(file) if file.suffix == ".safetensors" else _torch(file) for file in files]
+        rows = [row for content in found for row in describe({"": content}).rows]
     except ImportError:
         raise
     except Exception as error:
-        raise ValueError(f"{path}: cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path}: cannot be read as a checkpoint ({why})") from error
+    if not files:
+        raise ValueError(f"{path}: expected a checkpoint of torch.distributed, or files {', '.join(_KINDS)}")
+    return Description(rows)
 
 
 def _torch(file: Path) -> Any:
@@ -101,16 +104,20 @@ def _distributed(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _tensors(found: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Tensor]]:
-    for name, value in found.items():
-        full = f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            yield from _tensors(value, f"{full}.")
-        elif isinstance(value, Tensor) and full.endswith((_SUFFIX, "feedback_key")):
-            yield full, value
+def _tensors(found: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    todo = [(prefix, found)]
+    while todo:
+        name, value = todo.pop()
+        if isinstance(value, Mapping | list | tuple):
+            inner = value.items() if isinstance(value, Mapping) else enumerate(value)
+            todo += [(f"{name}.{key}".removeprefix("."), v) for key, v in reversed(list(inner))]
+        elif isinstance(value, Tensor) and name.endswith((_SUFFIX, "feedback_key")):
+            yield name, value
 
 
 def _read(name: str, data: Tensor) -> tuple[str, str, str]:
+    if not readable(data):
+        return _weight(name, _SUFFIX), "unknown: on the meta device, or sharded", "-"
     if name.endswith("feedback_key"):
         return _weight(name, "feedback_key"), "unknown: saved by version 0.1", f"key {data.flatten().tolist()[1:2]}"
     try:

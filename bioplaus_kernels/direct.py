@@ -285,7 +285,6 @@ class DirectFeedback(StatefulLayer):
     all, or under no_grad (reentrant checkpointing), and for double backward.
     """
 
-    feedback_key: Tensor | None
     feedback_weight: torch.nn.Parameter | None
     # Set by metrics.backprop.
     _bypassed: bool = False
@@ -338,7 +337,6 @@ class DirectFeedback(StatefulLayer):
             # The stored columns have their scales.
             self._plan = self._plan._replace(slices=tuple(part._replace(ratio=1.0) for part in self._plan.slices))
         self._device = logits.device
-        self.register_buffer("feedback_key", None)
         self.register_parameter("feedback_weight", None)
         self.install_feedback(feedback, self._key)
 

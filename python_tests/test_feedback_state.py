@@ -421,11 +421,9 @@ def test_a_checkpoint_in_place(tmp_path: Any) -> None:
 
 def test_what_ddp_leaves_alone() -> None:
     model = mlp("fa")
-    assert model._ddp_params_and_buffers_to_ignore == [
-        f"{layer}.feedback_{kept}" for layer in (0, 2) for kept in ("key", "state")
-    ]
+    assert model._ddp_params_and_buffers_to_ignore == ["0.feedback_state", "2.feedback_state"]
     model[0].reset_feedback()  # each rank's own draw
-    assert model._ddp_params_and_buffers_to_ignore == ["2.feedback_key", "2.feedback_state"]
+    assert model._ddp_params_and_buffers_to_ignore == ["2.feedback_state"]
     bk.convert_(model, "fa_signed_init")  # of the weights a rank began with
     assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
     bk.convert_(model, "concordance", filter_fn=lambda m, name: name == "2")

@@ -15,7 +15,7 @@ Fans are torch.nn.init's; those of a locally-connected layer are the fans of one
 """
 
 from .record import Frozen, Key, Record, decode, derived_key, drawn_key, encode, feedback_key
-from .rule import BACKPROP, Operands, Rule, State, Stateful, stored
+from .rule import BACKPROP, Operands, Rule, State, Stateful, identity, stored
 from .rules import (
     RULES,
     Backprop,
@@ -70,6 +70,7 @@ __all__ = [
     "encode",
     "feedback_key",
     "fill",
+    "identity",
     "lc_fans",
     "linear_fans",
     "root_mean_square",

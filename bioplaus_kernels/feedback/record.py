@@ -27,6 +27,8 @@ class Key(NamedTuple):
         """The key that (layout version, key, stream) stands for; ValueError for another layout."""
         if isinstance(key, Key):
             return key
+        if not isinstance(key, Tensor):
+            raise ValueError(f"expected a tensor (layout version, key, stream), got {type(key).__name__}")
         if key.shape != (3,) or int(key[0]) not in range(1, LAYOUT_VERSION + 1):
             raise ValueError(f"expected (layout version up to {LAYOUT_VERSION}, key, stream), got {key.tolist()}")
         return cls(int(key[0]), int(key[1]))
@@ -124,6 +126,8 @@ def decode(data: Tensor) -> Record | None:
     The floats of an average of equal records are taken as the integers next to them. Raises ValueError for a record
     that was altered.
     """
+    if data.is_complex():
+        return None
     numbers = data.detach().flatten().tolist()
     if not all(math.isfinite(x) and -1 < x < 256 for x in numbers):
         return None
@@ -138,7 +142,10 @@ def decode(data: Tensor) -> Record | None:
         content = json.loads(text)
         version, value, seed, name = content.get("key", (0, "0", None, ""))
         key = Key(version, int.from_bytes(bytes.fromhex(value.zfill(16)), signed=True), seed, name)
-        return Record(content["rule"], content["fields"], key if version else None, content["sums"])
+        record = Record(content["rule"], content["fields"], key if version else None, content["sums"])
+        good = isinstance(record.rule, str) and isinstance(record.fields, dict) and isinstance(record.sums, dict)
+        named = isinstance(version, int) and isinstance(name, str) and (seed is None or isinstance(seed, int))
+        return record if good and named else None
     except (AttributeError, KeyError, TypeError, ValueError):
         return None  # whole, and none of ours
 

@@ -1,6 +1,8 @@
 """What a rule is: the B, of W's shape, in dX = dY B, and the state that it takes."""
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from enum import Enum
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -38,7 +40,7 @@ def stored(b: Tensor, rescale: Tensor | None = None) -> Operands:
     return Operands("", None, b, None, "stored", 1.0, rescale)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Stateful:
     """What a rule keeps for a weight, and how that is drawn.
 
@@ -47,7 +49,9 @@ class Stateful:
     by the weight's own gradient. `draw` fills them, from a key that the layer has of convert_'s seed or of torch's
     generator. A state_dict carries them, and a record of rule, key and content with them.
 
-    The fields of the dataclass, numbers and strings, identify a rule: what was saved under others does not load.
+    The name of its class and the fields of the dataclass identify a rule, with what else its class and itself hold:
+    numbers, strings, enums, dtypes and tuples, lists and dictionaries of these. What was saved under others does not
+    load. A field(compare=False) does not count.
     """
 
     # The string that stands for the rule with its defaults.
@@ -57,6 +61,21 @@ class Stateful:
     # Whether what is kept stays as it was drawn. If not it learns, and its content is no part of the record.
     fixed: ClassVar[bool] = True
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if {"draw", "seeded"} & own.keys() and "keyed" not in own:
+            cls.keyed = property(lambda self: True)  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and identity(self) == identity(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), repr(identity(self))))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{n}={v!r}' for n, v in identity(self)[1].items())})"
+
     @property
     def seeded(self) -> bool:
         """Whether a call reads the key."""
@@ -64,8 +83,8 @@ class Stateful:
 
     @property
     def keyed(self) -> bool:
-        """Whether B depends on a key."""
-        return self.seeded or type(self).draw is not Stateful.draw
+        """Whether B depends on a key: where a rule has a `draw` of its own, or is seeded, unless it says no."""
+        return False
 
     @property
     def initial(self) -> bool:
@@ -84,17 +103,28 @@ class Stateful:
         return ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Rule(Stateful):
     """Base of the rules. One of a user's own has `name`, one of `matrix`, `factors` and `operands`, and state if any.
 
-    B has W's shape; dX = dY B.
+    B has W's shape; dX = dY B. Of a class and those it is made from, the last that has one of the three says what B is.
     """
+
+    _factored: ClassVar[bool] = False
 
     # Whether W's signs are read, which frozen_signs packs once for many calls.
     sign_of_weight: ClassVar[bool] = False
     # Whether what is kept as "weight" is what `mirror_` teaches.
     mirrors: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if {"matrix", "factors"} & own.keys() and "operands" not in own:
+            cls.operands = Rule.operands  # type: ignore[method-assign]
+            cls._factored = "factors" in own
+            if cls.transports_weight and "transports_weight" not in own:
+                cls.transports_weight = False
 
     def rms(self, fans: Fans) -> float:
         """The root mean square of B's entries, before `rescale`."""
@@ -117,18 +147,25 @@ class Rule(Stateful):
 
     def operands(self, weight: Tensor, state: State) -> Operands:
         """What stands for B in a call, `matrix` or `factors` unless a rule has a cell of the ops' table."""
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            if type(self).factors is not Rule.factors:
-                p, q = self.factors(weight.detach(), state)
-                columns = weight[:1].numel()
-                self._fits("factors", p, weight, (weight.shape[0], p.shape[-1]))
-                self._fits("factors", q, weight, (p.shape[-1], columns))
+        # The meta device has no autocast.
+        exact = nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False)
+        with torch.no_grad(), exact:
+            if self._factored:
+                found = self.factors(weight.detach(), state)
+                if not isinstance(found, tuple) or len(found) != 2:
+                    raise TypeError(f"{type(self).__name__}.factors: expected two tensors, got {type(found).__name__}")
+                p, q = found
+                rank = p.shape[1] if isinstance(p, Tensor) and p.dim() == 2 else 1
+                self._fits("factors", p, weight, (weight.shape[0], rank))
+                self._fits("factors", q, weight, (rank, weight[:1].numel()))
                 return Operands("", p, q, None, "factors", 1.0, None)
             b = self.matrix(weight.detach(), state)
             self._fits("matrix", b, weight, tuple(weight.shape))
             return stored(b)
 
-    def _fits(self, method: str, found: Tensor, weight: Tensor, shape: tuple[int, ...]) -> None:
+    def _fits(self, method: str, found: Any, weight: Tensor, shape: tuple[int, ...]) -> None:
+        if not isinstance(found, Tensor):
+            raise TypeError(f"{type(self).__name__}.{method}: expected a tensor, got {type(found).__name__}")
         got = tuple(found.shape), found.dtype, found.device
         if got != (shape, weight.dtype, weight.device):
             raise ValueError(
@@ -151,4 +188,46 @@ def check_rule(rule: Rule, argument: str) -> Rule:
         raise TypeError(f"{argument}: expected a rule with one of matrix, factors and operands, got {kind.__name__}")
     if not isinstance(getattr(rule, "name", None), str):
         raise TypeError(f"{argument}: expected a rule with a name, a string, got {kind.__name__}")
+    try:
+        identity(rule)
+    except TypeError as error:
+        raise TypeError(f"{argument}: {error}") from error
     return rule
+
+
+def identity(rule: Stateful) -> tuple[str, dict[str, Any]]:
+    """What a file says of `rule`: its class, and the names and values of what it holds, as JSON gives them back.
+
+    Raises TypeError for a value that a file cannot hold.
+    """
+    kind = type(rule)
+    values: dict[str, Any] = {}
+    own = [c for c in reversed(kind.__mro__) if issubclass(c, Stateful) and not c.__module__.startswith(_PACKAGE)]
+    for c in own:
+        values |= {n: v for n, v in vars(c).items() if not (n.startswith("_") or callable(v) or hasattr(v, "__get__"))}
+    left_out = {f.name for f in fields(rule) if not f.compare}
+    values |= {f.name: getattr(rule, f.name) for f in fields(rule)}
+    held = getattr(rule, "__dict__", {})
+    values |= {n: v for n, v in held.items() if not hasattr(kind, n) or n in values}
+    return kind.__name__, {n: _plain(kind, n, v) for n, v in values.items() if n not in left_out and n != "name"}
+
+
+_PACKAGE = __name__.partition(".")[0] + "."
+
+
+def _plain(kind: type, name: str, value: Any) -> Any:
+    if isinstance(value, Enum | torch.dtype):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        return value.item()
+    if isinstance(value, list | tuple):
+        return [_plain(kind, name, v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _plain(kind, name, v) for k, v in value.items()}
+    raise TypeError(
+        f"{kind.__name__}.{name}: expected numbers, strings, enums, dtypes, or lists and dictionaries of them, which "
+        f"identify a rule in a file, got {type(value).__name__}; tensors are for state(), what does not count for "
+        "field(compare=False)"
+    )

@@ -189,6 +189,10 @@ class SignedInit(Scaled):
     scale: Scale = "xiao"
 
     @property
+    def keyed(self) -> bool:
+        return False
+
+    @property
     def initial(self) -> bool:
         return True
 

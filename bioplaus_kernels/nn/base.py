@@ -1,5 +1,6 @@
 """What every layer with a feedback rule has: the rule, and B in a call."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -11,6 +12,7 @@ from .. import ops
 from ..backends.reference import checks
 from ..feedback import BACKPROP, Fans, Operands, Record, Rule, State, as_rule, encode, weight_rms
 from ..functional import formed, needs_feedback
+from .held import FrozenSigns
 from .state import StatefulLayer
 
 
@@ -29,6 +31,15 @@ class FeedbackLayer(StatefulLayer):
     """Mixin before a torch.nn class: `feedback=`, a rule, and what it keeps for each weight (`StatefulLayer`)."""
 
     _feedback: Rule
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # torch.nn's arguments and ours, where the constructor is the one below: for help() and skip_init.
+        plain = next((c for c in cls.__mro__ if c.__module__.startswith("torch.nn.modules.")), None)
+        if cls.__init__ is FeedbackLayer.__init__ and plain is not None:
+            own = [p for p in inspect.signature(plain).parameters.values() if p.kind is not p.VAR_KEYWORD]
+            ours = inspect.Parameter("feedback", inspect.Parameter.KEYWORD_ONLY, default=None)
+            cls.__signature__ = inspect.Signature([*own, ours])  # type: ignore[attr-defined]
 
     def __init__(self, *args: Any, feedback: Rule | str | None = None, **kwargs: Any) -> None:
         rule = as_rule(feedback)
@@ -136,7 +147,8 @@ def frozen_signs(model: torch.nn.Module) -> Iterator[None]:
         raise RuntimeError(f"frozen_signs: the signs of {nested} are frozen already")
     try:
         for layer in layers:
-            layer._frozen = {name: ops.pack_signs(getattr(layer, name).detach()) for name in layer.weights()}
+            signs = {name: ops.pack_signs(getattr(layer, name).detach()) for name in layer.weights()}
+            layer._frozen = FrozenSigns(signs)
         yield
     finally:
         for layer in layers:

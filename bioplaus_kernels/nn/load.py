@@ -35,7 +35,7 @@ class Load:
         self.complete = record is not None or key is not None or bool(self.given) or not (held.kept or held.key)
         if record is not None and readable(record):
             self._read(record, where, error_msgs)
-        elif key is not None and not key.is_meta:
+        elif key is not None and not (isinstance(key, Tensor) and key.is_meta):
             try:
                 self.found = Record("", {}, Key.of(key), {})
             except ValueError as error:

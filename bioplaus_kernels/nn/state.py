@@ -1,22 +1,23 @@
 """The state of a layer's feedback: how it is drawn, moved, saved and loaded, and how it is told from anything else."""
 
-import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.nn.parallel import DistributedDataParallel
 
 from ..backends.reference import checks
 from ..backends.reference.philox import LAYOUT_VERSION
-from ..feedback import Frozen, Key, Record, State, Stateful, decode, drawn_key, encode, fill
+from ..feedback import Frozen, Key, Record, State, Stateful, decode, drawn_key, encode, identity
 from ..feedback.record import UNKNOWN, attribute_of, readable, sum_of, sums_of
+from .agree import agree
+from .held import FrozenSigns, Held, draw, kept_by, supported, writable
 from .load import Load
 
 Keys = Callable[[str], Key | Tensor]
@@ -24,44 +25,6 @@ _STALE = (
     "feedback: the state of a layer was replaced since its last call, by something else than load_state_dict or a "
     "move; call the model once without torch.compile, which reads it"
 )
-_TAKEN = ("key", "state", "rms", "frozen")
-
-
-def supported(weight: Tensor) -> bool:
-    """Whether a rule other than back-propagation can take `weight`."""
-    return weight.dtype in checks.DTYPES
-
-
-@contextmanager
-def _writable() -> Iterator[None]:
-    # What is made in inference mode could be neither saved for a backward nor written later.
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-@dataclass
-class Held:
-    """Of one weight: what is known of its feedback beside the tensors that the layer registers."""
-
-    constants: State
-    # The attributes of what the rule keeps, by the rule's names for them; "key" is among them if the rule is seeded.
-    kept: dict[str, str]
-    record: str
-    key: Key | None = None
-    # The Parameter that takes the weight's gradient.
-    trained: str = ""
-    # The sums of buffers that stay as they were drawn.
-    sums: dict[str, str] = field(default_factory=dict)
-    # The record's buffer as it was last read or written; None in a replica of DataParallel, which asks nothing.
-    seen: Tensor | None = None
-    # Its version then; -1 where writes are DistributedDataParallel's, which sends the same at each forward.
-    version: int = 0
-    # Whether the layer was on the meta device and no record was loaded since.
-    unwritten: bool = False
-    # Whether something was loaded alone since.
-    in_pieces: bool = False
-    # Whether a kept tensor is memory that nobody wrote, and no key can draw it.
-    lost: bool = False
 
 
 class StatefulLayer(torch.nn.Module):
@@ -71,7 +34,6 @@ class StatefulLayer(torch.nn.Module):
       a save and read at a load or where it was replaced; a call goes by the integers that it stands for;
     * `feedback_<name>`, what the rule keeps as <name>: a buffer (`feedback_signs`, `feedback_scale`), or a Parameter
       (`feedback_weight`) that is never trained, or by W's own gradient (`kp`);
-    * `feedback_key`, of a seeded rule the key as the ops read it, in no state_dict;
 
     and `in_proj_feedback_state` and so on for `in_proj_weight`. Back-propagation keeps nothing.
     """
@@ -79,7 +41,7 @@ class StatefulLayer(torch.nn.Module):
     _feedback: Stateful
     _held: dict[str, Held]
     # Set by frozen_signs: packed signs of each weight, until the block ends.
-    _frozen: dict[str, Tensor] | None = None
+    _frozen: "FrozenSigns | None" = None
     # The names that convert_ told DistributedDataParallel to leave alone, and this layer's among them.
     _ignored: tuple[list[str], list[str]] | None = None
 
@@ -96,7 +58,7 @@ class StatefulLayer(torch.nn.Module):
 
     def install_feedback(self, rule: Any, key: Keys | None = None) -> None:
         """Make `rule` the layer's, with fresh state as in `reset_feedback`: wholly, or an error changes nothing."""
-        with _writable():
+        with writable():
             names = [] if rule.transports_weight else self.weights()
             made = {name: self._made(rule, name, self._weight(name), key) for name in names}
             self.remove_feedback()
@@ -113,30 +75,25 @@ class StatefulLayer(torch.nn.Module):
     def _made(self, rule: Stateful, name: str, weight: Tensor, key: Keys | None) -> tuple[Held, dict[str, Tensor]]:
         if not supported(weight):
             raise TypeError(f"feedback: {rule.name!r} takes a floating weight, got {name} of {weight.dtype}")
-        kept = rule.state(weight)
-        for own in kept:
-            if own in _TAKEN or not own.isidentifier():
-                raise ValueError(f"{type(rule).__name__}.state: expected names other than {_TAKEN}, got {own!r}")
+        kept = kept_by(rule, weight)
         held = Held(self._constants(rule, name), {n: attribute_of(name, n) for n in kept}, attribute_of(name, "state"))
         for n, tensor in kept.items():
             if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad:
                 checks.shape(f"{type(rule).__name__}.state: {n!r}, a trained Parameter", tensor, weight.shape)
+                if held.trained:
+                    checks.fail(f"{type(rule).__name__}.state", "one trained Parameter", "more")
                 held.trained = held.kept[n]
         if rule.keyed:
             held.key = Key.of(drawn_key() if key is None else key(name))
-        _draw(rule, held, kept, weight)
-        tensors = {held.kept[n]: tensor for n, tensor in kept.items()}
-        if rule.seeded:
-            held.kept["key"] = attribute_of(name, "key")
-        return held, tensors
+        draw(rule, held, kept, weight)
+        return held, {held.kept[n]: tensor for n, tensor in kept.items()}
 
     def _constants(self, rule: Any, name: str) -> State:
         # What the rule is given beside what it keeps.
         return {}
 
     def _identity(self, rule: Stateful) -> tuple[str, dict[str, Any]]:
-        # As a file gives them back.
-        return type(rule).__name__, json.loads(json.dumps(vars(rule), default=repr))
+        return identity(rule)
 
     def remove_feedback(self) -> None:
         """Forget the rule, and delete what it keeps."""
@@ -150,19 +107,21 @@ class StatefulLayer(torch.nn.Module):
 
     def reset_feedback(self, key: Keys | None = None) -> None:
         """Draw the state again, in place: from `key(weight name)`, or from torch's generator as torch.nn draws."""
-        with _writable():
+        with writable():
             for name, held in self._held.items():
                 if self._feedback.keyed:
                     held.key = Key.of(drawn_key() if key is None else key(name))
                     if key is None:
                         # Each rank has drawn its own.
                         self._broadcast_again()
-                self._draw_again(name, self._weight(name))
+                weight = self._weight(name)
+                # Draws are of the whole, which every rank of a sharded weight forms.
+                self._draw_again(name, weight.full_tensor() if hasattr(weight, "full_tensor") else weight)
 
     def _draw_again(self, name: str, weight: Tensor) -> None:
         self._place(name, weight.device)
         held = self._held[name]
-        _draw(self._feedback, held, self._kept(held), weight)
+        draw(self._feedback, held, self._kept(held), weight)
         self._settle(name, weight.device)
 
     def _lose(self, name: str, weight: Tensor) -> None:
@@ -208,17 +167,19 @@ class StatefulLayer(torch.nn.Module):
         return record
 
     def _kept(self, held: Held) -> dict[str, Tensor]:
-        return {n: getattr(self, attribute) for n, attribute in held.kept.items() if n != "key"}
+        return {n: getattr(self, attribute) for n, attribute in held.kept.items()}
 
     def _settle(self, name: str, device: torch.device) -> None:
         # Writes, on `device`, the record, and the key as the ops read it.
         held = self._held[name]
-        if "key" in held.kept:
-            assert held.key is not None
-            self._overwrite(held.kept["key"], held.key.tensor(device))
-            self._non_persistent_buffers_set.add(held.kept["key"])
+        if self._feedback.seeded and held.key is not None:
+            old = held.constants.get("key")
+            if old is None or old.device != device or held.given != held.key[:2]:
+                held.constants, held.given = held.constants | {"key": held.key.tensor(device)}, held.key[:2]
         sums = held.sums | sums_of(self._feedback, self._kept(held), torch.nn.Parameter)
-        record = encode(Record(*self._identity(self._feedback), held.key, sums), device)
+        # As torch.nn's buffers are, where the weight has no memory.
+        where = torch.get_default_device() if device.type == "meta" else device
+        record = encode(Record(*self._identity(self._feedback), held.key, sums), where)
         self._overwrite(held.record, torch.zeros_like(record) if held.lost else record)
         held.seen = self._record(held)
         held.version = held.seen._version
@@ -228,8 +189,13 @@ class StatefulLayer(torch.nn.Module):
         held = self._held[name]
         record = self._record(held)
         if readable(record):
+            sums = sums_of(self._feedback, self._kept(held))
             if record is not held.seen or record._version != held.version:
                 self._read_record(name)
+                held.doubted = sums != held.sums
+            elif sums != held.sums and not held.doubted:
+                # Written through .data, the content is what calls have used.
+                held.sums, held.key = sums, held.key if self._feedback.seeded else None
             self._settle(name, record.device)
 
     def _overwrite(self, attribute: str, content: Tensor) -> None:
@@ -247,14 +213,19 @@ class StatefulLayer(torch.nn.Module):
         # What the rule takes in a call.
         held = self._held[name]
         state = held.constants
-        if held.kept:
+        if held.kept or "key" in state:
+            if DistributedDataParallel._active_ddp_module is not None:
+                agree()
+                state = held.constants
             buffers = self._buffers
             record: Any = buffers[held.record]
             stale = record is not held.seen and held.seen is not None
             if not is_compiling():
                 # torch.compile cannot read a version.
                 stale = stale or (held.version >= 0 and record._version != held.version)
-            state, device = state.copy(), weight.device
+            device = weight.device
+            stale = stale or ("key" in state and state["key"].device != device)
+            state = state.copy()
             for n, attribute in held.kept.items():
                 tensor: Any = buffers.get(attribute)
                 if tensor is None:
@@ -263,15 +234,22 @@ class StatefulLayer(torch.nn.Module):
                 state[n] = tensor
             if stale:
                 self._look_again(name, weight)
-                state |= {n: getattr(self, attribute) for n, attribute in held.kept.items()}
+                state = held.constants | self._kept(held)
             if held.lost:
                 raise RuntimeError(
                     f"the feedback state of {self.called(name)} was lost, by to_empty() or a load without it: "
                     "call reset_feedback() or reset_parameters(), convert_ the model again, or load a state_dict"
                 )
         if self._frozen is not None:
-            state = {**state, "frozen": self._frozen.get(name)}
+            state = {**state, "frozen": self._frozen.signs.get(name)}
         return state
+
+    def look_again(self, name: str) -> None:
+        """Read the record of weight `name` if someone replaced or wrote it."""
+        held = self._held[name]
+        record = self._record(held)
+        if readable(record) and (record is not held.seen or record._version != held.version):
+            self._notice(name, self._weight(name))
 
     def _look_again(self, name: str, weight: Tensor) -> None:
         if is_compiling():
@@ -279,6 +257,12 @@ class StatefulLayer(torch.nn.Module):
         # What torch.compile left to run as it is, it looks into again.
         notice = torch.compiler.disable(self._notice) if "torch._dynamo" in sys.modules else self._notice
         notice(name, weight)
+
+    @property
+    def feedback_key(self) -> Tensor | None:
+        """(layout version, key, 0) as the ops read it, of a rule that is seeded, for the layer's first weight."""
+        held = next(iter(self._held.values()), None)
+        return None if held is None else held.constants.get("key")
 
     # Identity.
 
@@ -296,12 +280,15 @@ class StatefulLayer(torch.nn.Module):
         # Why `found` is not of this layer's rule, if it is not.
         own = Record(*self._identity(self._feedback), None, {})
         if (found.rule, found.fields) == (own.rule, own.fields):
-            return "expected a key, got none" if self._feedback.seeded and found.key is None else ""
+            if found.key is None:
+                return "expected a key, got none" if self._feedback.seeded else ""
+            known = 1 <= found.key.version <= LAYOUT_VERSION
+            return "" if known else f"expected a layout version up to {LAYOUT_VERSION}, got {found.key.version}"
         return f"expected the state of {own}, got that of {found}: convert_ with this rule to go on with it"
 
     def _notice(self, name: str, weight: Tensor) -> None:
         # Someone replaced or wrote the record, or what is kept is not where the weight is.
-        with _writable():
+        with writable():
             held = self._held[name]
             written = self._read_record(name)
             if self._place(name, weight.device) or not written:
@@ -371,35 +358,40 @@ class StatefulLayer(torch.nn.Module):
     # Moves, copies, files.
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        with _writable():
+        with writable():
             marks = {name: self._mark(name) for name in vars(self).get("_held", {})}
         try:
             return super()._apply(fn, recurse)
         finally:
-            with _writable():
-                for name, mark in marks.items():
-                    self._moved(name, mark)
+            with writable():
+                for name, (mark, integers) in marks.items():
+                    self._moved(name, mark, integers)
 
-    def _mark(self, name: str) -> list[int]:
+    def _mark(self, name: str) -> tuple[list[int], dict[str, torch.dtype]]:
         # Something in the record that memory which nobody wrote, a record's of before for one, does not have.
-        record, mark = self._record(self._held[name]), list(os.urandom(16))
-        if not readable(record):
-            return []
+        held, mark = self._held[name], list(os.urandom(16))
+        integers = {n: t.dtype for n, t in self._kept(held).items() if not t.is_floating_point()}
+        if not readable(self._record(held)):
+            return [], integers
         self._write(name)
-        record = self._record(self._held[name])
+        record = self._record(held)
         record[:16] = torch.tensor(mark, dtype=torch.uint8, device=record.device)
-        return mark
+        return mark, integers
 
-    def _moved(self, name: str, mark: list[int]) -> None:
+    def _moved(self, name: str, mark: list[int], integers: dict[str, torch.dtype]) -> None:
         held = self._held[name]
         self._freeze(held)
         record, weight = self._record(held), self._weight(name)
         held.seen, held.version = record, record._version
-        if not readable(record) or weight.is_meta:
+        if not readable(record):
             return
-        if record[:16].tolist() != mark or self._place(name, weight.device):
+        for n, dtype in integers.items():
+            # What casts every buffer, as type() does, casts integers too.
+            if (tensor := self._kept(held)[n]).dtype != dtype:
+                self._set(held.kept[n], tensor.to(dtype))
+        if not weight.is_meta and (record[:16].tolist() != mark or self._place(name, weight.device)):
             self._lose(name, weight)
-        self._settle(name, weight.device)
+        self._settle(name, weight.device if not weight.is_meta else record.device)
 
     def _freeze(self, held: Held) -> None:
         # What copies and loads make of a Frozen is a plain Parameter.
@@ -414,13 +406,13 @@ class StatefulLayer(torch.nn.Module):
             if name in held.kept.values():
                 self._freeze(held)
 
-    def share_feedback(self, other: "StatefulLayer") -> None:
-        """Take the very state tensors of `other`, a layer that shares this one's weights and has its rule."""
-        for name, held in self._held.items():
-            if (theirs := other._held.get(name)) is not None:
-                for attribute in (*held.kept.values(), held.record):
-                    self._set(attribute, getattr(other, attribute))
-                self._held[name] = replace(theirs)
+    def share_feedback(self, name: str, other: "StatefulLayer", its: str) -> None:
+        """Take the very state tensors that `other` has for its weight `its`, which is weight `name` of this layer."""
+        held, theirs = self._held[name], other._held[its]
+        for n, attribute in held.kept.items():
+            self._set(attribute, getattr(other, theirs.kept[n]))
+        self._set(held.record, getattr(other, theirs.record))
+        self._held[name] = replace(theirs, kept=held.kept, record=held.record, trained=held.trained)
 
     def _broadcast_again(self) -> None:
         if self._ignored is not None:
@@ -434,13 +426,10 @@ class StatefulLayer(torch.nn.Module):
         replica._held = {name: replace(held, seen=None) for name, held in self._held.items()}
         return replica
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_frozen"}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_plans" in state:
-            with _writable():
+            with writable():
                 self._upgrade()
         for held in self._held.values():
             self._freeze(held)
@@ -452,17 +441,18 @@ class StatefulLayer(torch.nn.Module):
         lost = [vars(self).pop(attribute, False) for attribute in ("_plans", "_state_lost")][1]
         self._held = {}
         for name in self.weights() if self.uses_feedback else ():
-            attributes = {n: attribute_of(name, n) for n in ("key", "weight", "signs", "scale")}
+            attributes = {n: attribute_of(name, n) for n in ("weight", "signs", "scale")}
             kept = {n: a for n, a in attributes.items() if a in self._buffers or a in self._parameters}
+            key = self._buffers.pop(attribute_of(name, "key"), None)
             held = self._held[name] = Held(self._constants(self._feedback, name), kept, attribute_of(name, "state"))
-            if "key" in kept:
-                held.key = Key.of(getattr(self, kept["key"]))
+            if key is not None:
+                held.key = Key.of(key)
             held.sums, held.lost = sums_of(self._feedback, self._kept(held)), lost
             held.trained = next((kept[n] for n, t in self._kept(held).items() if t.requires_grad), "")
             self._settle(name, self._weight(name).device)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        with _writable():
+        with writable():
             for name in self._held:
                 self._write(name)
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -477,24 +467,20 @@ class StatefulLayer(torch.nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        for name in () if self._held else self.weights():
+            if (record := state_dict.get(prefix + attribute_of(name, "state"))) is not None and readable(record):
+                error_msgs.append(
+                    f"{prefix}{attribute_of(name, 'state')}: expected none, as this layer has back-propagation: "
+                    "convert_ the model with the rule that was saved (`python -m bioplaus_kernels describe`)"
+                )
         # Records are read, and not copied; of each weight, what is given of the rest.
         loads = [Load(self, name, state_dict, prefix, error_msgs) for name in self._held]
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        with _writable():
+        with writable():
             for load in loads:
                 load.finish(missing_keys, error_msgs)
-
-
-def _draw(rule: Stateful, held: Held, kept: dict[str, Tensor], weight: Tensor) -> None:
-    if kept:
-        if type(rule).draw is Stateful.draw:
-            for n, tensor in rule.state(weight).items():
-                fill(kept[n], tensor)
-        key = held.key or Key(LAYOUT_VERSION, 0)
-        rule.draw(held.constants | kept, weight, key.tensor(weight.device))
-    held.lost, held.sums = False, sums_of(rule, kept)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

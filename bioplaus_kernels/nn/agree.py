@@ -1,0 +1,41 @@
+"""Ranks of DistributedDataParallel have one B for each weight, or every one of them raises."""
+
+import hashlib
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+
+def agree() -> None:
+    """In the first forward of a DistributedDataParallel, compare what identifies each layer's feedback over its ranks.
+
+    What DDP does not send can differ: with broadcast_buffers=False, where a checkpoint was loaded on rank 0 alone, or
+    where a rule was given after DDP was made. Raises RuntimeError then, on every rank.
+    """
+    ddp = DistributedDataParallel._active_ddp_module
+    if ddp is None or "_feedback_agrees" in vars(ddp):
+        return
+    said, reduced = [], {id(p) for p in ddp._module_parameters}
+    for prefix, layer in ddp.module.named_modules():
+        for name, held in vars(layer).get("_held", {}).items():
+            layer.look_again(name)
+            said.append((prefix, name, layer.feedback_record(name)))
+            if held.trained and id(getattr(layer, held.trained)) not in reduced:
+                raise RuntimeError(
+                    f"{prefix}.{held.trained}: DistributedDataParallel does not reduce its gradient: convert_ the "
+                    "model before it is wrapped"
+                )
+    digest = int.from_bytes(hashlib.blake2b(repr(said).encode(), digest_size=7).digest())
+    found = torch.tensor([digest, -digest], device=next(ddp.module.parameters()).device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=ddp.process_group)
+    if found[0] != -found[1]:
+        raise RuntimeError(
+            "DistributedDataParallel: the ranks have different feedback. It sends nothing of what convert_ drew, and "
+            "no buffers where broadcast_buffers=False: load a checkpoint on every rank, give convert_ one seed, build "
+            "layers under one torch.manual_seed, all of it before the model is wrapped"
+        )
+    vars(ddp)["_feedback_agrees"] = True
+
+
+# For torch.compile, which runs it while it traces: with nothing to guard.
+agree._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,105 @@
+"""What a layer knows of one weight's feedback, and how a rule fills what it keeps."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.reference import checks
+from ..backends.reference.philox import LAYOUT_VERSION
+from ..feedback import Frozen, Key, State, Stateful, fill
+from ..feedback.record import readable, sums_of
+
+_TAKEN = ("key", "state", "rms", "frozen")
+
+
+def supported(weight: Tensor) -> bool:
+    """Whether a rule other than back-propagation can take `weight`."""
+    return weight.dtype in checks.DTYPES
+
+
+@contextmanager
+def writable() -> Iterator[None]:
+    # What is made in inference mode could be neither saved for a backward nor written later.
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@dataclass
+class Held:
+    """Of one weight: what is known of its feedback beside the tensors that the layer registers."""
+
+    # What a call gives the rule beside what it keeps: "rms", and "key" if the rule is seeded.
+    constants: State
+    # The attributes of what the rule keeps, by the rule's names for them.
+    kept: dict[str, str]
+    record: str
+    key: Key | None = None
+    # The Parameter that takes the weight's gradient.
+    trained: str = ""
+    # The sums of buffers that stay as they were drawn.
+    sums: dict[str, str] = field(default_factory=dict)
+    # The record's buffer as it was last read or written; None in a replica of DataParallel, which asks nothing.
+    seen: Tensor | None = None
+    # Its version then; -1 where writes are DistributedDataParallel's, which sends the same at each forward.
+    version: int = 0
+    # The version and value of constants["key"].
+    given: tuple[int, int] | None = None
+    # Whether the layer was on the meta device and no record was loaded since.
+    unwritten: bool = False
+    # Whether something was loaded alone since.
+    in_pieces: bool = False
+    # Whether what was kept was found to be other than the sums say when it was last saved.
+    doubted: bool = False
+    # Whether a kept tensor is memory that nobody wrote, and no key can draw it.
+    lost: bool = False
+
+
+@dataclass
+class FrozenSigns:
+    """Packed signs of each weight. A copy of the layer has none of them, however it is made."""
+
+    signs: dict[str, Tensor]
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def kept_by(rule: Stateful, weight: Tensor) -> dict[str, Tensor]:
+    where, kept = f"{type(rule).__name__}.state", rule.state(weight)
+    if not isinstance(kept, dict):
+        checks.fail(where, "a dictionary of tensors", type(kept).__name__, TypeError)
+    for name, tensor in kept.items():
+        if not isinstance(name, str) or name in _TAKEN or not name.isidentifier():
+            checks.fail(where, f"names other than {_TAKEN}", repr(name))
+        if not isinstance(tensor, Tensor):
+            checks.fail(where, f"a tensor as {name!r}", type(tensor).__name__, TypeError)
+        if not tensor.is_meta and readable(tensor) and _shares(tensor, weight):
+            copied = tensor.detach().clone()
+            trained = tensor.requires_grad
+            kept[name] = (
+                copied
+                if not isinstance(tensor, torch.nn.Parameter)
+                else (torch.nn.Parameter(copied) if trained else Frozen(copied))
+            )
+    return kept
+
+
+def _shares(tensor: Tensor, weight: Tensor) -> bool:
+    return readable(weight) and tensor.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+
+
+def draw(rule: Stateful, held: Held, kept: dict[str, Tensor], weight: Tensor) -> None:
+    if kept:
+        if type(rule).draw is Stateful.draw:
+            for n, tensor in kept_by(rule, weight).items():
+                fill(kept[n], tensor)
+        key = held.key or Key(LAYOUT_VERSION, 0)
+        rule.draw(held.constants | kept, weight, key.tensor(weight.device))
+    held.lost, held.sums = False, sums_of(rule, kept)

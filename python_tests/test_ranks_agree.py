@@ -1,0 +1,130 @@
+"""Data-parallel ranks have one B for each weight, whatever a script did before, or every one of them says so."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import fresh
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import bioplaus_kernels as bk
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+
+
+def plain() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+
+def converted(rule: str, seed: int = 0) -> nn.Sequential:
+    model = plain()
+    bk.convert_(model, rule, seed=seed)
+    return model
+
+
+def direct(rule: str = "fa") -> nn.Sequential:
+    return nn.Sequential(bk.nn.Linear(8, 8, feedback=rule), nn.Tanh(), bk.nn.Linear(8, 8, feedback=rule))
+
+
+def loaded_on_rank_0() -> nn.Module:
+    model = converted("fa")
+    if torch.distributed.get_rank() == 0:
+        model.load_state_dict(converted("fa", seed=5).state_dict())
+    return DistributedDataParallel(model)
+
+
+def new_head() -> nn.Module:
+    model = converted("fa")
+    model[2] = bk.nn.Linear(8, 8, feedback="fa")
+    return DistributedDataParallel(model)
+
+
+def reset_after() -> nn.Module:
+    ddp = DistributedDataParallel(converted("fa"))
+    ddp.module[0].reset_feedback()
+    return ddp
+
+
+def sent_by_hand() -> nn.Module:
+    model = direct()
+    for t in model.state_dict().values():
+        torch.distributed.broadcast(t, 0)
+    return DistributedDataParallel(model, broadcast_buffers=False)
+
+
+def converted_after() -> nn.Module:
+    model = plain()
+    ddp = DistributedDataParallel(model)
+    bk.convert_(model, "kp")
+    return ddp
+
+
+GOOD: dict[str, Callable[[], nn.Module]] = {
+    "built": lambda: DistributedDataParallel(direct()),
+    "built brsf": lambda: DistributedDataParallel(direct("brsf")),
+    "built concordance": lambda: DistributedDataParallel(direct("concordance")),
+    "built, compiled": lambda: torch.compile(DistributedDataParallel(direct()), backend="aot_eager"),
+    "compiled within": lambda: DistributedDataParallel(torch.compile(direct(), backend="aot_eager", fullgraph=True)),
+    "converted": lambda: DistributedDataParallel(converted("fa")),
+    "converted, nothing sent": lambda: DistributedDataParallel(converted("fa"), broadcast_buffers=False),
+    "signs of W": lambda: DistributedDataParallel(converted("fa_signed_init")),
+}
+BAD: dict[str, Callable[[], nn.Module]] = {
+    "loaded on rank 0": loaded_on_rank_0,
+    "loaded on rank 0, compiled": lambda: torch.compile(loaded_on_rank_0(), backend="aot_eager"),
+    "a new head": new_head,
+    "built, nothing sent": lambda: DistributedDataParallel(direct(), broadcast_buffers=False),
+    "signs of W, nothing sent": lambda: DistributedDataParallel(converted("fa_signed_init"), broadcast_buffers=False),
+    "sent by hand": sent_by_hand,
+    "reset after": reset_after,
+    "kp after": converted_after,
+}
+
+
+def _run(make: Callable[[], nn.Module]) -> str | list[Tensor]:
+    torch._dynamo.reset()
+    torch.manual_seed(torch.distributed.get_rank())
+    model = make()
+    try:
+        for _ in range(2):
+            model(torch.randn(4, 8)).square().sum().backward()
+    except Exception as error:  # torch.compile's own
+        return str(error)
+    inner = getattr(model, "_orig_mod", model).module
+    inner = getattr(inner, "_orig_mod", inner)
+    return [inner[i].feedback_matrix() for i in (0, 2)] + [inner[i].weight.detach() for i in (0, 2)]
+
+
+def _worker(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    try:
+        torch.save({name: _run(make) for name, make in (GOOD | BAD).items()}, f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.start_processes(_worker, (2, str(folder)), nprocs=2, start_method=fresh.START_METHOD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_one_b(case: str, ranks: list[dict[str, Any]]) -> None:
+    ours, theirs = (rank[case] for rank in ranks)
+    assert not isinstance(ours, str) and not isinstance(theirs, str), ours
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_every_rank_says_so(case: str, ranks: list[dict[str, Any]]) -> None:
+    wanted = "does not reduce its gradient" if case == "kp after" else "the ranks have different feedback"
+    for rank in ranks:
+        assert isinstance(rank[case], str) and wanted in rank[case]
