@@ -2,6 +2,7 @@
 
 import copy
 import gzip
+import inspect
 import io
 import pickle
 import warnings
@@ -373,7 +374,95 @@ def test_convert_changes_a_layer_wholly_or_not(rule: str | None) -> None:
         assert_equal(gradients(model, x()), expected)
 
 
+def test_a_copy_of_a_parametrized_layer_within_frozen_signs_is_not_frozen() -> None:
+    layer = nn.utils.parametrizations.weight_norm(bk.nn.Linear(8, 8, feedback="usf"))
+    with bk.frozen_signs(layer):
+        other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.parametrizations.weight.original1.neg_()
+    assert torch.equal(other.feedback_matrix().sign(), other.weight.sign())
+
+
+# Ties.
+
+
+@pytest.mark.parametrize("rule", ["kp", "fa", "fa-stored", "concordance"])
+def test_attention_and_a_linear_layer_that_share_a_weight_share_one_b(rule: str) -> None:
+    model = nn.Module()
+    model.a = nn.MultiheadAttention(8, 2, batch_first=True)
+    model.l, model.o = nn.Linear(8, 24, bias=False), nn.Linear(8, 8)
+    model.l.weight, model.o.weight = model.a.in_proj_weight, model.a.out_proj.weight
+    bk.convert_(model, EVERY[rule])
+    assert torch.equal(model.a.feedback_matrix(), model.l.feedback_matrix())
+    assert torch.equal(model.a.out_proj.feedback_matrix(), model.o.feedback_matrix())
+    below = torch.randn(2, 4, 8, requires_grad=True)
+    (model.a(below, below, below)[0].sum() + model.l(below).sum() + model.o(below).sum()).backward()
+    if rule == "kp":
+        for linear in (model.l, model.o):
+            torch.testing.assert_close(linear.feedback_weight.grad, linear.weight.grad)
+        assert model.a.in_proj_feedback_weight is model.l.feedback_weight
+
+
+# What is written past autograd, or cast with everything else.
+
+
+@pytest.mark.parametrize("rule", ["fa", "concordance", "fa_signed_init", "fa-stored"])
+def test_a_copy_through_data(rule: str) -> None:
+    model, other = mlp(rule), mlp(rule, seed=3)
+    for ours, theirs in zip(model.buffers(), other.buffers(), strict=True):
+        ours.data.copy_(theirs.data)
+    used = matrices(model)
+    again = mlp(rule, seed=8)
+    again.load_state_dict(model.state_dict())
+    assert_equal(matrices(model), used)
+    assert_equal(matrices(again), used)
+
+
+@every_rule
+def test_a_cast_of_every_buffer(rule: str) -> None:
+    model = mlp(rule)
+    expected = [b.double() for b in matrices(model)]
+    model.type(torch.float64)
+    if rule != "brsf":
+        for ours, theirs in zip(matrices(model), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    again = mlp(rule).double()
+    again.load_state_dict(model.state_dict())
+
+
+def test_skip_init_and_the_signature() -> None:
+    layer = nn.utils.skip_init(bk.nn.Linear, 8, 8, feedback="fa")
+    assert layer.feedback_matrix().isfinite().all()
+    assert list(inspect.signature(bk.nn.Conv2d).parameters)[-3:] == ["device", "dtype", "feedback"]
+
+
 # What identifies it.
+
+
+def test_saved_state_into_a_layer_with_back_propagation() -> None:
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"0.feedback_state: expected none, as this layer has back-propagation"):
+            nn.Sequential(bk.nn.Linear(40, 33)).load_state_dict(mlp("fa")[:1].state_dict(), strict=strict)
+
+
+def test_hostile_records() -> None:
+    record = decode(mlp("fa").state_dict()["0.feedback_state"])
+    assert record is not None and record.key is not None
+    for other in (
+        record._replace(fields="x"),
+        record._replace(sums=[1]),
+        record._replace(key=record.key._replace(seed="zz")),
+        record._replace(key=record.key._replace(version=99)),
+        record._replace(key=None),
+    ):
+        model = mlp("fa")
+        with pytest.raises(RuntimeError, match=r"0.feedback_state: expected"):
+            model.load_state_dict(model.state_dict() | {"0.feedback_state": encode(other)})
+        model(x()).sum().backward()
+    assert decode(torch.zeros(64, dtype=torch.complex64)) is None
+    old = {n: t for n, t in mlp("fa").state_dict().items() if "state" not in n} | {"0.feedback_key": 3}
+    with pytest.raises(RuntimeError, match=r"0.feedback_key: expected a tensor"):
+        mlp("fa").load_state_dict(old)
 
 
 def test_the_record_of_a_layer() -> None:
@@ -401,9 +490,16 @@ def test_describe(tmp_path: Any) -> None:
     direct = bk.DirectFeedback(mlp(None), ["1"], example=x())
     assert "DFA(scale='nokland'" in str(bk.describe(direct)) and "blocks=['1']" in str(bk.describe(direct.state_dict()))
     assert str(bk.describe(nn.Linear(2, 2))) == "no weight with feedback"
-    (tmp_path / "b.pt").write_text("nothing of the kind")
-    with pytest.raises(ValueError, match=r"b.pt: cannot be read as a checkpoint"):
-        describe_file(tmp_path / "b.pt")
+    for content in ("nothing of the kind", ""):
+        (tmp_path / "b.pt").write_text(content)
+        with pytest.raises(ValueError, match=r"b.pt: cannot be read as a checkpoint \(\w+: "):
+            describe_file(tmp_path / "b.pt")
+    torch.save([model.state_dict()], tmp_path / "c.bin")
+    assert "0.body.0.weight" in str(describe_file(tmp_path / "c.bin"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: expected a checkpoint of torch.distributed, or files \*.safetensors"):
+        describe_file(tmp_path / "empty")
+    assert "on the meta device" in str(bk.describe(model.to("meta").state_dict()))
     with pytest.raises(FileNotFoundError, match="no such file"):
         describe_file(tmp_path / "c.pt")
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module or a state_dict, got int"):

@@ -5,10 +5,13 @@ import io
 import os
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import fresh
+import numpy as np
 import pytest
 import torch
 from oracle import with_feedback
@@ -320,3 +323,175 @@ def test_two_ranks_train_as_one_process(tmp_path: Any) -> None:
         assert_equal(found, theirs[name, wrap])
         for a, e in zip(found, _train((OWN | STORED)[name], "", 0, 1), strict=True):
             torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-4)
+
+
+# What a subclass of a rule of ours says.
+
+
+@dataclass(frozen=True)
+class Clipped(bk.SignSymmetry):
+    def matrix(self, weight: Tensor, state: dict[str, Any]) -> Tensor:
+        return torch.sign(weight) * (weight.abs() > 0.1)
+
+
+@dataclass(frozen=True)
+class Sham(bk.Backprop):
+    def matrix(self, weight: Tensor, state: dict[str, Any]) -> Tensor:
+        return -weight
+
+
+@dataclass(frozen=True)
+class Noisy(bk.SignSymmetry):
+    def state(self, weight: Tensor) -> dict[str, Tensor]:
+        return super().state(weight) | {"noise": torch.empty_like(weight.detach())}
+
+    def draw(self, state: dict[str, Any], weight: Tensor, key: Tensor) -> None:
+        super().draw(state, weight, key)
+        size, dtype = weight.shape, weight.dtype
+        state["noise"].copy_(bk.ops.feedback_weight(None, None, None, key, "normal", 1.0, size, dtype=dtype))
+
+    def operands(self, weight: Tensor, state: dict[str, Any]) -> bk.feedback.Operands:
+        return bk.feedback.stored(torch.sign(weight) * state["noise"].abs())
+
+
+@dataclass(frozen=True)
+class Keyed(bk.SignSymmetry):
+    seeded = True
+
+    def matrix(self, weight: Tensor, state: dict[str, Any]) -> Tensor:
+        size, key = weight.shape, state["key"]
+        return bk.ops.feedback_weight(None, None, None, key, "uniform", state["rms"], size, dtype=weight.dtype)
+
+
+def test_what_a_subclass_overrides_acts() -> None:
+    layer = bk.nn.Linear(64, 64, feedback=Clipped())
+    assert torch.equal(layer.feedback_matrix(), layer.weight.sign() * (layer.weight.abs() > 0.1))
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    assert bk.convert_(model, Sham()).converted == ["0", "1"]
+    assert torch.equal(model[0].feedback_matrix(), -model[0].weight)
+    for rule in (Noisy(), Keyed()):
+        bk.convert_(model, rule, seed=1)
+        first = [model[i].feedback_matrix().abs() for i in (0, 1)]
+        bk.convert_(model, rule, seed=2)
+        assert not torch.equal(*first) and not torch.equal(first[0], model[0].feedback_matrix().abs())
+
+
+# What identifies it in a file.
+
+
+class Mode(Enum):
+    A, B = 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Slots(bk.Rule):
+    name = "slots"
+    t: float = 0.01
+
+    def matrix(self, weight: Tensor, state: dict[str, Any]) -> Tensor:
+        return torch.sign(weight) * (weight.abs() > self.t)
+
+
+@dataclass(frozen=True)
+class Odd(bk.Rule):
+    name = "odd"
+    size: Any = 8
+    mode: Mode = Mode.A
+    table: Any = None
+    label: Any = field(default=None, compare=False)
+
+    @cached_property
+    def once(self) -> int:
+        return 3
+
+    def matrix(self, weight: Tensor, state: dict[str, Any]) -> Tensor:
+        return weight * self.once
+
+
+def unannotated(value: float) -> bk.Rule:
+    class Mine(bk.Rule):
+        name = "mine"
+        t = value
+
+        def matrix(self, weight: Tensor, state: dict[str, Any]) -> Tensor:
+            return weight * self.t
+
+    return Mine()
+
+
+def loads(saved: bk.Rule, built: bk.Rule) -> bool:
+    a, b = (bk.nn.Linear(6, 5, feedback=rule) for rule in (saved, built))
+    a.feedback_matrix()
+    try:
+        b.load_state_dict(a.state_dict())
+    except RuntimeError as error:
+        assert "expected the state of" in str(error)
+        return False
+    a.load_state_dict(a.state_dict())
+    return True
+
+
+def test_what_identifies_a_rule() -> None:
+    for one, other in (
+        (Slots(0.01), Slots(0.1)),
+        (unannotated(0.01), unannotated(0.1)),
+        (Odd(), Odd(mode=Mode.B)),
+        (Odd(), Odd(size=9)),
+        (Odd(table={(1, 2): 3}), Odd(table={(1, 2): 4})),
+    ):
+        assert loads(one, one) and not loads(one, other) and one != other
+    assert loads(Odd(np.int64(8)), Odd(8)) and loads(Odd(label=print), Odd(label="a"))
+    assert repr(unannotated(0.5)) == "Mine(t=0.5)"
+    with pytest.raises(
+        TypeError, match=r"feedback: Odd.table: expected numbers, strings, .* got Tensor; tensors are for st"
+    ):
+        bk.nn.Linear(6, 5, feedback=Odd(table=torch.ones(2)))
+
+
+# What it returns.
+
+
+def returning(**methods: Any) -> bk.Rule:
+    kind = type("Returning", (bk.Rule,), {"name": "returning"} | {n: lambda *_, v=v: v for n, v in methods.items()})
+    return kind()
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({"matrix": None}, r"Returning.matrix: expected a tensor, got NoneType"),
+        ({"factors": None}, r"Returning.factors: expected two tensors, got NoneType"),
+        ({"factors": torch.ones(5, 6)}, r"Returning.factors: expected two tensors, got Tensor"),
+        ({"factors": (torch.ones(()), torch.ones(()))}, r"Returning.factors: expected shape \(5, 1\)"),
+        ({"matrix": None, "state": None}, r"Returning.state: expected a dictionary of tensors, got NoneType"),
+        ({"matrix": None, "state": {1: torch.ones(1)}}, r"Returning.state: expected names other than .*, got 1"),
+        ({"matrix": None, "state": {"a": 1.0}}, r"Returning.state: expected a tensor as 'a', got float"),
+        (
+            {"matrix": None, "state": {n: nn.Parameter(torch.ones(5, 6)) for n in "pq"}},
+            r"Returning.state: expected one trained Parameter, got more",
+        ),
+    ],
+)
+def test_wrong_returns(methods: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        bk.nn.Linear(6, 5, feedback=returning(**methods))(torch.randn(2, 6, requires_grad=True))
+
+
+def test_state_that_is_the_weights_memory_is_copied() -> None:
+    class First(bk.Rule):
+        name = "first"
+        initial = True
+
+        def state(self, weight: Tensor) -> dict[str, Tensor]:
+            return {"w": weight.detach(), "p": Frozen(weight.detach())}
+
+        def matrix(self, weight: Tensor, state: dict[str, Any]) -> Tensor:
+            return state["w"] + state["p"]
+
+    layer = bk.nn.Linear(4, 4, feedback=First())
+    before = layer.feedback_matrix()
+    nn.init.normal_(layer.weight)
+    assert torch.equal(layer.feedback_matrix(), before) and isinstance(layer.feedback_p, Frozen)
+    with torch.device("meta"):
+        layer = bk.nn.Linear(4, 4, feedback=Ternary())
+        layer(torch.empty(2, 4, requires_grad=True)).sum().backward()
