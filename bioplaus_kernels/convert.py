@@ -189,7 +189,8 @@ def _apply(
         module.install_feedback(rule, key)
         if rule.transports_weight and type(module) in _PLAIN:
             for plain in (module, *module.children()):
-                plain.__dict__.pop("_feedback", None), plain.__dict__.pop("_held", None)
+                for attribute in ("_feedback", "_held"):
+                    vars(plain).pop(attribute, None)
             module.__class__ = _PLAIN[type(module)]
     if rule.transports_weight:
         return Row(name, _type(module), "restored", rule.name, "")
