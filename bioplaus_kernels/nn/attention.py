@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..backends.reference import checks
 from ..feedback import Fans, Operands, linear_fans, stored
-from ..functional import formed, linear_with, needs_feedback
+from ..functional import captured, formed, linear_with, needs_feedback
 from .base import FeedbackLayer
 from .linear import Linear
 from .state import Keys
@@ -68,12 +68,16 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         for name, given in (("query", query), ("key", key), ("value", value)):
             checks.tensor(name, given)
         weights = {}
-        if self.uses_feedback and torch.is_grad_enabled():
+        cut = self.uses_feedback and captured()
+        if self.uses_feedback and torch.is_grad_enabled() and not cut:
             weights = {name: getattr(self, name) for name in self.weights()}
         if not (weights and any(map(needs_feedback, (query, key, value, *weights.values())))):
-            return super().forward(
+            output, found = super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
+            if cut:
+                output, found = output.detach(), None if found is None else found.detach()
+            return output, found
         if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
             shapes = tuple(tuple(t.shape) for t in (query, key, value))
             raise ValueError(f"query, key, value: expected 3 dimensions each, or 2 unbatched, got shapes {shapes}")
