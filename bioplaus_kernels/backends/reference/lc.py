@@ -176,10 +176,12 @@ def lc_transpose(
     index = _index(out, kernel, stride, dilation, input.device)
     flat = sum((i * s for i, s in zip(index, strides, strict=True)), torch.zeros_like(index[0]))
     total = x.new_zeros(n, math.prod(padded), c)
-    total.index_add_(1, flat.reshape(-1), x.reshape(n, flat.numel(), c))
+    # Not index_add, of which the TorchScript exporter to ONNX makes a sum that keeps one of equal indices.
+    where = flat.reshape(1, -1, 1).expand(n, -1, c)
+    total = total.scatter_add(1, where, x.reshape(n, flat.numel(), c))
     total = total.reshape(n, *padded, c)
     total = F.pad(total, [0, 0, *(-p for p in _pad(padding))])
-    return total.movedim(-1, 1).to(input.dtype).contiguous(memory_format=memory_format(input))
+    return total.permute(0, d + 1, *range(1, d + 1)).to(input.dtype).contiguous(memory_format=memory_format(input))
 
 
 def lc_backward_weight(
