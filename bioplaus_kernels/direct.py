@@ -24,7 +24,7 @@ from . import ops
 from .backends.reference import checks
 from .feedback import Entries, Frozen, Key, State, Stateful, derived_key, fill
 from .feedback.scale import UNIT_RMS
-from .functional._common import once
+from .functional._common import captured, once
 from .nn.state import Keys, StatefulLayer
 
 _SCALES = ("nokland", "kaiming", "xavier")
@@ -233,7 +233,7 @@ class _Block(torch.nn.Module):
         h = super().forward(*args, **kwargs)
         name, outputs = self._block_name, self._tape.outputs
         if outputs is None:
-            return h
+            return h.detach() if captured() else h
         if not isinstance(h, Tensor):
             checks.fail("blocks", f"blocks that return one tensor; {name!r}", type(h).__name__, TypeError)
         if name in outputs:
@@ -349,7 +349,7 @@ class DirectFeedback(StatefulLayer):
         the loss is multiplied by before backward beside its rule's `reduction` (a GradScaler's scale, one over the
         steps of gradient accumulation), a number or a 0-dim tensor, since nothing of the loss reaches the blocks.
         """
-        if self._bypassed or not torch.is_grad_enabled():
+        if self._bypassed or not torch.is_grad_enabled() or captured():
             return self.model(*args, **kwargs)
         logits, hidden = self._run(args, kwargs)
         self._check(logits, hidden)

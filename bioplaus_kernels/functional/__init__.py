@@ -7,7 +7,20 @@ Arguments that do not fit raise ValueError or TypeError; double backward and tor
 
 from types import FunctionType
 
-from ._common import Arguments, Feedback, Grads, Ints, formed, ints, is_backprop, needs_feedback, no_key, resolve
+from ._common import (
+    CUT,
+    Arguments,
+    Feedback,
+    Grads,
+    Ints,
+    captured,
+    formed,
+    ints,
+    is_backprop,
+    needs_feedback,
+    no_key,
+    resolve,
+)
 from ._conv import (
     conv1d,
     conv2d,
@@ -31,11 +44,13 @@ from ._locally_connected import (
 )
 
 __all__ = [
+    "CUT",
     "Arguments",
     "Feedback",
     "Grads",
     "Ints",
     "Padding",
+    "captured",
     "conv1d",
     "conv2d",
     "conv3d",

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_exporting
 
 from .. import ops
 from ..backends.reference import checks
@@ -16,6 +17,17 @@ Arguments = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, st
 Feedback = Rule | str | Tensor | None
 Ints = int | Sequence[int]
 Grads = tuple[Tensor | None, ...]
+
+# In the place of B in a capture, by identity: the namesake's function, and no gradient.
+CUT = Operands(*BACKPROP)
+
+
+def captured() -> bool:
+    """Whether a program is being made of the call (torch.export, torch.jit.trace, ONNX).
+
+    It keeps the forward's operators and loses our backward, so that training it would be back-propagation.
+    """
+    return is_exporting() or torch._C._is_tracing()
 
 
 def autocasts(input: Tensor) -> bool:
@@ -54,21 +66,27 @@ def once(backward: Callable[..., Grads]) -> Callable[..., Grads]:
     return wrapper
 
 
+def autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    # The operands of the forward product: under autocast in its dtype, by torch's own rule, which leaves float64 alone.
+    if not autocasts(input):
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype(input.device.type)
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return cast(input), cast(weight), None if bias is None else cast(bias)
+
+
 # The Functions below take (input, weight, bias, *Operands, *geometry) and save what their backward reads, nothing else.
 
 
 def begin(
     ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, feedback: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    # The operands of the forward product: under autocast in its dtype, by torch's own rule, which leaves float64 alone.
     x, w, b, ctx.dtypes = input, weight, bias, None
     if autocasts(input):
-        dtype = torch.get_autocast_dtype(input.device.type)
-
-        def cast(t: Tensor) -> Tensor:
-            return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-
-        x, w, b = cast(input), cast(weight), None if bias is None else cast(bias)
+        x, w, b = autocast(input, weight, bias)
         ctx.dtypes = input.dtype, weight.dtype, None if bias is None else bias.dtype
     role, signs, magnitude, key, entries, scale, rescale = feedback
     ctx.feedback = role, entries, scale, weight.shape
@@ -146,7 +164,7 @@ def resolve(feedback: Feedback, weight: Tensor, fans: Fans, key: Tensor | None =
         if feedback.device != weight.device:
             checks.fail("feedback", f"a tensor on {weight.device}", feedback.device)
         no_key(key)
-        return stored(feedback.detach())
+        return CUT if captured() else stored(feedback.detach())
     rule = as_rule(feedback)
     if rule.transports_weight:
         no_key(key)
@@ -164,7 +182,7 @@ def resolve(feedback: Feedback, weight: Tensor, fans: Fans, key: Tensor | None =
         if key.device != weight.device:
             checks.fail("key", f"a tensor on {weight.device}", f"one on {key.device}")
         state["key"] = key
-    return rule.operands(weight, state)
+    return CUT if captured() else rule.operands(weight, state)
 
 
 def no_key(key: Tensor | None) -> None:

@@ -12,6 +12,7 @@ from ..backends import native
 from ..backends.reference import checks
 from ..feedback import Operands, conv_fans
 from ._common import (
+    CUT,
     Arguments,
     Feedback,
     Grads,
@@ -33,6 +34,9 @@ from ._common import (
 # Channels from which the integer digits of feedback_mm are faster than the vendor's 1x1 convolution, on tile units and
 # channels-last (`python -m bench run --op convolution`). A 3x3 one would be nine products, each added to the sums.
 _LEAST_OUT, _LEAST_IN = 256, 128
+
+_CONV: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSE: tuple[Any, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 def _is_product(ctx: Any, grad_output: Tensor, entries: str, shape: torch.Size) -> bool:
@@ -114,11 +118,14 @@ def conv_with(
     check(input, weight, bias)
     dims = input.dim()
     try:
+        if op is CUT:
+            y: Tensor = _CONV[d - 1](input, weight, bias, stride, padding, dilation, groups)
+            return y.detach()
         x = input if dims == d + 2 else input.unsqueeze(0)
         pad = padding
         if isinstance(padding, str):
             x, pad = _same(x, weight, padding, dilation)
-        y: Tensor = _Conv.apply(x, weight, bias, *op, stride, pad, dilation, False, (0,) * d, groups)
+        y = _Conv.apply(x, weight, bias, *op, stride, pad, dilation, False, (0,) * d, groups)
     except Exception:
         explain_conv(d, input, weight, bias, padding, dilation, groups)
         raise
@@ -167,9 +174,8 @@ def _conv(
 ) -> Tensor:
     if is_backprop(feedback):
         no_key(key)
-        plain: Any = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
         try:
-            return plain(input, weight, bias, stride, padding, dilation, groups)
+            return _CONV[d - 1](input, weight, bias, stride, padding, dilation, groups)
         except Exception:
             _, padding, dilation, groups = _geometry(d, weight, stride, padding, dilation, groups)
             explain_conv(d, input, weight, bias, padding, dilation, groups)
@@ -258,8 +264,11 @@ def conv_transpose_with(
     check(input, weight, bias)
     dims = input.dim()
     try:
+        if op is CUT:
+            y: Tensor = _TRANSPOSE[d - 1](input, weight, bias, stride, padding, output_padding, groups, dilation)
+            return y.detach()
         x = input if dims == d + 2 else input.unsqueeze(0)
-        y: Tensor = _Conv.apply(x, weight, bias, *op, stride, padding, dilation, True, output_padding, groups)
+        y = _Conv.apply(x, weight, bias, *op, stride, padding, dilation, True, output_padding, groups)
     except Exception:
         _explain_transpose(d, input, weight, bias, stride, padding, output_padding, groups, dilation)
         raise
@@ -305,9 +314,8 @@ def _conv_transpose(
     given = stride, padding, output_padding, groups, dilation
     if is_backprop(feedback):
         no_key(key)
-        plain: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[d - 1]
         try:
-            return plain(input, weight, bias, *given)
+            return _TRANSPOSE[d - 1](input, weight, bias, *given)
         except Exception:
             _explain_transpose(d, input, weight, bias, *_transpose_geometry(d, weight, *given))
             raise

@@ -9,7 +9,20 @@ from torch import Tensor
 from .. import ops
 from ..backends.reference import checks
 from ..feedback import Operands, linear_fans
-from ._common import Feedback, Grads, begin, check, explain, finish, is_backprop, no_key, once, resolve, saved_feedback
+from ._common import (
+    CUT,
+    Feedback,
+    Grads,
+    begin,
+    check,
+    explain,
+    finish,
+    is_backprop,
+    no_key,
+    once,
+    resolve,
+    saved_feedback,
+)
 
 
 class _Linear(torch.autograd.Function):
@@ -41,6 +54,8 @@ def linear_with(input: Tensor, weight: Tensor, bias: Tensor | None, op: Operands
     check(input, weight, bias)
     dims = input.dim()
     try:
+        if op is CUT:
+            return F.linear(input, weight, bias).detach()
         x = input if dims == 2 else input.flatten(0, -2) if dims > 2 else input.unsqueeze(0)
         y: Tensor = _Linear.apply(x, weight, bias, *op)
     except Exception:

@@ -7,13 +7,18 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..backends import reference
 from ..backends.reference import checks
-from ..feedback import Operands, lc_fans
+from ..backends.reference.lc import lc_transpose
+from ..feedback import BACKPROP, Operands, lc_fans
 from ._common import (
+    CUT,
     Feedback,
     Grads,
     Ints,
+    autocast,
     begin,
+    captured,
     explain,
     explain_dimensions,
     finish,
@@ -64,9 +69,7 @@ class _LocallyConnectedTranspose(torch.autograd.Function):
         ctx.bias_per_position = bias is not None and bias.dim() > 1
         output_size, ctx.geometry = rest[7], rest[8:]
         y = ops.lc_backward_input(x, None, None, w, None, "stored", 1.0, w.shape, output_size, *ctx.geometry)
-        if b is None:
-            return y
-        return y + (b.movedim(-1, 0) if b.dim() > 1 else b.reshape(-1, *[1] * len(output_size)))
+        return _plus(y, b)
 
     @staticmethod
     @once
@@ -82,6 +85,17 @@ class _LocallyConnectedTranspose(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = _bias_grad(ctx, grad_output)
         return finish(ctx, saved, grad_input, grad_weight, grad_bias)
+
+
+def _plus(y: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return y
+    return y + (bias.movedim(-1, 0) if bias.dim() > 1 else bias.reshape(-1, *[1] * (y.dim() - 2)))
+
+
+def _in_standard_operators(op: Operands) -> bool:
+    # In a capture, where other machines have none of our ops. It keeps back-propagation's gradient where B = W.
+    return op is CUT or (op is BACKPROP and captured())
 
 
 def pad_pairs(
@@ -117,7 +131,11 @@ def locally_connected_with(
     """A locally-connected product with the operands of B at hand; `padding` is flat (before, after) pairs."""
     batched = _batched(len(stride), input, weight, bias)
     x = input if batched else input.unsqueeze(0)
-    y: Tensor = _LocallyConnected.apply(x, weight, bias, *op, stride, padding, dilation, groups)
+    if _in_standard_operators(op):
+        y = reference.lc_forward(*autocast(x, weight, bias), stride, padding, dilation, groups)
+        y = y.detach() if op is CUT else y
+    else:
+        y = _LocallyConnected.apply(x, weight, bias, *op, stride, padding, dilation, groups)
     return y if batched else y.squeeze(0)
 
 
@@ -141,7 +159,12 @@ def locally_connected_transpose_with(
     """The input gradient of a locally-connected product used forward, y = lc_backward_input(x; V) + c."""
     batched = _batched(len(stride), input, weight, bias)
     x = input if batched else input.unsqueeze(0)
-    y: Tensor = _LocallyConnectedTranspose.apply(x, weight, bias, *op, output_size, stride, padding, dilation, groups)
+    if _in_standard_operators(op):
+        x, weight, bias = autocast(x, weight, bias)
+        y = _plus(lc_transpose(x, weight, output_size, stride, padding, dilation, groups), bias)
+        y = y.detach() if op is CUT else y
+    else:
+        y = _LocallyConnectedTranspose.apply(x, weight, bias, *op, output_size, stride, padding, dilation, groups)
     return y if batched else y.squeeze(0)
 
 

@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..backends.reference import checks
 from ..feedback import Fans, Operands, linear_fans, stored
-from ..functional import formed, linear_with, needs_feedback
+from ..functional import CUT, captured, formed, linear_with, needs_feedback
 from .base import FeedbackLayer
 from .linear import Linear
 from .state import Keys
@@ -68,9 +68,11 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         for name, given in (("query", query), ("key", key), ("value", value)):
             checks.tensor(name, given)
         weights = {}
-        if self.uses_feedback and torch.is_grad_enabled():
+        # torch's fast path in a capture would be an operator that ONNX lacks, and depend on the grad mode.
+        cut = self.uses_feedback and captured()
+        if cut or (self.uses_feedback and torch.is_grad_enabled()):
             weights = {name: getattr(self, name) for name in self.weights()}
-        if not (weights and any(map(needs_feedback, (query, key, value, *weights.values())))):
+        if not (cut or (weights and any(map(needs_feedback, (query, key, value, *weights.values()))))):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -142,6 +144,8 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
 
     @staticmethod
     def _rows(op: Operands, weight: Tensor, start: int, stop: int) -> Operands:
+        if op is CUT:
+            return op
         # Draws and packed signs are laid out for the whole matrix, so B is formed and sliced; signs of W itself slice.
         if op.key is None and op.signs is None:
             return op._replace(magnitude=None if op.magnitude is None else op.magnitude[start:stop])

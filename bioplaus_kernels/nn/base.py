@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..backends.reference import checks
 from ..feedback import BACKPROP, Fans, Operands, Record, Rule, State, as_rule, encode, weight_rms
-from ..functional import formed, needs_feedback
+from ..functional import CUT, captured, formed, needs_feedback
 from .held import FrozenSigns
 from .state import StatefulLayer
 
@@ -81,6 +81,8 @@ class FeedbackLayer(StatefulLayer):
             weight = cast(Tensor, getattr(self, name))
         if not self.uses_feedback:
             return weight, BACKPROP
+        if captured():
+            return weight, CUT
         op = self._feedback.operands(weight, self._state(name, weight)) if feedback else BACKPROP
         trained = self._held[name].trained
         if trained and weight.requires_grad and torch.is_grad_enabled():
@@ -88,10 +90,12 @@ class FeedbackLayer(StatefulLayer):
         return weight, op
 
     def is_plain(self, input: Tensor) -> bool:
-        """Whether this call is torch.nn's own: no gradient goes back through `input` and none to B."""
+        """Whether this call is torch.nn's own: no gradient goes back through `input` and none to B, now or in a program."""
         if not self.uses_feedback:
             return True
-        return not (needs_feedback(input) or (torch.is_grad_enabled() and any(h.trained for h in self._held.values())))
+        if needs_feedback(input) or captured():
+            return False
+        return not (torch.is_grad_enabled() and any(h.trained for h in self._held.values()))
 
     @torch.no_grad()
     def feedback_matrix(self, name: str = "weight") -> Tensor:

@@ -144,27 +144,44 @@ def lc_backward_input(
     groups: int,
 ) -> Tensor:
     """dx: each position's block of B, transposed, times its output gradient, summed where patches overlap."""
-    d, acc = len(stride), _accumulate_dtype(grad_output.dtype)
+    d = len(stride)
     checks.floating("grad_output", grad_output)
     checks.rank("grad_output", grad_output, d + 2)
     out, kernel = weight_size[:d], weight_size[d + 1 : -1]
     checks.geometry(stride, padding, dilation, groups, kernel)
     checks.lc_shapes(weight_size, input_size, output_size(input_size, kernel, stride, padding, dilation), groups)
     checks.shape("grad_output", grad_output, (grad_output.shape[0], weight_size[d], *out))
-    n, c = grad_output.shape[0], weight_size[-1] * groups
     b = feedback_weight(weight, signs, magnitude, key, entries, scale, weight_size, dtype=grad_output.dtype)
-    x = torch.matmul(_grad_blocks(grad_output, groups).to(acc), _blocks(b, d, groups).to(acc))
+    return lc_transpose(grad_output, b, input_size, stride, padding, dilation, groups)
+
+
+def lc_transpose(
+    input: Tensor,
+    weight: Tensor,
+    output_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """`lc_backward_input` of checked arguments with B at hand, which autograd differentiates."""
+    d, acc = len(stride), _accumulate_dtype(input.dtype)
+    out, kernel = weight.shape[:d], weight.shape[d + 1 : -1]
+    n, c = input.shape[0], weight.shape[-1] * groups
+    x = torch.matmul(_grad_blocks(input, groups).to(acc), _blocks(weight, d, groups).to(acc))
     x = x.reshape(math.prod(out), groups, n, math.prod(kernel), c // groups).permute(2, 0, 3, 1, 4)
     x = x.reshape(n, *out, *kernel, c)
-    padded = [size + a + b for size, a, b in zip(input_size, padding[::2], padding[1::2], strict=True)]
+    padded = [size + a + b for size, a, b in zip(output_size, padding[::2], padding[1::2], strict=True)]
     strides = [math.prod(padded[dim + 1 :]) for dim in range(d)]
-    index = _index(out, kernel, stride, dilation, grad_output.device)
+    index = _index(out, kernel, stride, dilation, input.device)
     flat = sum((i * s for i, s in zip(index, strides, strict=True)), torch.zeros_like(index[0]))
     total = x.new_zeros(n, math.prod(padded), c)
-    total.index_add_(1, flat.reshape(-1), x.reshape(n, flat.numel(), c))
+    # Not index_add, of which the TorchScript exporter to ONNX makes a sum that keeps one of equal indices.
+    where = flat.reshape(1, -1, 1).expand(n, -1, c)
+    total = total.scatter_add(1, where, x.reshape(n, flat.numel(), c))
     total = total.reshape(n, *padded, c)
     total = F.pad(total, [0, 0, *(-p for p in _pad(padding))])
-    return total.movedim(-1, 1).to(grad_output.dtype).contiguous(memory_format=memory_format(grad_output))
+    return total.permute(0, d + 1, *range(1, d + 1)).to(input.dtype).contiguous(memory_format=memory_format(input))
 
 
 def lc_backward_weight(
