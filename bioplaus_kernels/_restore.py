@@ -7,14 +7,20 @@ import torch
 
 
 @contextmanager
-def buffers(*models: torch.nn.Module) -> Iterator[None]:
+def buffers(*models: torch.nn.Module | None) -> Iterator[None]:
     """In the block the modules work on copies of their buffers; then they have the tensors that they had before.
 
     So what a forward writes, replaces, registers or deletes leaves no trace, and a graph that saved the tensors finds
     them unwritten. torch.compile traces it. What a rule keeps stays in place: layers know it by identity.
     """
-    before = []
-    for module in {m: None for model in models for m in model.modules()}:
+    before, seen, left = [], set(), list(models)
+    # Module.modules() cannot be traced where a module has set an attribute.
+    while left:
+        module = left.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        left += module._modules.values()
         own = {a for held in vars(module).get("_held", {}).values() for a in (held.record, *held.kept.values())}
         theirs = {n: b for n, b in module._buffers.items() if n not in own}
         before.append((module, own, theirs, set(module._non_persistent_buffers_set)))
