@@ -3,15 +3,19 @@
 import csv
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import cached, is_parametrized
 
+from ._restore import kept
 from .backends.reference import checks
+from .convert import _WRAPPERS
 from .direct import DirectFeedback
 from .feedback import as_rule
 from .nn.base import FeedbackLayer
@@ -20,6 +24,7 @@ from .targetprop import TargetProp
 Row = dict[str, float]
 # Numbers a chunk: their float64 copies stay in a cache.
 _CHUNK = 1 << 17
+_HOOKED = re.compile("(.*weight)_(orig|g|v)")
 
 
 class Comparison(NamedTuple):
@@ -64,17 +69,25 @@ def weights(model: torch.nn.Module) -> dict[str, Comparison]:
     independent B about 90°. B of a seeded rule is formed for the comparison, one layer at a time.
     """
     checks.module("model", model)
-    return {
-        f"{prefix}.{name}".removeprefix("."): compare(getattr(layer, name), layer.feedback_matrix(name))
-        for prefix, layer in model.named_modules()
-        if isinstance(layer, FeedbackLayer) and layer.uses_feedback
-        for name in layer.weights()
-    }
+    # W and B of one draw, where a parametrization is random.
+    with kept(model), cached():
+        return {
+            _WRAPPERS.sub("", f"{prefix}.{name}").removeprefix("."): compare(
+                getattr(layer, name), layer.feedback_matrix(name)
+            )
+            for prefix, layer in model.named_modules()
+            if isinstance(layer, FeedbackLayer) and layer.uses_feedback
+            for name in layer.weights()
+        }
 
 
 @contextmanager
 def backprop(model: torch.nn.Module) -> Iterator[None]:
-    """In the block every feedback layer has B = W, and every `DirectFeedback` is the model it holds."""
+    """In the block every feedback layer has B = W, and every `DirectFeedback` is the model it holds.
+
+    What counts is where the forward is called. A model that torch.compile compiled is compiled once more, for such calls.
+    A rule given to a call of `functional` stays.
+    """
     checks.module("model", model)
     rules = [(m, m._feedback) for m in model.modules() if isinstance(m, FeedbackLayer)]
     direct = [(m, m._bypassed) for m in model.modules() if isinstance(m, DirectFeedback)]
@@ -92,65 +105,98 @@ def backprop(model: torch.nn.Module) -> Iterator[None]:
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The matrices and kernels of weights that are trained, feedback apart, by name in the model's order."""
+    """The matrices and kernels of weights that are trained, feedback apart, by name in the model's order.
+
+    Of a weight that is computed (torch.nn.utils.parametrize, pruning) its original; not where that is several tensors.
+    """
     checks.module("model", model)
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if name.endswith("weight")
-        and not name.endswith("feedback_weight")
-        and parameter.ndim > 1
-        and parameter.requires_grad
-    }
+    return {name: parts[0] for name, parts in _trained(model).items() if len(parts) == 1}
+
+
+def _trained(model: torch.nn.Module) -> dict[str, list[torch.nn.Parameter]]:
+    # By a weight's name, which no wrapper changes, what is trained of it: the Parameter, or what it is computed from.
+    found: dict[str, list[torch.nn.Parameter]] = {}
+    inside: set[torch.nn.Module] = set()
+    seen: set[torch.nn.Parameter] = set()
+
+    def add(name: str, parts: Iterable[torch.nn.Parameter]) -> None:
+        new = [p for p in parts if p.requires_grad and p not in seen]
+        if new and name.endswith("weight") and not name.endswith("feedback_weight"):
+            found[name] = new
+            seen.update(new)
+
+    for prefix, module in model.named_modules():
+        if module in inside:
+            continue
+        prefix = _WRAPPERS.sub("", f"{prefix}.") if prefix else ""
+        own: dict[str, list[torch.nn.Parameter]] = {}
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                # Of pruning and the older spectral_norm and weight_norm.
+                hooked = _HOOKED.fullmatch(name)
+                own.setdefault(hooked[1] if hooked and hasattr(module, hooked[1]) else name, []).append(parameter)
+        for name, parts in own.items():
+            if any(p.ndim > 1 for p in parts):
+                add(prefix + name, parts)
+        if is_parametrized(module):
+            computed = cast(torch.nn.ModuleDict, module.parametrizations)
+            inside.update(computed.modules())
+            with torch.no_grad(), kept(module):
+                shapes = {name: getattr(module, name).shape for name in computed}
+            for name, shape in shapes.items():
+                if len(shape) > 1:
+                    add(prefix + name, computed[name].parameters())
+    return found
 
 
 def updates(model: torch.nn.Module, loss: Callable[[], Tensor]) -> dict[str, Comparison]:
     """The gradient of every trained weight against that of back-propagation: its angle, ‖g_BP‖/‖g‖, equal signs.
 
     `loss` computes the model's loss; it is called twice, with the same random state. The model is not copied; its
-    buffers, `.grad` and torch's random state are as before afterwards. A weight that gets no gradient counts as zero.
+    buffers, training modes, `.grad` and torch's random state are as before afterwards, also after an error. Buffers are
+    constants: no gradient goes back to earlier calls. A weight that gets no gradient counts as zero.
+
+    What is compared is what training changes: where a weight is computed (weight_norm, orthogonal, pruning), the
+    gradients of all Parameters that it is computed from, as one vector under the weight's name. torch.compile's and
+    checkpointing's wrappers are not in the names, "module." of DistributedDataParallel is.
     """
-    parameters = trained(model)
+    checks.module("model", model)
+    parameters = _trained(model)
     checks.function("loss", loss, "a function that computes the model's loss")
     if not parameters:
         checks.fail("model", "a model with weights that require a gradient", "none")
-    devices = {p.device for p in parameters.values() if p.device.type == "cuda"}
 
-    def gradients() -> tuple[Tensor, ...]:
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+    def gradients() -> dict[str, Tensor]:
+        with kept(model), torch.enable_grad():
             value = loss()
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
                 checks.fail("loss", "a function that returns one number with a gradient", repr(value), TypeError)
-            return torch.autograd.grad(value, list(parameters.values()), allow_unused=True, materialize_grads=True)
+            return _gradients(value, parameters)
 
-    with _kept_buffers(model):
-        ours = gradients()
-    with _kept_buffers(model), backprop(model):
+    ours = gradients()
+    with backprop(model):
         exact = gradients()
-    return {name: compare(g, e) for name, g, e in zip(parameters, ours, exact, strict=True)}
+    return {name: compare(g, exact[name]) for name, g in ours.items()}
+
+
+def _gradients(
+    loss: Tensor, parameters: dict[str, list[torch.nn.Parameter]], retain_graph: bool = False
+) -> dict[str, Tensor]:
+    every = [p for parts in parameters.values() for p in parts]
+    grads = torch.autograd.grad(loss, every, retain_graph=retain_graph, allow_unused=True, materialize_grads=True)
+    left = iter(grads)
+    return {
+        name: next(left) if len(parts) == 1 else torch.cat([next(left).flatten() for _ in parts])
+        for name, parts in parameters.items()
+    }
 
 
 @contextmanager
-def _kept_buffers(model: torch.nn.Module) -> Iterator[None]:
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-
-
-@contextmanager
-def _eval_mode(*models: torch.nn.Module) -> Iterator[None]:
-    modes = {module: module.training for model in models for module in model.modules()}
-    try:
+def _evaluated(*models: torch.nn.Module) -> Iterator[None]:
+    with kept(*models):
         for model in models:
             model.eval()
         yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def gauss_newton_targets(tp: TargetProp, h: Sequence[Tensor], y: Tensor, damping: float = 0.0) -> list[Tensor]:
@@ -168,7 +214,7 @@ def gauss_newton_targets(tp: TargetProp, h: Sequence[Tensor], y: Tensor, damping
     h = checks.tensors("h", h, len(tp.layers) + 1, "activations")
     checks.tensor("y", y)
     hidden = [h[1].detach().requires_grad_()]
-    with torch.enable_grad(), _eval_mode(tp), backprop(tp):
+    with torch.enable_grad(), _evaluated(tp), backprop(tp):
         for layer in tp.layers[1:-1]:
             hidden.append(layer(hidden[-1]))
         jacobians = _jacobians(tp.layers[-1](hidden[-1]), hidden)
@@ -193,22 +239,16 @@ def gauss_newton(tp: TargetProp, x: Tensor, y: Tensor, damping: float = 0.0) -> 
     themselves, `compare(h_l − ĥ_l, h_l − theirs)`.
     """
     checks.instance("tp", tp, TargetProp, "a TargetProp")
-    parameters = {f"layers.{name}": p for name, p in trained(tp.layers[:-1]).items()}
+    parameters = {f"layers.{name}": parts for name, parts in _trained(tp.layers[:-1]).items()}
     if not parameters:
         checks.fail("tp", "hidden layers with weights that require a gradient", "none")
-    with torch.enable_grad(), _eval_mode(tp):
+    with torch.enable_grad(), _evaluated(tp):
         h = tp.activations(x)
         ours, exact = (
-            torch.autograd.grad(
-                tp.forward_loss(h, targets, y),
-                list(parameters.values()),
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            _gradients(tp.forward_loss(h, targets, y), parameters, retain_graph=True)
             for targets in (tp.targets(h, y), gauss_newton_targets(tp, h, y, damping))
         )
-    return {name: compare(g, e) for name, g, e in zip(parameters, ours, exact, strict=True)}
+    return {name: compare(g, exact[name]) for name, g in ours.items()}
 
 
 class Spectrum(NamedTuple):
@@ -230,7 +270,7 @@ def jacobian_spectrum(layer: torch.nn.Module, inverse: torch.nn.Module, h: Tenso
     """
     _are_modules(layer, inverse)
     checks.tensor("h", h)
-    with torch.enable_grad(), _eval_mode(layer, inverse), backprop(layer), backprop(inverse):
+    with torch.enable_grad(), _evaluated(layer, inverse), backprop(layer), backprop(inverse):
         below = h.detach().requires_grad_()
         out = layer(below)
         (jf,) = _jacobians(out, [below])
@@ -264,7 +304,8 @@ def inverse_loss(layer: torch.nn.Module, inverse: torch.nn.Module, h: Tensor) ->
     """
     _are_modules(layer, inverse)
     checks.tensor("h", h)
-    back = inverse(layer(h))
+    with kept(layer, inverse):
+        back = inverse(layer(h))
     checks.shape("inverse", back, h.shape)
     return (back - h).square_().sum().item() / max(len(h), 1)
 

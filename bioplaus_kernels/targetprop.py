@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._restore import buffers
 from .backends.reference import checks
 from .nn import locally_connected as lc
 
@@ -95,6 +96,9 @@ class TargetProp(torch.nn.Module):
     auxiliary: "ao_sdtp" only, a module h_{L-1} → z (N, any); its parameters are frozen.
     inverse_objective: another inverse loss than the variant's.
 
+    Buffers, batch norm's statistics for one, are what clean activations make them: a layer's move in `activations` and
+    `forward`, an inverse's where its own inverse loss calls it, and neither in `targets` nor in noisy passes, which
+    normalise by their own batch as training does.
     torch.compile takes a step in one graph; only an α step and mix > 0, which take a gradient inside, break it.
     DistributedDataParallel wraps a module whose forward returns the losses; there reduction="sum" leaves the targets
     what they are on one process, "mean" divides by the samples of the rank alone.
@@ -193,7 +197,7 @@ class TargetProp(torch.nn.Module):
         """
         h = self._detached(h)
         checks.tensor("y", y)
-        with torch.no_grad():
+        with torch.no_grad(), buffers(self):
             # Here h_L stands for what its inverse sees.
             logits, h[-1] = h[-1], self._top(h[-1], h[-2])
             if self._plan.first == "labels":
@@ -235,7 +239,8 @@ class TargetProp(torch.nn.Module):
             noise = torch.randn_like(h[k]) * self.sigma
             noisy = h[k] + noise
             end = self._inner.stop if direct or objective == "drl" else k + 1
-            with torch.no_grad():
+            # Only the pass of g_k moves statistics, its own.
+            with torch.no_grad(), buffers(*self.layers[k:end], *self.inverses[k + 1 : end], self.auxiliary):
                 f = noisy
                 for i in range(k, end):
                     below, f = f, self.layers[i](f)
