@@ -446,7 +446,7 @@ class StatefulLayer(torch.nn.Module):
         self._held = {}
         for name in self.weights() if self.uses_feedback else ():
             attributes = {n: attribute_of(name, n) for n in ("key", "weight", "signs", "scale")}
-            kept = {n: a for n, a in attributes.items() if a in self._buffers or a in self._parameters}
+            kept = {n: a for n, a in attributes.items() if getattr(self, a, None) is not None}
             held = self._held[name] = Held(self._constants(self._feedback, name), kept, attribute_of(name, "state"))
             if "key" in kept:
                 held.key = Key.of(getattr(self, kept["key"]))
