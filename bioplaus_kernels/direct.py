@@ -186,7 +186,8 @@ class DirectFeedback(StatefulLayer):
     before. By default the logits are what the model returns; a model that ends in softmax, log_softmax or sigmoid is
     refused.
     output: a function that picks the logits from what that submodule, or the model, returns: it is given mappings,
-    tuples, lists or dataclasses, and returns a tensor that is in them.
+    tuples, lists or dataclasses, and returns a tensor that is in them. Where the model computes its loss itself, only
+    logits= ties it to the blocks.
     class_dim: the logits' dimension of the classes, −1 by default, 1 of (N, classes, *spatial). It has to be said where
     the example's shapes fit 1.
 
@@ -217,6 +218,8 @@ class DirectFeedback(StatefulLayer):
     _class_dim: int = -1
     _logits: str | None = None
     _output: Callable[[Any], Tensor] | None = None
+    # How many tensors were returned where the others were looked at: a loss may come with labels alone.
+    _looked_at: frozenset[int] = frozenset()
     _device: torch.device = torch.device("cpu")
     _dtype: torch.dtype = torch.float32
 
@@ -250,15 +253,15 @@ class DirectFeedback(StatefulLayer):
         if class_dim is not None:
             class_dim = checks.integer("class_dim", class_dim)
         tied = [("blocks", name) for name in blocks] + ([] if logits is None else [("logits", logits)])
-        if logits is not None:
-            checks.instance("logits", logits, str, "the name of a submodule of the model")
+        taken: list[torch.nn.Module] = []
         for argument, name in tied:
-            if name not in modules or not name:
+            if not isinstance(name, str) or name not in modules or not name:
                 checks.fail(argument, "names of submodules of the model", repr(name))
             if isinstance(modules[name], _Block):
                 checks.fail(argument, "modules that no DirectFeedback has", repr(name))
-        if len({id(modules[name]) for _, name in tied}) != len(tied):
-            checks.fail("blocks", "different modules, and not that of logits", repr(blocks))
+            if any(modules[name] is other for other in taken):
+                checks.fail(argument, "different modules, the logits' not among the blocks", repr(name))
+            taken.append(modules[name])
         self.model, self.blocks, self.feedback = model, tuple(blocks), feedback
         self._logits, self._output = logits, output
         self._tape = _Tape()
@@ -363,12 +366,13 @@ class DirectFeedback(StatefulLayer):
         returned = each_tensor(returned, put)
         if not any(t is logits for t in held):
             checks.fail("output", "a function that picks a tensor from mappings, sequences or dataclasses", "another")
-        # Only the example's logits are tied to nothing.
-        if tied is logits and any(reaches(t, logits) for t in held if t is not logits):
-            raise ValueError(
-                "output: what is returned beside the logits was computed from them, and its gradient would reach no "
-                "block; name the submodule whose output the logits are by logits="
-            )
+        if len(held) not in self._looked_at and not torch.compiler.is_compiling():
+            if any(reaches(t, logits) for t in held if t is not logits):
+                raise ValueError(
+                    "output: a loss or something else beside the logits was computed from them inside the model, and "
+                    "its gradient would reach no block; name the submodule whose output the logits are by logits="
+                )
+            self._looked_at |= {len(held)}
         return returned
 
     def _example(self, example: Any, class_dim: int | None) -> Tensor:
@@ -474,7 +478,8 @@ class DirectFeedback(StatefulLayer):
 
     def extra_repr(self) -> str:
         """The rule and the blocks."""
-        return f"feedback={self.feedback}, blocks={self.blocks}"
+        said = "" if self._logits is None else f", logits={self._logits!r}"
+        return f"feedback={self.feedback}, blocks={self.blocks}{said}, class_dim={self._class_dim}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A pickle of version 0.1 is told by the attribute of a layer's.

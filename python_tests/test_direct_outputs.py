@@ -59,7 +59,7 @@ class Steps(nn.Module):
             return torch.stack([self.head(h) for h in states], 1)
         if self.how == "flat":
             return self.head(torch.cat(states))
-        dim = {"time first": 0, "batch first": 1, "class_dim=1": 1}[self.how]
+        dim = 0 if self.how == "time first" else 1
         logits = self.head(torch.stack(states, dim))
         return logits.transpose(1, 2) if self.how == "class_dim=1" else logits
 
@@ -328,7 +328,7 @@ def test_what_does_not_fit_is_refused() -> None:
             {"class_dim": -1},
             r"blocks: expected '1' to return the samples that logits of shape \(2, 5, 4, 4\) have with ",
         ),
-        ({"logits": "1"}, "blocks: expected different modules, and not that of logits"),
+        ({"logits": "1"}, "logits: expected different modules, the logits' not among the blocks, got '1'"),
         ({"logits": "9"}, "logits: expected names of submodules of the model, got '9'"),
         ({"class_dim": 1, "logits": "0"}, "blocks: '1' was not called before the logits"),
     ):
@@ -368,7 +368,7 @@ def test_siamese_calls_get_the_same_error(rule: str) -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @every_rule
-@pytest.mark.parametrize("how", ["last", "time first", "batch first", "class_dim=1", "alternating"])
+@pytest.mark.parametrize("how", ["last", "time first", "batch first", "each", "class_dim=1", "alternating"])
 def test_time_steps(how: str, rule: str, steps: int) -> None:
     options: dict[str, Any] = {"class_dim=1": {"class_dim": 1}, "alternating": {"logits": "head"}}.get(how, {})
     model = (Alternating("") if how == "alternating" else Steps(how)).double()
@@ -536,7 +536,7 @@ def test_a_loss_of_the_models_own_and_an_output_of_the_named_submodule() -> None
 
         def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
             z = self.fc(self.act(self.a(x)))["z"]
-            return {"loss": None if y is None else F.cross_entropy(z, y), "z": z.detach()}
+            return {"loss": None if y is None else F.cross_entropy(z, y), "z": z}
 
     x, y = torch.randn(7, 3), torch.arange(7) % 5
     net = direct.DirectFeedback(Own(), ["act"], example=x, logits="fc", output=lambda o: o["z"])
@@ -546,6 +546,14 @@ def test_a_loss_of_the_models_own_and_an_output_of_the_named_submodule() -> None
     e = (z.softmax(1) - F.one_hot(y, 5)) / 7
     (g,) = torch.autograd.grad(h, net.model.a.weight, e @ net.feedback_matrix("act"))
     torch.testing.assert_close(net.model.a.weight.grad, g)
+    # At the model's end that loss has gone round the blocks, which the example, without labels, could not tell.
+    net = direct.DirectFeedback(net.restore(), ["act"], example=x, output=lambda o: o["z"])
+    assert net(x)["z"].requires_grad
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"output: a loss or something else .* name the submodule"):
+            net(x, y)
+    with torch.no_grad():
+        net(x, y)
 
 
 # However a model is run.
