@@ -402,6 +402,44 @@ def test_time_steps(how: str, rule: str, steps: int) -> None:
             torch.testing.assert_close(p.grad, wanted)
 
 
+class Shapes(nn.Module):
+    """Logits of one shape, and a block called `calls` times that returns another; the gradients are theirs."""
+
+    def __init__(self, logits: tuple[int, ...], hidden: tuple[int, ...], calls: int) -> None:
+        super().__init__()
+        self.block, self.logits = nn.Identity(), nn.Parameter(torch.randn(logits))
+        self.hidden = nn.ParameterList(torch.randn(hidden) for _ in range(calls))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits + 0 * sum(self.block(h * 1).sum() for h in self.hidden)
+
+
+@pytest.mark.parametrize(
+    ("logits", "class_dim", "hidden", "calls", "formula"),
+    [
+        ((5, 3), 0, (6, 3), 2, "kn,kh->hn"),
+        ((3, 4, 5), -1, (3, 4, 2, 3), 1, "ntk,kh->nth"),
+        ((3, 5, 4), 1, (3, 6, 4), 2, "nkt,kh->nht"),
+        ((3, 4, 5, 2), 2, (3, 4, 6, 2), 1, "ntkl,kh->nthl"),
+        # A dimension of calls, i, before and after the classes.
+        ((2, 3, 4, 5), -1, (3, 4, 6), 2, "intk,kh->inth"),
+        ((3, 2, 4, 5), -1, (3, 4, 6), 2, "nitk,kh->inth"),
+        ((2, 3, 5, 4), 2, (3, 6, 4), 2, "inkt,kh->inht"),
+        ((3, 5, 2, 4), 1, (3, 6, 4), 2, "nkit,kh->inht"),
+        ((3, 5, 4, 2), -3, (3, 6, 4), 2, "nkti,kh->inht"),
+    ],
+)
+def test_layouts(logits: Any, class_dim: int, hidden: Any, calls: int, formula: str) -> None:
+    model, x = Shapes(logits, hidden, calls), torch.zeros(1)
+    net = direct.DirectFeedback(model, ["block"], direct.SDFA(), example=x, class_dim=class_dim)
+    e = torch.randn(logits)
+    net(x).backward(e)
+    assert torch.equal(model.logits.grad, e)
+    expected = torch.einsum(formula, e.sign() * e.abs().mean(), net.feedback_matrix("block"))
+    for i, h in enumerate(model.hidden):
+        torch.testing.assert_close(h.grad, (expected[i] if "i" in formula else expected).reshape(h.shape))
+
+
 def test_calls_that_leave_a_doubt_are_refused() -> None:
     x = torch.randn(4, 3, 3)
     with pytest.raises(ValueError, match=r"at each call, or a slice of them \(logits= may name a submodule called as"):
