@@ -11,20 +11,33 @@ Inside a block, and between the last one and the logits, autograd does the rest.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from . import ops
+from ._direct import (
+    Broadcast,
+    Call,
+    _Block,
+    _new_block,  # noqa: F401 - version 0.1's pickles look for it here
+    _Tape,
+    block_class,
+    each_tensor,
+    normalised,
+    numbers,
+    reaches,
+    ways,
+)
 from .backends.reference import checks
 from .feedback import Entries, Frozen, Key, State, Stateful, derived_key, fill
 from .feedback.scale import UNIT_RMS
-from .functional._common import captured, once
+from .functional._common import captured
 from .nn.state import Keys, StatefulLayer
 
 _SCALES = ("nokland", "kaiming", "xavier")
@@ -154,114 +167,8 @@ def _plan(rule: DFA, sizes: Sequence[int], classes: int) -> _Plan:
     return _Plan(rule.name, rule.entries, scale / unit, width, tuple(slices))
 
 
-class _Broadcast(torch.autograd.Function):
-    # The logits as they are; backward gives e to them and its projection to every hidden output.
-    @staticmethod
-    def forward(
-        ctx: Any,
-        plan: _Plan,
-        key: Tensor | None,
-        matrix: Tensor | None,
-        targets: Tensor | None,
-        loss_scale: Tensor | None,
-        logits: Tensor,
-        *hidden: Tensor,
-    ) -> Tensor:
-        ctx.plan = plan
-        ctx.hidden = [(h.shape, h.dtype) for h in hidden]
-        ctx.save_for_backward(key, matrix, targets, loss_scale)
-        return logits.view_as(logits)
-
-    @staticmethod
-    @once
-    def backward(ctx: Any, e: Tensor, saved: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[6:]
-        grads: list[Tensor | None] = []
-        if ctx.plan.kind == "shallow" or not any(wanted):
-            grads = [None] * len(wanted)
-        else:
-            projected = _project(ctx.plan, e.reshape(-1, e.shape[-1]), *saved)
-            for (shape, dtype), part, needed in zip(ctx.hidden, ctx.plan.slices, wanted, strict=True):
-                grad = projected[:, part.start : part.start + part.size]
-                if needed and part.ratio != 1.0:
-                    grad = grad * part.ratio
-                grads.append(grad.reshape(shape).to(dtype) if needed else None)
-        return None, None, None, None, None, e, *grads
-
-
-def _project(
-    plan: _Plan,
-    e: Tensor,
-    key: Tensor | None,
-    matrix: Tensor | None,
-    targets: Tensor | None,
-    loss_scale: Tensor | None,
-) -> Tensor:
-    # All blocks' projections side by side: (samples, width).
-    entries, scale = ("stored", 1.0) if matrix is not None else (plan.entries, plan.scale)
-    classes = e.shape[1]
-    if targets is None:
-        if plan.kind == "sdfa":
-            e = e.sign() * e.abs().mean()
-    else:
-        assert loss_scale is not None
-        # An ignored sample (cross_entropy's ignore_index) has no class and teaches nothing.
-        known = targets.flatten().unsqueeze(1) >= 0
-        targets = targets.flatten().clamp(min=0)
-        if matrix is not None or classes <= len(targets):
-            rows = matrix
-            if rows is None:
-                size = (classes, plan.width)
-                rows = ops.feedback_weight(None, None, None, key, entries, scale, size, dtype=e.dtype)
-            return (rows[targets] * known).to(e.dtype) * loss_scale
-        e = (F.one_hot(targets, classes) * known).to(e.dtype) * loss_scale
-    return ops.feedback_mm(e, None, None, matrix, key, entries, scale, plan.width)
-
-
-class _Tape:
-    # What a wrapper and its blocks share: the blocks' outputs in the forward under way. None where something else calls
-    # a block, such as the recomputation of a checkpoint.
-    outputs: dict[str, Tensor] | None = None
-
-
-class _Block(torch.nn.Module):
-    # Mixed in before a block's own class.
-    _block_name: str
-    _tape: _Tape
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        h = super().forward(*args, **kwargs)
-        name, outputs = self._block_name, self._tape.outputs
-        if outputs is None:
-            return h.detach() if captured() else h
-        if not isinstance(h, Tensor):
-            checks.fail("blocks", f"blocks that return one tensor; {name!r}", type(h).__name__, TypeError)
-        if name in outputs:
-            raise RuntimeError(f"blocks: {name!r} was called twice in one forward; each block has one B")
-        if not torch.is_grad_enabled():
-            raise RuntimeError(
-                f"blocks: {name!r} ran without recording gradients inside a forward that records them; leave it out of "
-                "blocks, or checkpoint it with use_reentrant=False"
-            )
-        outputs[name] = h
-        return h.detach()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _new_block, (type(self).__bases__[1],), self.__dict__
-
-
-_BLOCK_CLASSES: dict[type[Any], type[Any]] = {}
-
-
-def _block_class(base: type[Any]) -> type[Any]:
-    if base not in _BLOCK_CLASSES:
-        names = {"__module__": base.__module__, "__doc__": base.__doc__}
-        _BLOCK_CLASSES[base] = type(base.__name__, (_Block, base), names)
-    return _BLOCK_CLASSES[base]
-
-
-def _new_block(base: type[Any]) -> Any:
-    return object.__new__(_block_class(base))
+# Makes of the logits, and of the outputs of each block's calls, the logits that are given on.
+_Tie = Callable[[Tensor, list[list[Tensor]]], Tensor]
 
 
 class DirectFeedback(StatefulLayer):
@@ -271,23 +178,49 @@ class DirectFeedback(StatefulLayer):
     block stays back-propagation's. A block should end in its nonlinearity (and pooling), since B_l e is the gradient of
     its output. Convert layers with `convert_` before, if a block shall have a rule inside.
 
-    blocks: names of submodules, as in `model.named_modules()`, each called once a forward and returning one tensor.
+    blocks: names of submodules, as in `model.named_modules()`, each returning one tensor.
     feedback: "dfa", "sdfa", "drtp", "shallow", or a `DFA`, `SDFA`, `DRTP`, `Shallow`.
     example: an input (or a tuple of arguments) for which the model is run once, in eval mode, to learn the sizes.
     seed: the draw of B is a function of (seed, sizes, order of `blocks`), the same on every rank and device.
+    logits: name of the submodule whose output the logits are; what follows it (log_softmax, a loss) is differentiated
+    as usual, and e is the gradient that arrives there. Each call of it is tied to the blocks' calls since the one
+    before. By default the logits are what the model returns; a model that ends in softmax, log_softmax or sigmoid is
+    refused.
+    output: a function that picks the logits from what that submodule, or the model, returns: it is given mappings,
+    tuples, lists or dataclasses, and returns a tensor that is in them. Where the model computes its loss itself, only
+    logits= ties it to the blocks.
+    class_dim: the logits' dimension of the classes, −1 by default, 1 of (N, classes, *spatial). It has to be said where
+    the example's shapes fit 1.
 
-    The model returns logits (*samples, classes), block l (*samples, …) with n_l numbers a sample; B_l has the C-order
-    columns of these. State: the buffer `feedback_key` (version, key, 0), or for a stored B the Parameter
-    `feedback_weight` without gradient: (classes, Σ n_l), the blocks side by side in their order, or (classes, max n_l)
-    if shared. A key draws those same columns.
+    With class_dim = −1 the logits are (*samples, classes) and block l returns (*samples, …), n_l numbers a sample, in
+    whose C-order B_l's columns are. In general these are (*before, classes, *after) and (*before, …, *after); with
+    class_dim = 1, (N, classes, *spatial) and (N, n_l, *spatial):
 
-    Raises TypeError or ValueError for arguments that do not fit, RuntimeError for a block that is called twice, not at
-    all, or under no_grad (reentrant checkpointing), and for double backward.
+        ∂L/∂h_l[n, :, y, x] := e[n, :, y, x] B_l
+
+    A block may be called several times in a forward. Each call has the same B_l and gets the same e; or, where the
+    logits have one more dimension of samples, of the length of the calls, call t gets slice t of e, as if its outputs
+    were stacked. The example tells which, and the number of calls may change.
+
+    State: a key, or for a stored B the Parameter `feedback_weight` without gradient: (classes, Σ n_l), the blocks side
+    by side in their order, or (classes, max n_l) if shared. A key draws those same columns. `logits`, `output` and `class_dim` are not in it: with the same classes and n_l, B is the same.
+
+    Raises TypeError or ValueError for arguments that do not fit or leave a doubt, RuntimeError for a block that is not
+    called before the logits, or under no_grad (reentrant checkpointing), and for double backward.
     """
 
     feedback_weight: torch.nn.Parameter | None
     # Set by metrics.backprop.
     _bypassed: bool = False
+    # Of each block, the logits' dimension that its calls are slices of, where they are. The defaults are version 0.1's.
+    _stacks: dict[str, int | None] = {}  # noqa: RUF012
+    _class_dim: int = -1
+    _logits: str | None = None
+    _output: Callable[[Any], Tensor] | None = None
+    # How many tensors were returned where the others were looked at: a loss may come with labels alone.
+    _looked_at: frozenset[int] = frozenset()
+    _device: torch.device = torch.device("cpu")
+    _dtype: torch.dtype = torch.float32
 
     def __init__(
         self,
@@ -297,6 +230,9 @@ class DirectFeedback(StatefulLayer):
         *,
         example: Tensor | tuple[Any, ...],
         seed: int = 0,
+        logits: str | None = None,
+        output: Callable[[Any], Tensor] | None = None,
+        class_dim: int | None = None,
     ) -> None:
         super().__init__()
         checks.module("model", model)
@@ -311,38 +247,44 @@ class DirectFeedback(StatefulLayer):
         if not names or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
             checks.fail("blocks", wanted, repr(blocks))
         blocks = names
-        for name in blocks:
-            if name not in modules or not name:
-                checks.fail("blocks", "names of submodules of the model", repr(name))
+        if output is not None:
+            checks.function("output", output, "a function of what the model returns")
+        if class_dim is not None:
+            class_dim = checks.integer("class_dim", class_dim)
+        tied = [("blocks", name) for name in blocks] + ([] if logits is None else [("logits", logits)])
+        taken: list[torch.nn.Module] = []
+        for argument, name in tied:
+            if not isinstance(name, str) or name not in modules or not name:
+                checks.fail(argument, "names of submodules of the model", repr(name))
             if isinstance(modules[name], _Block):
-                checks.fail("blocks", "modules that no DirectFeedback has", repr(name))
-        if len({id(modules[name]) for name in blocks}) != len(blocks):
-            checks.fail("blocks", "different modules", repr(blocks))
+                checks.fail(argument, "modules that no DirectFeedback has", repr(name))
+            if any(modules[name] is other for other in taken):
+                checks.fail(argument, "different modules, the logits' not among the blocks", repr(name))
+            taken.append(modules[name])
         self.model, self.blocks, self.feedback = model, tuple(blocks), feedback
+        self._logits, self._output = logits, output
         self._tape = _Tape()
-        for name in blocks:
+        self._tape.blocks = tuple(blocks)
+        for _, name in tied:
             modules[name].__dict__.update(_block_name=name, _tape=self._tape)
-            modules[name].__class__ = _block_class(type(modules[name]))
+            modules[name].__class__ = block_class(type(modules[name]))
         try:
-            logits, hidden = self._example(example)
-            self._sizes = [math.prod(h.shape[logits.dim() - 1 :]) for h in hidden]
-            self._classes, self._dtype = logits.shape[-1], logits.dtype
-            self._check(logits, hidden)
+            example_logits = self._example(example, class_dim)
         except BaseException:
             self.restore()
             raise
-        self._seed, self._dtype = seed, logits.dtype
+        self._seed, self._dtype = seed, example_logits.dtype
         self._plan = _plan(feedback, self._sizes, self._classes)
         if feedback.stored:
             # The stored columns have their scales.
             self._plan = self._plan._replace(slices=tuple(part._replace(ratio=1.0) for part in self._plan.slices))
-        self._device = logits.device
+        self._device = example_logits.device
         self.register_parameter("feedback_weight", None)
         self.install_feedback(feedback, self._key)
 
     def forward(
         self, *args: Any, targets: Tensor | None = None, loss_scale: Tensor | float = 1.0, **kwargs: Any
-    ) -> Tensor:
+    ) -> Any:
         """`model(*args, **kwargs)`, its logits tied to the blocks.
 
         For DRTP: `targets`, int64 classes of shape (*samples), negative ones teaching nothing, and `loss_scale`, what
@@ -351,16 +293,20 @@ class DirectFeedback(StatefulLayer):
         """
         if self._bypassed or not torch.is_grad_enabled() or captured():
             return self.model(*args, **kwargs)
-        logits, hidden = self._run(args, kwargs)
+        return self._run(args, kwargs, partial(self._tied, targets, loss_scale))
+
+    def _tied(
+        self, targets: Tensor | None, loss_scale: Tensor | float, logits: Tensor, hidden: list[list[Tensor]]
+    ) -> Tensor:
         self._check(logits, hidden)
-        scale = None
+        d, scale = self._class_dim % logits.dim(), None
         if self.feedback.name == "drtp":
             if targets is None:
                 checks.fail("targets", "the classes of the samples, as DRTP projects them", "None")
             checks.tensor("targets", targets)
             if targets.dtype != torch.int64:
                 checks.fail("targets", "int64", targets.dtype, TypeError)
-            checks.shape("targets", targets, logits.shape[:-1])
+            checks.shape("targets", targets, logits.shape[:d] + logits.shape[d + 1 :])
             if targets.device != logits.device:
                 checks.fail("targets", f"a tensor on {logits.device}, as the logits", f"one on {targets.device}")
             if isinstance(loss_scale, bool) or not isinstance(loss_scale, int | float | Tensor):
@@ -375,30 +321,80 @@ class DirectFeedback(StatefulLayer):
             checks.fail("targets", f"None with feedback={self.feedback.name!r}", "a tensor")
         state = self._state("weight", logits)
         kept = state.get("key"), state.get("weight")
-        return _Broadcast.apply(self._plan, *kept, targets, scale, logits, *hidden)
+        stacks = [self._stacks.get(name) for name in self.blocks]
+        calls = [Call(i, stacks[i], t) for i, of_block in enumerate(hidden) for t in range(len(of_block))]
+        every = [h for of_block in hidden for h in of_block]
+        return Broadcast.apply(self._plan, d, calls, *kept, targets, scale, logits, *every)
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
-        before = self._tape.outputs
-        found: dict[str, Tensor] = {}
-        self._tape.outputs = found
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tie: _Tie) -> Any:
+        # What the model returns, its logits replaced by tie(logits, outputs of each block's calls).
+        tape = self._tape
+        before = tape.outputs, tape.tie, tape.tied
+        tape.outputs = {name: [] for name in self.blocks}
+        tape.tie, tape.tied = partial(self._replace, tie), False
         try:
-            logits = self.model(*args, **kwargs)
+            returned = self.model(*args, **kwargs)
+            if self._logits is None:
+                return tape.tie(returned)
+            late = [name for name, calls in tape.outputs.items() if calls]
+            if late or not tape.tied:
+                which = f"after {late[0]!r} was" if late else "in this forward"
+                raise RuntimeError(f"logits: {self._logits!r} was not called {which}")
+            return returned
         finally:
-            self._tape.outputs = before
-        if not isinstance(logits, Tensor):
-            checks.fail("model", "one that returns one tensor, the logits", type(logits).__name__, TypeError)
-        for name in self.blocks:
-            if name not in found:
-                raise RuntimeError(f"blocks: {name!r} was not called in this forward")
-        return logits, [found[name] for name in self.blocks]
+            tape.outputs, tape.tie, tape.tied = before
 
-    def _example(self, example: Any) -> tuple[Tensor, list[Tensor]]:
+    def _replace(self, tie: _Tie, returned: Any) -> Any:
+        logits = returned if self._output is None else self._output(returned)
+        if not isinstance(logits, Tensor):
+            wanted = "one tensor, the logits; output= takes a function that picks them, logits= a submodule's name"
+            argument = "model: expected one that returns" if self._logits is None else "logits: expected a module of"
+            raise TypeError(f"{argument} {wanted}; got {type(logits).__name__}")
+        outputs, self._tape.tied = self._tape.outputs or {}, True
+        hidden = list(outputs.values())
+        for name, calls in outputs.items():
+            if not calls:
+                raise RuntimeError(f"blocks: {name!r} was not called before the logits")
+            outputs[name] = []
+        tied, held = tie(logits, hidden), []
+
+        def put(tensor: Tensor) -> Tensor:
+            held.append(tensor)
+            return tied if tensor is logits else tensor
+
+        returned = each_tensor(returned, put)
+        if not any(t is logits for t in held):
+            checks.fail("output", "a function that picks a tensor from mappings, sequences or dataclasses", "another")
+        if len(held) not in self._looked_at and not torch.compiler.is_compiling():
+            if any(reaches(t, logits) for t in held if t is not logits):
+                raise ValueError(
+                    "output: a loss or something else beside the logits was computed from them inside the model, and "
+                    "its gradient would reach no block; name the submodule whose output the logits are by logits="
+                )
+            self._looked_at |= {len(held)}
+        return returned
+
+    def _example(self, example: Any, class_dim: int | None) -> Tensor:
+        # Learns what belongs to what, and returns the logits.
         args = example if isinstance(example, tuple) else (example,)
         modes = {module: module.training for module in self.model.modules()}
+        seen: list[tuple[Tensor, list[list[Tensor]]]] = []
+
+        def tie(logits: Tensor, hidden: list[list[Tensor]]) -> Tensor:
+            if self._logits is None and (function := normalised(logits)):
+                checks.fail(
+                    "model",
+                    "one that returns logits; name the submodule whose output they are by logits=, or that which ends "
+                    "the model, to take the error there all the same",
+                    f"what {function} returns",
+                )
+            seen.append((logits, hidden))
+            return logits
+
         self.model.eval()
         try:
             with torch.enable_grad():
-                logits, hidden = self._run(args, {})
+                self._run(args, {}, tie)
         except Exception:
             # A model can take anything, so its own word comes first where there is a tensor.
             if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(args)):
@@ -407,16 +403,30 @@ class DirectFeedback(StatefulLayer):
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        if logits.dim() < 2:
-            checks.fail("example", "logits of shape (*samples, classes)", f"shape {tuple(logits.shape)}")
-        return logits.detach(), [h.detach() for h in hidden]
+        shapes = [[h.shape for h in calls] for calls in seen[0][1]]
+        found = ways(self.blocks, seen[0][0].shape, shapes, class_dim)
+        self._stacks = {name: stack for name, (stack, _) in zip(self.blocks, found, strict=True)}
+        self._class_dim = -1 if class_dim is None else class_dim
+        self._sizes, self._classes = [size for _, size in found], seen[0][0].shape[self._class_dim]
+        for logits, hidden in seen:
+            self._check(logits, hidden)
+        return seen[0][0].detach()
 
-    def _check(self, logits: Tensor, hidden: list[Tensor]) -> None:
-        samples = logits.shape[:-1]
-        for name, h, size in zip(self.blocks, hidden, self._sizes, strict=True):
-            if h.shape[: len(samples)] != samples or math.prod(h.shape[len(samples) :]) != size:
-                wanted = f"{name!r} to return {tuple(samples)} samples of {size} numbers, as the logits have"
-                checks.fail("blocks", wanted, f"shape {tuple(h.shape)}")
+    def _check(self, logits: Tensor, hidden: list[list[Tensor]]) -> None:
+        shape, d = logits.shape, self._class_dim
+        if not -len(shape) <= d < len(shape) or shape[d] != self._classes:
+            checks.fail("model", f"logits of {self._classes} classes in dimension {d}", f"shape {tuple(shape)}")
+        d %= len(shape)
+        samples = tuple(shape[:d] + shape[d + 1 :])
+        for name, calls, size in zip(self.blocks, hidden, self._sizes, strict=True):
+            stack = self._stacks.get(name)
+            if stack is not None and shape[stack : stack + 1] != (len(calls),):
+                wanted = f"as many calls of {name!r} as dimension {stack} of the logits {tuple(shape)} has"
+                checks.fail("blocks", wanted, len(calls))
+            for h in calls:
+                if numbers(shape, d, h.shape, stack) != size:
+                    wanted = f"{name!r} to return {samples} samples of {size} numbers, as the logits have"
+                    checks.fail("blocks", wanted, f"shape {tuple(h.shape)}")
 
     def _key(self, name: str) -> Key:
         return derived_key(self._seed, "direct")
@@ -459,7 +469,7 @@ class DirectFeedback(StatefulLayer):
 
     def restore(self) -> torch.nn.Module:
         """The model as it was, its blocks back to back-propagation; this wrapper is not to be used again."""
-        for name in self.blocks:
+        for name in (*self.blocks, *([self._logits] if self._logits else [])):
             block = self.model.get_submodule(name)
             block.__class__ = type(block).__bases__[1]
             del block._block_name, block._tape
@@ -467,7 +477,12 @@ class DirectFeedback(StatefulLayer):
 
     def extra_repr(self) -> str:
         """The rule and the blocks."""
-        return f"feedback={self.feedback}, blocks={self.blocks}"
+        said = "" if self._logits is None else f", logits={self._logits!r}"
+        return f"feedback={self.feedback}, blocks={self.blocks}{said}, class_dim={self._class_dim}"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A pickle of version 0.1 is told by the attribute of a layer's.
+        super().__setstate__(state if "_held" in state else {"_plans": {}, "_feedback": state["feedback"], **state})
 
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError("DirectFeedback: use DistributedDataParallel; the threads of DataParallel share its blocks")

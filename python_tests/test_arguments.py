@@ -269,6 +269,9 @@ add(
     feedback="direct rule",
     example=[NONE, 3, 1.5, BOOL, STR, LIST, ARRAY, OBJECT, ()],
     seed="integer",
+    logits=[3, 1.5, BOOL, STR, LIST, ARRAY, OBJECT, "", "1"],
+    output="function?",
+    class_dim=[*KINDS["integer"][1:], 2, -3],
 )
 direct = {name: bk.DirectFeedback(mlp(), ["1"], name, example=x(2, 4)) for name in ("dfa", "drtp")}
 classes = torch.tensor([0, 2])

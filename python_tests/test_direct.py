@@ -254,8 +254,6 @@ class Odd(nn.Module):
         self.a, self.pair, self.b, self.how = nn.Linear(4, 4), nn.LSTM(4, 4), nn.Linear(4, 3), how
 
     def forward(self, x: Tensor) -> Any:
-        if self.how == "twice":
-            x = self.a(x)
         if self.how == "pair":
             x, _ = self.pair(x)
         x = self.b(x if self.how == "never" else self.a(x))
@@ -265,7 +263,6 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("how", "blocks", "error", "match"),
     [
-        ("twice", ["a"], RuntimeError, "'a' was called twice"),
         ("never", ["a"], RuntimeError, "'a' was not called"),
         ("pair", ["pair"], TypeError, "blocks: expected blocks that return one tensor; 'pair', got tuple"),
         ("tuple", ["a"], TypeError, "model: expected one that returns one tensor"),

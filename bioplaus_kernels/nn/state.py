@@ -442,7 +442,7 @@ class StatefulLayer(torch.nn.Module):
         self._held = {}
         for name in self.weights() if self.uses_feedback else ():
             attributes = {n: attribute_of(name, n) for n in ("weight", "signs", "scale")}
-            kept = {n: a for n, a in attributes.items() if a in self._buffers or a in self._parameters}
+            kept = {n: a for n, a in attributes.items() if getattr(self, a, None) is not None}
             key = self._buffers.pop(attribute_of(name, "key"), None)
             held = self._held[name] = Held(self._constants(self._feedback, name), kept, attribute_of(name, "state"))
             if key is not None:
