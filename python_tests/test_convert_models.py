@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from small import RULES, assert_equal, gradients
-from torch import Tensor, nn
+from torch import nn
 
 import bioplaus_kernels as bk
 

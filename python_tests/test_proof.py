@@ -425,7 +425,7 @@ def test_check_of_a_model_without_rules() -> None:
 
 
 def test_check_refuses_unknown_shapes() -> None:
-    with pytest.raises(ValueError, match="model: expected one that was called, .*got a lazy 0"):
+    with pytest.raises(ValueError, match=r"model: expected one that was called, .*got a lazy 0"):
         bk.check(nn.Sequential(nn.LazyLinear(4)), x())
 
 
