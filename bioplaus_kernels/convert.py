@@ -236,10 +236,12 @@ def _apply(
     if rule.transports_weight and not isinstance(module, FeedbackLayer):
         return Row(name, _type(module), "left", rule.name, "left to back-propagation")
 
-    def key(weight: str) -> Key:
+    def path(weight: str) -> str:
         own = dict(module.named_parameters()).get(weight)
-        path = _WRAPPERS.sub("", f"{name}.{weight}".removeprefix(".")) if own is None else names[id(own)]
-        return derived_key(seed, path)
+        return _WRAPPERS.sub("", f"{name}.{weight}".removeprefix(".")) if own is None else names[id(own)]
+
+    def key(weight: str) -> Key:
+        return derived_key(seed, path(weight))
 
     # Who wrapped the layer, or computes its weight, refers to our class.
     stays = "forward" in vars(module) or _kind(module) is not type(module)
@@ -255,6 +257,7 @@ def _apply(
     if rule.transports_weight:
         return Row(name, _type(module), "restored", rule.name, "in our class, which its wrapper calls" if stays else "")
     for weight in module.weights():
+        module._held[weight].path = path(weight)
         if (parameter := module._parameters.get(weight)) is None:
             continue
         owner = owners.setdefault(id(parameter), module)

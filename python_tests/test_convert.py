@@ -318,6 +318,28 @@ def test_a_rule_can_be_changed_and_taken_off_under_what_came_later(wrap: str) ->
     assert_equal(gradients(model, x), exact)
 
 
+KEEPING = RULES | {"kp": bk.KolenPollack(), "wm": bk.WeightMirror()}
+
+
+@pytest.mark.parametrize("rule", ["kp", "wm", "fa_signed_init", "fa-stored", "fa", "usf"])
+def test_a_resized_weight_is_named_with_the_way_out(rule: str) -> None:
+    # As structured pruning and transformers' resize_token_embeddings leave it.
+    model, x = mlp(), torch.randn(2, 6, requires_grad=True)
+    bk.convert_(model, KEEPING[rule])
+    model[4].weight, model[4].bias = nn.Parameter(torch.ones(2, 4)), nn.Parameter(torch.ones(2))
+    if rule not in ("fa", "usf"):
+        with pytest.raises(
+            ValueError, match=r"4\.weight of Linear.*\(2, 4\).*\(3, 4\) before: convert_ the model again"
+        ):
+            model(x)
+        bk.convert_(model, KEEPING[rule])
+    gradients(model, x)
+    assert model[4].feedback_matrix().shape == (2, 4)
+    again = copy.deepcopy(model)
+    bk.convert_(again, KEEPING[rule])
+    assert torch.equal(again[4].feedback_matrix(), model[4].feedback_matrix())
+
+
 def test_refused_in_inference_mode() -> None:
     model = mlp()
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode cannot be trained"):

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import fresh
 import pytest
 import torch
 import torch.nn.functional as F
@@ -366,6 +367,87 @@ def test_exporting_is_silent() -> None:
         for strict in (False, True):
             torch.export.export(model, (x().detach(),), strict=strict)
     assert pending(model)
+
+
+# Sharded models.
+
+SHARDED = {
+    "usf": bk.SignSymmetry(),
+    "usf-match": bk.SignSymmetry(scale="match"),
+    "fa": bk.FeedbackAlignment(),
+    "fa_signed_init": bk.SignedInit(),
+    "kp": bk.KolenPollack(),
+}
+
+
+class Block(nn.Module):
+    """Two layers, one of which may be read."""
+
+    def __init__(self, reads: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.reads = nn.Linear(4, 4), nn.Linear(4, 4), reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return y @ self.second.weight.t() if self.reads else self.second(y)
+
+
+def _sharded(rank: int, folder: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=1)
+    try:
+        found: dict[Any, Any] = {}
+        for rule in SHARDED:
+            for first in ("convert", "shard"):
+                model = nn.Sequential(Block(False), Block(False))
+                torch.manual_seed(0)
+                try:
+                    if first == "convert":
+                        report = bk.convert_(model, SHARDED[rule])
+                    fully_shard(model[0]), fully_shard(model)
+                    if first == "shard":
+                        report = bk.convert_(model, SHARDED[rule])
+                    model(x()).sum().backward()
+                    found[rule, first] = report.proven
+                except ValueError as error:
+                    found[rule, first] = str(error)
+        report = bk.convert_(model := nn.Sequential(Block(True)), "usf")
+        fully_shard(model[0]), fully_shard(model)
+        model(x())
+        found["read"] = outcomes(report), reason(report, "0.second")
+        found["layer"] = bk.convert_(fully_shard(nn.Linear(4, 4)), "usf").rows[0].reason
+        torch.save(found, f"{folder}/found")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    if not torch.distributed.is_available():
+        pytest.skip("torch is built without torch.distributed")
+    folder = tmp_path_factory.mktemp("sharded")
+    torch.multiprocessing.start_processes(_sharded, (str(folder),), nprocs=1, start_method=fresh.START_METHOD)
+    return torch.load(folder / "found")
+
+
+@pytest.mark.parametrize("rule", SHARDED)
+def test_converted_then_sharded_is_proven(rule: str, sharded: dict[Any, Any]) -> None:
+    assert sharded[rule, "convert"] == ["0.first", "0.second", "1.first", "1.second"]
+
+
+@pytest.mark.parametrize("rule", SHARDED)
+def test_sharded_then_converted_works_or_says_the_order(rule: str, sharded: dict[Any, Any]) -> None:
+    keeps = rule in ("kp", "fa_signed_init")
+    expected = "this one is sharded already: convert_ first, then fully_shard"
+    assert expected in sharded[rule, "shard"] if keeps else sharded[rule, "shard"] == sharded[rule, "convert"]
+    assert sharded["layer"] == "sharded by itself: convert_ first, then fully_shard"
+
+
+def test_a_sharded_weight_that_is_not_called_is_never_proven(sharded: dict[Any, Any]) -> None:
+    found, why = sharded["read"]
+    assert found == {"0.first": "proven", "0.second": "converted"}
+    assert why == "not proven: not called, and its weight is sharded, so a read cannot be seen"
 
 
 # check.

@@ -70,11 +70,23 @@ class FeedbackLayer(StatefulLayer):
             weight = cast(Tensor, getattr(self, name))
         if not self.uses_feedback:
             return weight, BACKPROP
+        if weight.shape != self._held[name].shape:
+            self._resized(name, weight)
         op = self._feedback.operands(weight, self._state(name, weight)) if feedback else BACKPROP
         trained = self._held[name].trained
         if trained and weight.requires_grad and torch.is_grad_enabled():
             weight = _Both.apply(weight, self._parameters[trained])
         return weight, op
+
+    def _resized(self, name: str, weight: Tensor) -> None:
+        # By structured pruning, or transformers' resize_token_embeddings.
+        held = self._held[name]
+        if held.shape is not None and held.kept.keys() - {"key"}:
+            raise ValueError(
+                f"{self.called(name)}: its weight has shape {tuple(weight.shape)}, and its feedback that of "
+                f"{tuple(held.shape)} before: convert_ the model again after pruning or resizing"
+            )
+        held.constants, held.shape = self._constants(self._feedback, name), weight.shape
 
     def is_plain(self, input: Tensor) -> bool:
         """Whether this call is torch.nn's own: no gradient goes back through `input` and none to B."""

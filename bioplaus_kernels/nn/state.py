@@ -48,6 +48,8 @@ class Held:
     kept: dict[str, str]
     record: str
     key: Key | None = None
+    shape: torch.Size | None = None
+    path: str = ""
     # The Parameter that takes the weight's gradient.
     trained: str = ""
     # The sums of buffers that stay as they were drawn.
@@ -279,7 +281,7 @@ class StatefulLayer(torch.nn.Module):
     def called(self, name: str) -> str:
         """How errors name weight `name`."""
         held = self._held[name]
-        return f"{held.key.name if held.key and held.key.name else name} of {self}"
+        return f"{held.path or (held.key.name if held.key and held.key.name else name)} of {self}"
 
     def feedback_record(self, name: str = "weight") -> Record:
         """What identifies the feedback of weight `name`: the rule's class and fields, and the key."""
@@ -487,7 +489,7 @@ def _draw(rule: Stateful, held: Held, kept: dict[str, Tensor], weight: Tensor) -
                 fill(kept[n], tensor)
         key = held.key or Key(LAYOUT_VERSION, 0)
         rule.draw(held.constants | kept, weight, key.tensor(weight.device))
-    held.lost, held.sums = False, sums_of(rule, kept)
+    held.lost, held.sums, held.shape = False, sums_of(rule, kept), weight.shape
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
