@@ -17,7 +17,7 @@ from .backends.reference import checks
 from .feedback import RULES, Key, Rule, as_rule, derived_key
 from .nn.base import FeedbackLayer
 from .nn.state import supported
-from .proof import UNSEEN, Report, Row, forget, note, prove, prove_later
+from .proof import UNSEEN, Report, Row, forget, note, prove, prove_later, unwrapped
 
 _PAIRS: dict[type[torch.nn.Module], type[FeedbackLayer]] = {
     getattr(torch.nn, name): getattr(nn, name)
@@ -34,9 +34,6 @@ _PAIRS: dict[type[torch.nn.Module], type[FeedbackLayer]] = {
 }
 _PLAIN = {ours: theirs for theirs, ours in _PAIRS.items()}
 _OWN = tuple(getattr(nn, name) for name in nn.__all__ if name.startswith("LocallyConnected"))
-
-# What torch.compile, activation checkpointing and FSDP put into names; draws do not depend on who wraps a model when.
-_WRAPPERS = re.compile(r"_(orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)\.")
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
@@ -103,7 +100,7 @@ def convert_(
             _refuse_sharded(name, module, plan[module])
     report = Report()
     # One B for each Parameter: who shares a weight shares the first name it has, and so the key.
-    names = {id(parameter): _WRAPPERS.sub("", name) for name, parameter in model.named_parameters()}
+    names = {id(parameter): unwrapped(name) for name, parameter in model.named_parameters()}
     owners: dict[int, FeedbackLayer] = {}
     for name, module, why in modules:
         if module in plan:
@@ -238,7 +235,7 @@ def _apply(
 
     def path(weight: str) -> str:
         own = dict(module.named_parameters()).get(weight)
-        return _WRAPPERS.sub("", f"{name}.{weight}".removeprefix(".")) if own is None else names[id(own)]
+        return unwrapped(f"{name}.{weight}".removeprefix(".")) if own is None else names[id(own)]
 
     def key(weight: str) -> Key:
         return derived_key(seed, path(weight))

@@ -1,5 +1,6 @@
 """Whether a rule acts: one forward, and a walk of its autograd graph from the outputs to the weights."""
 
+import re
 import sys
 import warnings
 from bisect import bisect_right
@@ -24,6 +25,8 @@ from .nn.base import FeedbackLayer
 _FUNCTIONS = (_Linear, _Conv, _LocallyConnected, _LocallyConnectedTranspose)
 # Among the edges of a node of theirs.
 _INPUT, _WEIGHT = 0, 1
+# What torch.compile, activation checkpointing and FSDP put into names; draws do not depend on who wraps a model when.
+_WRAPPERS = re.compile(r"_(orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)\.")
 UNSEEN = "not proven yet"
 
 
@@ -90,6 +93,11 @@ class Report:
 
 
 Finding = tuple[str, str]
+
+
+def unwrapped(name: str) -> str:
+    """`name` without what wrappers put into it."""
+    return _WRAPPERS.sub("", name)
 
 
 class Watch:
@@ -264,14 +272,19 @@ _HIDING: dict[str, Callable[[Tensor], bool]] = {
 
 def note(report: Report, model: torch.nn.Module, found: dict[str, Finding]) -> None:
     """Write what was found into the rows of `report`, and warn of weights that are called and read."""
-    modules = dict(model.named_modules())
+    modules = {unwrapped(name): module for name, module in model.named_modules()}
+    results = {unwrapped(name): finding for name, finding in found.items()}
     warned = [f"{name or '(root)'}: {why}" for name, (outcome, why) in found.items() if outcome == "called and read"]
     for i, row in enumerate(report.rows):
         if row.outcome in ("left", "restored"):
             continue
-        outcome, why = found.get(row.name, ("converted", UNSEEN))
-        if row.name not in found and not isinstance(module := modules.get(row.name), FeedbackLayer):
-            outcome, why = "left", f"was replaced by a {type(module).__name__}: convert_ the model again"
+        name = unwrapped(row.name)
+        # A wrapper of one layer, as an adapter, holds it under a name of its own.
+        inner = [finding for n, finding in results.items() if f"{n}.".startswith(f"{name}.")]
+        outcome, why = results.get(name) or (inner[0] if len(inner) == 1 else ("converted", UNSEEN))
+        kind = type(modules.get(name))
+        if not inner and not issubclass(kind, FeedbackLayer) and kind.__module__.startswith("torch.nn."):
+            outcome, why = "left", f"was replaced by a {kind.__name__}: convert_ the model again"
             warned.append(f"{row.name} {why}")
         kept = row.reason.removesuffix(UNSEEN).removesuffix("; ")
         report.rows[i] = replace(row, outcome=outcome, reason="; ".join(filter(None, (kept, why))))

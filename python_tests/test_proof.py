@@ -361,6 +361,30 @@ def test_compiled_models_say_so_or_stay_silent(whole: bool) -> None:
         assert bk.check(model, x()).proven == ["0.0", "0.2"]
 
 
+def test_a_part_compiled_after_the_conversion() -> None:
+    report = bk.convert_(model := nn.Sequential(mlp(), nn.Linear(4, 4)), "usf")
+    torch.compiler.reset()
+    model[0] = torch.compile(model[0], backend="aot_eager", fullgraph=True)
+    model(x())
+    assert report.proven == ["1"] and reason(report, "0.2") == "not proven: compiled, cannot be seen"
+
+
+def test_a_layer_within_an_adapter() -> None:
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base_layer, self.down, self.up = base, nn.Linear(4, 2), nn.Linear(2, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base_layer(x) + self.up(self.down(x))
+
+    report = bk.convert_(model := mlp(), "usf")
+    model.requires_grad_(False)
+    model[2] = Adapter(model[2])
+    model(x())
+    assert report.proven == ["0", "2"]
+
+
 def test_exporting_is_silent() -> None:
     bk.convert_(model := mlp(), "usf")
     with torch.no_grad():
