@@ -2,7 +2,7 @@
 
 from . import backends, direct, feedback, functional, metrics, nn, ops, optim, targetprop
 from ._version import __version__
-from .convert import Report, check, convert_
+from .convert import check, convert_
 from .describe import describe
 from .direct import DirectFeedback
 from .feedback import (
@@ -18,6 +18,7 @@ from .feedback import (
     WeightMirror,
 )
 from .nn import frozen_signs, mirror_
+from .proof import Report
 from .targetprop import TargetProp
 
 __all__ = [

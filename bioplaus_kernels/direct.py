@@ -203,7 +203,8 @@ class DirectFeedback(StatefulLayer):
     were stacked. The example tells which, and the number of calls may change.
 
     State: a key, or for a stored B the Parameter `feedback_weight` without gradient: (classes, Σ n_l), the blocks side
-    by side in their order, or (classes, max n_l) if shared. A key draws those same columns. `logits`, `output` and `class_dim` are not in it: with the same classes and n_l, B is the same.
+    by side in their order, or (classes, max n_l) if shared. A key draws those same columns. `logits`, `output` and
+    `class_dim` are not in it: with the same classes and n_l, B is the same.
 
     Raises TypeError or ValueError for arguments that do not fit or leave a doubt, RuntimeError for a block that is not
     called before the logits, or under no_grad (reentrant checkpointing), and for double backward.

@@ -15,10 +15,10 @@ from torch.nn.utils.parametrize import cached, is_parametrized
 
 from ._restore import kept
 from .backends.reference import checks
-from .convert import _WRAPPERS
 from .direct import DirectFeedback
 from .feedback import as_rule
 from .nn.base import FeedbackLayer
+from .proof import unwrapped
 from .targetprop import TargetProp
 
 Row = dict[str, float]
@@ -72,9 +72,7 @@ def weights(model: torch.nn.Module) -> dict[str, Comparison]:
     # W and B of one draw, where a parametrization is random.
     with kept(model), cached():
         return {
-            _WRAPPERS.sub("", f"{prefix}.{name}").removeprefix("."): compare(
-                getattr(layer, name), layer.feedback_matrix(name)
-            )
+            unwrapped(f"{prefix}.{name}").removeprefix("."): compare(getattr(layer, name), layer.feedback_matrix(name))
             for prefix, layer in model.named_modules()
             if isinstance(layer, FeedbackLayer) and layer.uses_feedback
             for name in layer.weights()
@@ -85,7 +83,7 @@ def weights(model: torch.nn.Module) -> dict[str, Comparison]:
 def backprop(model: torch.nn.Module) -> Iterator[None]:
     """In the block every feedback layer has B = W, and every `DirectFeedback` is the model it holds.
 
-    What counts is where the forward is called. A model that torch.compile compiled is compiled once more, for such calls.
+    What counts is where the forward is called. A compiled model is compiled once more, for such calls.
     A rule given to a call of `functional` stays.
     """
     checks.module("model", model)
@@ -128,7 +126,7 @@ def _trained(model: torch.nn.Module) -> dict[str, list[torch.nn.Parameter]]:
     for prefix, module in model.named_modules():
         if module in inside:
             continue
-        prefix = _WRAPPERS.sub("", f"{prefix}.") if prefix else ""
+        prefix = unwrapped(f"{prefix}.") if prefix else ""
         own: dict[str, list[torch.nn.Parameter]] = {}
         for name, parameter in module._parameters.items():
             if parameter is not None:

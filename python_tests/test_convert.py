@@ -1,6 +1,8 @@
 """convert_: what converts, what is left, and what stays as it was."""
 
 import copy
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -103,11 +105,27 @@ def test_every_convertible_class() -> None:
     assert [type(m) for m in model.values()] == classes
 
 
-def test_last_layer_is_the_last_that_matches() -> None:
+@pytest.mark.parametrize("case", ["filtered", "subclass", "lazy", "weight norm"])
+def test_a_last_layer_that_cannot_convert_is_the_one_left(case: str) -> None:
     model = mlp()
-    bk.convert_(model, "fa", last_layer=bk.SignSymmetry(scale="match"), filter_fn=lambda m, name: name != "4")
-    assert [type(model[i]) for i in (0, 2, 4)] == [bk.nn.Linear, bk.nn.Linear, nn.Linear]
-    assert [model[i].feedback for i in (0, 2)] == [bk.FeedbackAlignment(), bk.SignSymmetry(scale="match")]
+    if case == "weight norm":
+        nn.utils.parametrizations.weight_norm(model[4])
+    elif case != "filtered":
+        model[4] = {"subclass": Odd, "lazy": lambda _, out: nn.LazyLinear(out)}[case](4, 3)
+    report = bk.convert_(model, "fa", last_layer="usf", filter_fn=lambda m, name: case != "filtered" or name != "4")
+    assert [model[i].feedback.name for i in (0, 2)] == ["fa", "fa"]
+    row = next(row for row in report.rows if row.name == "4")
+    assert row.outcome == "left" and row.reason.endswith("the last layer: last_layer means no other")
+
+
+def test_last_layer_is_no_auxiliary_head_norm_or_embedding() -> None:
+    layers = {n: nn.Linear(4, 4) for n in ("aux_first", "body", "classifier", "aux_classifier")}
+    model = nn.ModuleDict(layers | {"norm": nn.BatchNorm1d(4), "positions": nn.Embedding(4, 4)})
+    report = bk.convert_(model, "fa", last_layer="backprop")
+    rows = {row.name: row for row in report.rows}
+    assert report.converted == ["aux_first", "body", "aux_classifier"]
+    assert rows["classifier"].reason == "left to back-propagation"
+    assert all("auxiliary head" in rows[name].reason for name in ("aux_first", "aux_classifier"))
 
 
 def test_filter_fn_sees_modules_and_names() -> None:
@@ -267,6 +285,88 @@ LEFT = {
 }
 
 
+def test_a_wrapped_forward_is_left() -> None:
+    # As accelerate's hooks replace it.
+    model = mlp()
+    model[2].forward = model[2].forward
+    report = bk.convert_(model, "usf")
+    assert report.converted == ["0", "4"] and type(model[2]) is nn.Linear
+    assert "convert_ first, then wrap" in next(row.reason for row in report.rows if row.name == "2")
+
+
+@pytest.mark.parametrize("wrap", ["forward", "weight_norm", "weight_norm by hooks", "spectral_norm", "pruning"])
+def test_a_rule_can_be_changed_and_taken_off_under_what_came_later(wrap: str) -> None:
+    from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+
+    wraps: dict[str, Callable[[nn.Linear], object]] = {
+        "forward": lambda m: setattr(m, "forward", m.forward),
+        "weight_norm": parametrizations.weight_norm,
+        "weight_norm by hooks": weight_norm,
+        "spectral_norm": lambda m: spectral_norm(m.eval()),
+        "pruning": lambda m: prune.random_unstructured(m, "weight", 0.5),
+    }
+    model = mlp().eval()
+    bk.convert_(model, "fa")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        wraps[wrap](model[2])
+    x = torch.randn(2, 6, requires_grad=True)
+    assert bk.convert_(model, "usf", example=x).proven == ["0", "2", "4"]
+    with bk.metrics.backprop(model):
+        exact = gradients(model, x)
+    assert bk.convert_(model, None).restored == ["0", "2", "4"]
+    assert_equal(gradients(model, x), exact)
+
+
+KEEPING = RULES | {"kp": bk.KolenPollack(), "wm": bk.WeightMirror()}
+
+
+@pytest.mark.parametrize("rule", ["kp", "wm", "fa_signed_init", "fa-stored", "fa", "usf"])
+def test_a_resized_weight_is_named_with_the_way_out(rule: str) -> None:
+    # As structured pruning and transformers' resize_token_embeddings leave it.
+    model, x = mlp(), torch.randn(2, 6, requires_grad=True)
+    bk.convert_(model, KEEPING[rule])
+    model[4].weight, model[4].bias = nn.Parameter(torch.ones(2, 4)), nn.Parameter(torch.ones(2))
+    if rule not in ("fa", "usf"):
+        with pytest.raises(
+            ValueError, match=r"4\.weight of Linear.*\(2, 4\).*\(3, 4\) before: convert_ the model again"
+        ):
+            model(x)
+        bk.convert_(model, KEEPING[rule])
+    gradients(model, x)
+    assert model[4].feedback_matrix().shape == (2, 4)
+    again = copy.deepcopy(model)
+    bk.convert_(again, KEEPING[rule])
+    assert torch.equal(again[4].feedback_matrix(), model[4].feedback_matrix())
+
+
+def test_refused_in_inference_mode() -> None:
+    model = mlp()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode cannot be trained"):
+        bk.convert_(model, "fa")
+    with torch.inference_mode():
+        inner = mlp()
+    assert "inference_mode" in bk.convert_(inner, "fa").rows[0].reason
+
+
+def test_quantised_layers_have_a_row() -> None:
+    quantized = pytest.importorskip("torch.ao.nn.quantized")
+    layers = {"static": quantized.Linear(4, 4), "dynamic": quantized.dynamic.Linear(4, 4)}
+    report = bk.convert_(nn.ModuleDict(layers | {"lstm": quantized.dynamic.LSTM(4, 4)}), "fa")
+    assert [(row.name, row.outcome, row.reason) for row in report.rows] == [
+        (name, "left", "quantised: convert_ does not train it") for name in ("static", "dynamic", "lstm")
+    ]
+
+
+def test_a_weight_that_stands_for_another_tensor_is_left() -> None:
+    # As torchao's quantised weights, which say that they are of a floating dtype.
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(TwoTensor(torch.ones(4, 4), torch.ones(4, 4)))
+    assert "its weight is a TwoTensor, quantised" in bk.convert_(layer, "usf").rows[0].reason
+
+
 @pytest.mark.parametrize("case", LEFT)
 def test_left_with_a_reason(case: str) -> None:
     build, reason = LEFT[case]
@@ -298,6 +398,7 @@ def test_quantization_aware_layers_are_left() -> None:
         ({"feedback": "fa", "filter_fn": "conv"}, TypeError, "filter_fn: expected a function"),
         ({"feedback": "fa", "seed": 1.5}, TypeError, "seed: expected an integer, got 1.5"),
         ({"feedback": "fa", "seed": True}, TypeError, "seed: expected an integer, got True"),
+        ({"feedback": "fa", "example": [torch.ones(1, 6)]}, TypeError, "example: expected a tensor, a tuple"),
     ],
 )
 def test_wrong_arguments_raise_before_anything_is_touched(arguments: Any, error: type[Exception], match: str) -> None:

@@ -35,8 +35,8 @@ class FeedbackLayer(StatefulLayer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # torch.nn's arguments and ours, where the constructor is the one below: for help() and skip_init.
-        plain = next((c for c in cls.__mro__ if c.__module__.startswith("torch.nn.modules.")), None)
-        if cls.__init__ is FeedbackLayer.__init__ and plain is not None:
+        plain = next(c for c in cls.__mro__ if c.__module__.startswith("torch.nn.modules."))
+        if cls.__init__ is FeedbackLayer.__init__ and plain is not torch.nn.Module:
             own = [p for p in inspect.signature(plain).parameters.values() if p.kind is not p.VAR_KEYWORD]
             ours = inspect.Parameter("feedback", inspect.Parameter.KEYWORD_ONLY, default=None)
             cls.__signature__ = inspect.Signature([*own, ours])  # type: ignore[attr-defined]
@@ -81,6 +81,8 @@ class FeedbackLayer(StatefulLayer):
             weight = cast(Tensor, getattr(self, name))
         if not self.uses_feedback:
             return weight, BACKPROP
+        if weight.shape != self._held[name].shape:
+            self._resized(name, weight)
         if captured():
             return weight, CUT
         op = self._feedback.operands(weight, self._state(name, weight)) if feedback else BACKPROP
@@ -88,6 +90,16 @@ class FeedbackLayer(StatefulLayer):
         if trained and weight.requires_grad and torch.is_grad_enabled():
             weight = _Both.apply(weight, self._parameters[trained])
         return weight, op
+
+    def _resized(self, name: str, weight: Tensor) -> None:
+        # By structured pruning, or transformers' resize_token_embeddings.
+        held = self._held[name]
+        if held.shape is not None and held.kept:
+            raise ValueError(
+                f"{self.called(name)}: its weight has shape {tuple(weight.shape)}, and its feedback that of "
+                f"{tuple(held.shape)} before: convert_ the model again after pruning or resizing"
+            )
+        held.constants, held.shape = held.constants | self._constants(self._feedback, name), weight.shape
 
     def is_plain(self, input: Tensor) -> bool:
         """Whether this call is torch.nn's own: no gradient goes back through `input` and none to B, now or later."""

@@ -38,6 +38,9 @@ class Held:
     kept: dict[str, str]
     record: str
     key: Key | None = None
+    shape: torch.Size | None = None
+    # The weight's name in the model that convert_ was given.
+    path: str = ""
     # The Parameter that takes the weight's gradient.
     trained: str = ""
     # The sums of buffers that stay as they were drawn.
@@ -102,4 +105,4 @@ def draw(rule: Stateful, held: Held, kept: dict[str, Tensor], weight: Tensor) ->
                 fill(kept[n], tensor)
         key = held.key or Key(LAYOUT_VERSION, 0)
         rule.draw(held.constants | kept, weight, key.tensor(weight.device))
-    held.lost, held.sums = False, sums_of(rule, kept)
+    held.lost, held.sums, held.shape = False, sums_of(rule, kept), weight.shape
