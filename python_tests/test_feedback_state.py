@@ -439,12 +439,6 @@ def test_skip_init_and_the_signature() -> None:
 # What identifies it.
 
 
-def test_saved_state_into_a_layer_with_back_propagation() -> None:
-    for strict in (True, False):
-        with pytest.raises(RuntimeError, match=r"0.feedback_state: expected none, as this layer has back-propagation"):
-            nn.Sequential(bk.nn.Linear(40, 33)).load_state_dict(mlp("fa")[:1].state_dict(), strict=strict)
-
-
 def test_hostile_records() -> None:
     record = decode(mlp("fa").state_dict()["0.feedback_state"])
     assert record is not None and record.key is not None

@@ -35,8 +35,8 @@ class FeedbackLayer(StatefulLayer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # torch.nn's arguments and ours, where the constructor is the one below: for help() and skip_init.
-        plain = next((c for c in cls.__mro__ if c.__module__.startswith("torch.nn.modules.")), None)
-        if cls.__init__ is FeedbackLayer.__init__ and plain is not None:
+        plain = next(c for c in cls.__mro__ if c.__module__.startswith("torch.nn.modules."))
+        if cls.__init__ is FeedbackLayer.__init__ and plain is not torch.nn.Module:
             own = [p for p in inspect.signature(plain).parameters.values() if p.kind is not p.VAR_KEYWORD]
             ours = inspect.Parameter("feedback", inspect.Parameter.KEYWORD_ONLY, default=None)
             cls.__signature__ = inspect.Signature([*own, ours])  # type: ignore[attr-defined]

@@ -177,9 +177,7 @@ class StatefulLayer(torch.nn.Module):
             if old is None or old.device != device or held.given != held.key[:2]:
                 held.constants, held.given = held.constants | {"key": held.key.tensor(device)}, held.key[:2]
         sums = held.sums | sums_of(self._feedback, self._kept(held), torch.nn.Parameter)
-        # As torch.nn's buffers are, where the weight has no memory.
-        where = torch.get_default_device() if device.type == "meta" else device
-        record = encode(Record(*self._identity(self._feedback), held.key, sums), where)
+        record = encode(Record(*self._identity(self._feedback), held.key, sums), device)
         self._overwrite(held.record, torch.zeros_like(record) if held.lost else record)
         held.seen = self._record(held)
         held.version = held.seen._version
@@ -467,12 +465,6 @@ class StatefulLayer(torch.nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for name in () if self._held else self.weights():
-            if (record := state_dict.get(prefix + attribute_of(name, "state"))) is not None and readable(record):
-                error_msgs.append(
-                    f"{prefix}{attribute_of(name, 'state')}: expected none, as this layer has back-propagation: "
-                    "convert_ the model with the rule that was saved (`python -m bioplaus_kernels describe`)"
-                )
         # Records are read, and not copied; of each weight, what is given of the rest.
         loads = [Load(self, name, state_dict, prefix, error_msgs) for name in self._held]
         super()._load_from_state_dict(
