@@ -27,7 +27,7 @@ def captured() -> bool:
 
     It keeps the forward's operators and loses our backward, so that training it would be back-propagation.
     """
-    return is_exporting() or torch._C._is_tracing()
+    return is_exporting() or (not torch.compiler.is_compiling() and torch._C._is_tracing())
 
 
 def autocasts(input: Tensor) -> bool:
