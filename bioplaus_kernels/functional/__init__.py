@@ -7,7 +7,20 @@ Arguments that do not fit raise ValueError or TypeError; double backward and tor
 
 from types import FunctionType
 
-from ._common import CUT, Arguments, Feedback, Grads, Ints, captured, formed, ints, is_backprop, needs_feedback, no_key, resolve
+from ._common import (
+    CUT,
+    Arguments,
+    Feedback,
+    Grads,
+    Ints,
+    captured,
+    formed,
+    ints,
+    is_backprop,
+    needs_feedback,
+    no_key,
+    resolve,
+)
 from ._conv import (
     conv1d,
     conv2d,

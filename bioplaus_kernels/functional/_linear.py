@@ -9,7 +9,20 @@ from torch import Tensor
 from .. import ops
 from ..backends.reference import checks
 from ..feedback import Operands, linear_fans
-from ._common import CUT, Feedback, Grads, begin, check, explain, finish, is_backprop, no_key, once, resolve, saved_feedback
+from ._common import (
+    CUT,
+    Feedback,
+    Grads,
+    begin,
+    check,
+    explain,
+    finish,
+    is_backprop,
+    no_key,
+    once,
+    resolve,
+    saved_feedback,
+)
 
 
 class _Linear(torch.autograd.Function):

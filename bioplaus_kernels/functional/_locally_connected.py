@@ -164,9 +164,7 @@ def locally_connected_transpose_with(
         y = _plus(lc_transpose(x, weight, output_size, stride, padding, dilation, groups), bias)
         y = y.detach() if op is CUT else y
     else:
-        y = _LocallyConnectedTranspose.apply(
-            x, weight, bias, *op, output_size, stride, padding, dilation, groups
-        )
+        y = _LocallyConnectedTranspose.apply(x, weight, bias, *op, output_size, stride, padding, dilation, groups)
     return y if batched else y.squeeze(0)
 
 

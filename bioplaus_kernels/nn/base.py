@@ -79,7 +79,7 @@ class FeedbackLayer(StatefulLayer):
         return weight, op
 
     def is_plain(self, input: Tensor) -> bool:
-        """Whether this call is torch.nn's own: no gradient goes back through `input` and none to B, now or in a program."""
+        """Whether this call is torch.nn's own: no gradient can go back through `input` and none to B."""
         if not self.uses_feedback:
             return True
         if needs_feedback(input) or captured():
