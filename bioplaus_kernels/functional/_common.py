@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_exporting
+from torch._C import _get_tracing_state
 
 from .. import ops
 from ..backends.reference import checks
@@ -27,7 +27,8 @@ def captured() -> bool:
 
     It keeps the forward's operators and loses our backward, so that training it would be back-propagation.
     """
-    return is_exporting() or (not torch.compiler.is_compiling() and torch._C._is_tracing())
+    # The flag: Dynamo's table has is_exporting() for true in every compilation, which only newer versions look into.
+    return torch.compiler._is_exporting_flag or _get_tracing_state() is not None
 
 
 def autocasts(input: Tensor) -> bool:
@@ -147,7 +148,7 @@ def needs_feedback(input: Tensor) -> bool:
 
 def refuse_transforms() -> None:
     # Inside vmap or jvp a tensor that needs a gradient does not say so, and the feedback would be bypassed in silence.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch.is_grad_enabled() and torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "torch.func: its transforms (grad, vmap, jvp) do not know feedback; call the layer under torch.no_grad(), "
             "or with feedback=None"

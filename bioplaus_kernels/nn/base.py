@@ -102,7 +102,7 @@ class FeedbackLayer(StatefulLayer):
         held.constants, held.shape = held.constants | self._constants(self._feedback, name), weight.shape
 
     def is_plain(self, input: Tensor) -> bool:
-        """Whether this call is torch.nn's own: no gradient goes back through `input` and none to B, now or later."""
+        """Whether this call is torch.nn's own: no gradient can go back through `input` and none to B."""
         if not self.uses_feedback:
             return True
         if needs_feedback(input) or captured():
