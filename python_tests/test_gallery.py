@@ -1,4 +1,4 @@
-"""Every block of docs/algorithms.md and docs/rules.md runs as it is printed."""
+"""Every block of docs/algorithms.md, docs/pitfalls.md and docs/rules.md runs as it is printed."""
 
 import re
 from pathlib import Path
@@ -8,17 +8,28 @@ import torch
 
 import bioplaus_kernels as bk
 
-PAGE = Path(__file__).parents[1] / "docs" / "algorithms.md"
-SECTIONS = PAGE.read_text().split("\n## ")
-SETUP = re.findall(r"```python\n(.*?)```", SECTIONS[0], re.DOTALL)
-BLOCKS = {part.partition("\n")[0]: re.findall(r"```python\n(.*?)```", part, re.DOTALL) for part in SECTIONS[1:]}
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def sections(page: str) -> tuple[list[str], dict[str, list[str]]]:
+    """Of a page, what runs before each section, and the sections by name."""
+    first, *rest = (DOCS / page).read_text().split("\n## ")
+    return blocks(first), {part.partition("\n")[0]: blocks(part) for part in rest}
+
+
+SETUP, BLOCKS = sections("algorithms.md")
+PITFALLS_SETUP, PITFALLS = sections("pitfalls.md")
 
 
 def test_every_algorithm_is_there_in_ten_lines() -> None:
-    blocks = SETUP + [block for part in BLOCKS.values() for block in part]
-    assert all(len(block.strip().splitlines()) <= 10 for block in blocks)
+    every = SETUP + [block for part in BLOCKS.values() for block in part]
+    assert all(len(block.strip().splitlines()) <= 10 for block in every)
     for name in (*bk.feedback.RULES, *bk.direct.RULES, *bk.targetprop.VARIANTS):
-        assert any(f'"{name}"' in block for block in blocks), name
+        assert any(f'"{name}"' in block for block in every), name
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -27,16 +38,31 @@ def test_a_section_runs(section: str) -> None:
     assert SETUP and BLOCKS[section], "no code"
     names: dict[str, object] = {}
     for block in SETUP + BLOCKS[section]:
-        exec(compile(block, f"{PAGE.name}: {section}", "exec"), names)
+        exec(compile(block, f"algorithms.md: {section}", "exec"), names)
     # A section that trains learns.
     if "optimizer.step()" in "".join(BLOCKS[section]) and "range(20)" in "".join(BLOCKS[section]):
         model, x, y = (names[n] for n in ("model", "x", "y"))
         assert torch.nn.functional.cross_entropy(model(x), y) < 1.2
 
 
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("section", PITFALLS)
+def test_a_pitfall_is_as_it_says(section: str) -> None:
+    assert PITFALLS_SETUP and PITFALLS[section], "no code"
+    assert all(3 <= len(block.strip().splitlines()) <= 8 for block in PITFALLS[section])
+    names: dict[str, object] = {"__name__": __name__}
+    try:
+        for block in PITFALLS_SETUP + PITFALLS[section]:
+            exec(compile(block, f"pitfalls.md: {section}", "exec"), names)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 def test_the_rules_of_a_users_own_train() -> None:
     names: dict[str, object] = {"__name__": __name__}
-    (block,) = re.findall(r"```python\n(.*?)```", (PAGE.parent / "rules.md").read_text(), re.DOTALL)
+    (block,) = blocks((DOCS / "rules.md").read_text())
     exec(compile(block, "rules.md", "exec"), names)
     model, x = names["model"], torch.randn(8, 20, requires_grad=True)
     assert isinstance(model, torch.nn.Module)
