@@ -83,7 +83,7 @@ def weights(model: torch.nn.Module) -> dict[str, Comparison]:
 def backprop(model: torch.nn.Module) -> Iterator[None]:
     """In the block every feedback layer has B = W, and every `DirectFeedback` is the model it holds.
 
-    What counts is where the forward is called. A compiled model is compiled once more, for such calls.
+    What counts is where the forward is called. What torch.compile compiled is compiled once more, for such calls.
     A rule given to a call of `functional` stays.
     """
     checks.module("model", model)

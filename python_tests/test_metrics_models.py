@@ -249,3 +249,44 @@ def test_compiled_models(direct: bool) -> None:
         for name, c in found.items():
             assert math.isclose(c.angle, want[name].angle, abs_tol=1e-3), name
     assert 1 < next(iter(found.values())).angle < 179
+
+
+def test_a_distributed_model_trains_on() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        net = model(Writes())
+        bk.convert_(net, "kp")
+        loss_of(net)()  # what is born is there when buffers are collected
+        net[2].mean.detach_()
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        loss = loss_of(wrapped)
+        before = state(net)
+        for _ in range(2):
+            found = metrics.updates(wrapped, loss)
+            unchanged(net, before)
+            assert list(found) == ["module.0.weight", "module.4.weight", "module.6.weight"]
+            loss().backward()
+            net[2].mean.detach_()
+            before = state(net)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_measures_of_target_propagation_leave_buffers() -> None:
+    def block(a: int, b: int) -> nn.Module:
+        return nn.Sequential(parametrizations.weight_norm(nn.Linear(a, b)), nn.BatchNorm1d(b), Writes(), nn.Tanh())
+
+    layers = [block(6, 5), block(5, 5), nn.Linear(5, 4)]
+    tp = bk.TargetProp(layers, [None, block(5, 5), block(4, 5)], "l_drl")
+    x, y = torch.randn(8, 6), torch.arange(8) % 4
+    h = [t.detach() for t in tp.activations(x)]
+    layers[0][2].mean.detach_(), layers[1][2].mean.detach_()
+    before = state(tp)
+    assert list(metrics.gauss_newton(tp, x, y)) == ["layers.0.0.weight", "layers.1.0.weight"]
+    metrics.gauss_newton_targets(tp, h, y)
+    metrics.jacobian_spectrum(layers[1], tp.inverses[1], h[1])
+    metrics.inverse_loss(layers[1], tp.inverses[1], h[1])
+    unchanged(tp, before)
+    with pytest.raises(RuntimeError):
+        metrics.inverse_loss(layers[1], tp.inverses[1], h[0])
+    unchanged(tp, before)
