@@ -17,7 +17,7 @@ from direct_net import assert_same, grads
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bioplaus_kernels import direct
+from bioplaus_kernels import direct, metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -704,6 +704,30 @@ def test_checkpointing_inside() -> None:
     for net in nets:
         net(x).square().sum().backward()
     assert_same(grads(nets[1]), grads(nets[0]))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_logits_that_are_recomputed_inside_raise(use_reentrant: bool) -> None:
+    class Inside(Ends):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.fc, self.act(self.a(x)), use_reentrant=use_reentrant)
+
+    with pytest.raises(RuntimeError, match=r"logits: 'fc' ran without recording|different number of tensors was saved"):
+        direct.DirectFeedback(Inside(None), ["act"], example=torch.randn(2, 3), logits="fc")(
+            torch.randn(2, 3)
+        ).sum().backward()
+
+
+@every_case
+def test_within_metrics_backprop_it_is_the_model(case: str) -> None:
+    net, x, loss, y, _ = wanted(case)
+    with metrics.backprop(net):
+        loss(net(*x), y).backward()
+    found = copy.deepcopy(grads(net))
+    net.zero_grad()
+    model = net.restore()
+    loss(model(*x), y).backward()
+    assert_same({n.removeprefix("model."): g for n, g in found.items()}, grads(model))
 
 
 @every_case
