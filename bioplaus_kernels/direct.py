@@ -184,8 +184,8 @@ class DirectFeedback(StatefulLayer):
     seed: the draw of B is a function of (seed, sizes, order of `blocks`), the same on every rank and device.
     logits: name of the submodule whose output the logits are; what follows it (log_softmax, a loss) is differentiated
     as usual, and e is the gradient that arrives there. Each call of it is tied to the blocks' calls since the one
-    before. By default the logits are what the model returns; a model that ends in softmax, log_softmax or sigmoid is
-    refused.
+    before. No checkpoint inside the model may recompute it. By default the logits are what the model returns; a model
+    that ends in softmax, log_softmax or sigmoid is refused.
     output: a function that picks the logits from what that submodule, or the model, returns: it is given mappings,
     tuples, lists or dataclasses, and returns a tensor that is in them. Where the model computes its loss itself, only
     logits= ties it to the blocks.
@@ -365,7 +365,10 @@ class DirectFeedback(StatefulLayer):
 
         returned = each_tensor(returned, put)
         if not any(t is logits for t in held):
-            checks.fail("output", "a function that picks a tensor from mappings, sequences or dataclasses", "another")
+            wanted = (
+                "a function that picks a tensor from mappings, tuples, lists or dataclasses (or name it by logits=)"
+            )
+            checks.fail("output", wanted, "one that is not in them")
         if len(held) not in self._looked_at and not torch.compiler.is_compiling():
             if any(reaches(t, logits) for t in held if t is not logits):
                 raise ValueError(

@@ -17,7 +17,7 @@ from direct_net import assert_same, grads
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bioplaus_kernels import direct
+from bioplaus_kernels import direct, metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -195,8 +195,11 @@ IN_PLACE: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("change", IN_PLACE)
+@pytest.mark.parametrize(
+    ("change", "compiled"),
+    [(change, False) for change in IN_PLACE]
+    + [(IN_PLACE[0], True), *(pytest.param(change, True, marks=pytest.mark.slow) for change in IN_PLACE[1:])],
+)
 def test_logits_may_be_changed_in_place(change: Any, compiled: bool) -> None:
     x, y = torch.randn(7, 3), torch.arange(7) % 5
     net = direct.DirectFeedback(Ends(lambda z: z), ["act"], example=x)
@@ -513,8 +516,11 @@ class Returning(nn.Module):
         return self.how(self.fc(h), h)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("kind", RETURNS)
+@pytest.mark.parametrize(
+    ("kind", "compiled"),
+    [(kind, False) for kind in RETURNS]
+    + [pytest.param(kind, True, marks=() if kind in ("ordered", "nested") else pytest.mark.slow) for kind in RETURNS],
+)
 def test_the_logits_are_picked_from_what_is_returned(kind: str, compiled: bool) -> None:
     make, pick = RETURNS[kind]
     x, y = torch.randn(7, 3), torch.arange(7) % 5
@@ -706,6 +712,29 @@ def test_checkpointing_inside() -> None:
     assert_same(grads(nets[1]), grads(nets[0]))
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_logits_that_are_recomputed_inside_raise(use_reentrant: bool) -> None:
+    class Inside(Ends):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.fc, self.act(self.a(x)) * x.mean(), use_reentrant=use_reentrant)
+
+    with pytest.raises(RuntimeError, match=r"logits: 'fc' ran without recording|different number of tensors was saved"):
+        net = direct.DirectFeedback(Inside(None), ["act"], example=torch.ones(2, 3).requires_grad_(), logits="fc")
+        net(torch.ones(2, 3)).sum().backward()
+
+
+@every_case
+def test_within_metrics_backprop_it_is_the_model(case: str) -> None:
+    net, x, loss, y, _ = wanted(case)
+    with metrics.backprop(net):
+        loss(net(*x), y).backward()
+    found = copy.deepcopy(grads(net))
+    net.zero_grad()
+    model = net.restore()
+    loss(model(*x), y).backward()
+    assert_same({n.removeprefix("model."): g for n, g in found.items()}, grads(model))
+
+
 @every_case
 def test_copies_and_pickles(case: str) -> None:
     net, x, loss, y, expected = wanted(case)
@@ -735,6 +764,7 @@ def _worker(rank: int, folder: str) -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 def test_two_ranks(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(_worker, (str(tmp_path),), nprocs=2, start_method=fresh.START_METHOD)
