@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bioplaus_kernels as bk
-from bioplaus_kernels.proof import Once
+from bioplaus_kernels.proof import Once, Watch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -149,6 +150,42 @@ def test_non_reentrant_checkpointing_is_seen_and_reentrant_is_not() -> None:
     report = bk.convert_(Checkpointed(True), "usf", example=x())
     assert report.converted == ["inner.0", "inner.2"] and report.proven == []
     assert "called without gradients, as in reentrant checkpointing" in reason(report, "inner.0")
+
+
+def test_a_checkpointed_first_layer_is_computed_again_as_it_was() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Conv1d(2, 2, 1), nn.Tanh(), nn.Conv1d(2, 2, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    report = bk.convert_(model := Checkpointed(), "usf")
+    model(torch.randn(1, 2, 3)).sum().backward()
+    assert outcomes(report) == {"inner.0": "converted", "inner.2": "proven"}
+    assert reason(report, "inner.0").startswith("not proven: its input needs no gradient")
+
+
+def test_a_replica_is_not_watched() -> None:
+    layer = bk.nn.Linear(4, 4, feedback="usf")
+    watch = Watch(layer)
+    assert not vars(layer._replicate_for_data_parallel()).keys() & {"used", "is_plain"}
+    watch.close()
+
+
+def test_another_threads_forward_is_its_own() -> None:
+    report = bk.convert_(model := mlp(), "usf")
+
+    def other(module: nn.Module, *_: Any) -> None:
+        thread = threading.Thread(target=model, args=(torch.randn(3, 4),))
+        handle.remove()
+        thread.start()
+        thread.join()
+
+    handle = model[1].register_forward_pre_hook(other)
+    model(torch.randn(3, 4))
+    assert outcomes(report) == {"0": "converted", "2": "proven"} and not pending(model)
 
 
 def test_a_parameter_of_two_modules_is_nobodys_fault() -> None:
@@ -357,7 +394,7 @@ def test_compiled_models_say_so_or_stay_silent(whole: bool) -> None:
     else:
         model[0].compile(backend="aot_eager", fullgraph=True)
         model(x()).sum().backward()
-        assert reason(report, "0.0") == "not proven: compiled, cannot be seen"
+        assert reason(report, "0.0") == "not proven: compiled or replicated, cannot be seen"
         assert bk.check(model, x()).proven == ["0.0", "0.2"]
 
 
@@ -366,7 +403,7 @@ def test_a_part_compiled_after_the_conversion() -> None:
     torch.compiler.reset()
     model[0] = torch.compile(model[0], backend="aot_eager", fullgraph=True)
     model(x())
-    assert report.proven == ["1"] and reason(report, "0.2") == "not proven: compiled, cannot be seen"
+    assert report.proven == ["1"] and reason(report, "0.2") == "not proven: compiled or replicated, cannot be seen"
 
 
 def test_a_layer_within_an_adapter() -> None:
