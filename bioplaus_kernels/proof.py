@@ -254,7 +254,7 @@ def evidence(model: torch.nn.Module, watch: Watch, outputs: Any) -> dict[str, Fi
         if layer in idle:
             return "converted", _IDLE
         if layer in watch.called:
-            return "unused", "called, but no output depends on it"
+            return "unused", "called, but no gradient of the outputs comes to it"
         if called:
             return "converted", "not proven: called without gradients, as in reentrant checkpointing"
         if reader:
@@ -299,7 +299,8 @@ def note(report: Report, model: torch.nn.Module, found: dict[str, Finding]) -> N
             outcome, why = "left", f"was replaced by a {kind.__name__}: convert_ the model again"
             warned.append(f"{row.name} {why}")
         kept = row.reason.removesuffix(UNSEEN).removesuffix("; ")
-        report.rows[i] = replace(row, outcome=outcome, reason="; ".join(filter(None, (kept, why))))
+        rule = "backprop" if outcome == "left" else row.rule
+        report.rows[i] = replace(row, outcome=outcome, rule=rule, reason="; ".join(filter(None, (kept, why))))
     if warned:
         warnings.warn("a rule does not act everywhere: " + "; ".join(warned), stacklevel=2)
 

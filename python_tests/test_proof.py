@@ -274,6 +274,13 @@ def test_an_example_whose_outputs_have_no_gradient_proves_nothing() -> None:
     model.register_forward_hook(lambda module, args, y: y.detach())
     report = bk.convert_(model, "usf", example=x())
     assert outcomes(report) == {"0": "converted", "2": "converted"} and reason(report, "0") == "not proven yet"
+    assert pending(model)
+
+
+def test_an_example_that_raises_leaves_the_proof_to_the_first_forward() -> None:
+    with pytest.raises(ValueError, match="input"):
+        bk.convert_(model := mlp(), "usf", example=x(3, 5))
+    assert pending(model) and "used" not in vars(model[0])
 
 
 # The first forward.
