@@ -111,17 +111,20 @@ def convert_(
         report.rows.append(_with(row, notes.get(module, "")))
     _spare_broadcasts(model)
     forget(model)
-    if example is None and report.converted:
+    if report.converted:
         report.rows = [_with(row, UNSEEN if row.outcome == "converted" else "") for row in report.rows]
         prove_later(model, report)
-    elif report.converted:
-        _prove(model, report, example)
+        if example is not None:
+            _prove(model, report, example)
     return report
 
 
 def _prove(model: torch.nn.Module, report: Report, example: Any) -> None:
     arguments = (example,) if isinstance(example, Tensor) else example if isinstance(example, tuple) else ()
     found, _, _ = prove(model, arguments, dict(example) if isinstance(example, Mapping) else {})
+    if not found:
+        return
+    forget(model)
     note(report, model, found)
     for i, row in enumerate(report.rows):
         if row.outcome == "read":

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import threading
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,9 @@ _INPUT, _WEIGHT = 0, 1
 # What torch.compile, activation checkpointing and FSDP put into names; draws do not depend on who wraps a model when.
 _WRAPPERS = re.compile(r"_(orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)\.")
 UNSEEN = "not proven yet"
+_IDLE = "not proven: its input needs no gradient, so none goes through B"
+# torch.compile's and DataParallel's: they have W among their inputs whether the layer is called or not.
+_OPAQUE = ("CompiledFunctionBackward", "BroadcastBackward")
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,8 @@ class Watch:
         self.starts: list[int] = []
         self.called: list[FeedbackLayer] = []
         self.without_gradient: set[torch.nn.Module] = set()
+        self.checkpointed: set[torch.nn.Module] = set()
+        self.thread = threading.get_ident()
         # What the calls took for W: of FSDP, functional_call or a parametrization no Parameter of the layer.
         self.taken: dict[torch.nn.Module, list[Node]] = {}
         # What torch.compile runs, unless it is told not to.
@@ -131,7 +137,9 @@ class Watch:
         self._before = []
 
     def _used(self, layer: FeedbackLayer, used: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if is_compiling() or not torch.is_grad_enabled():
+        if is_compiling() or self.thread != threading.get_ident():
+            return used(*args, **kwargs)
+        if not torch.is_grad_enabled():
             self.without_gradient.add(layer)
             return used(*args, **kwargs)
         self.starts.append(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
@@ -144,10 +152,14 @@ class Watch:
     def _is_plain(self, layer: FeedbackLayer, is_plain: Callable[[Tensor], bool], input: Tensor) -> bool:
         if not is_plain(input):
             return False
-        if not layer.uses_feedback or is_compiling():
+        if not layer.uses_feedback or is_compiling() or self.thread != threading.get_ident():
             return True
         if torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters()):
-            return False
+            # Checkpointing computes again what is saved now, and then there is no Watch.
+            hooks: object = torch._C._autograd._top_saved_tensors_default_hooks(True)
+            if hooks is None:
+                return False
+            self.checkpointed.add(layer)
         self.without_gradient.add(layer)
         return True
 
@@ -182,7 +194,7 @@ class _Walk:
         self.functions: list[Node] = []
         # Node: the name of a node that reads it.
         self.read: dict[Node, str] = {}
-        self.compiled: set[Node] = set()
+        self.opaque: set[Node] = set()
         stack: list[tuple[Node, str]] = [(get_gradient_edge(t).node, "the model's output") for t in tensors]
         while stack:
             node, reader = stack.pop()
@@ -193,11 +205,9 @@ class _Walk:
             if getattr(type(node), "_forward_cls", None) in _FUNCTIONS:
                 self.functions.append(node)
                 edges[_WEIGHT] = None
-            elif name == "CompiledFunctionBackward":
-                # It has W among its inputs whether it calls the layer or not.
-                leaves = [e for e in edges if e is not None and not e.next_functions]
-                self.compiled.update(leaves)
-                edges = [e for e in edges if e not in self.compiled]
+            elif name in _OPAQUE:
+                self.opaque.update(e for e in edges if e is not None and not e.next_functions)
+                edges = [e for e in edges if e not in self.opaque]
             stack += [(e, name) for e in edges if e is not None]
 
 
@@ -230,6 +240,8 @@ def evidence(model: torch.nn.Module, watch: Watch, outputs: Any) -> dict[str, Fi
         parametrizations = f"{name}.parametrizations.".removeprefix(".")
         others = [o for p in own for o in owners[id(p)] if o != name and not o.startswith(parametrizations)]
         called = layer in watch.called or layer in watch.without_gradient
+        if layer in watch.checkpointed and layer not in watch.called:
+            return "converted", _IDLE
         if reader and not others and layer not in watch.compiled:
             parent = name.rpartition(".")[0]
             where = f"{parent or '(root)'} ({type(model.get_submodule(parent)).__name__})"
@@ -237,12 +249,12 @@ def evidence(model: torch.nn.Module, watch: Watch, outputs: Any) -> dict[str, Fi
             return "called and read" if called else "read", why
         if layer in acting:
             return "proven", f"its weight is {others[0]}'s too" if others else ""
-        if layer in watch.compiled or any(n in walk.compiled for n in nodes):
-            return "converted", "not proven: compiled, cannot be seen"
+        if layer in watch.compiled or any(n in walk.opaque for n in nodes):
+            return "converted", "not proven: compiled or replicated, cannot be seen"
         if layer in idle:
-            return "converted", "not proven: its input needs no gradient, so none goes through B"
+            return "converted", _IDLE
         if layer in watch.called:
-            return "unused", "called, but no output depends on it"
+            return "unused", "called, but no gradient of the outputs comes to it"
         if called:
             return "converted", "not proven: called without gradients, as in reentrant checkpointing"
         if reader:
@@ -287,7 +299,8 @@ def note(report: Report, model: torch.nn.Module, found: dict[str, Finding]) -> N
             outcome, why = "left", f"was replaced by a {kind.__name__}: convert_ the model again"
             warned.append(f"{row.name} {why}")
         kept = row.reason.removesuffix(UNSEEN).removesuffix("; ")
-        report.rows[i] = replace(row, outcome=outcome, reason="; ".join(filter(None, (kept, why))))
+        rule = "backprop" if outcome == "left" else row.rule
+        report.rows[i] = replace(row, outcome=outcome, rule=rule, reason="; ".join(filter(None, (kept, why))))
     if warned:
         warnings.warn("a rule does not act everywhere: " + "; ".join(warned), stacklevel=2)
 
@@ -301,6 +314,8 @@ class Once:
 
     def __call__(self, root: torch.nn.Module, args: Any, *outputs: Any) -> None:
         if is_compiling() or torch._C._get_tracing_state() is not None or getattr(root, "_is_replica", False):
+            return
+        if self.watch is not None and self.watch.thread != threading.get_ident():
             return
         if not outputs:
             self._close()

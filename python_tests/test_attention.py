@@ -317,7 +317,8 @@ def test_encoder_layer(mask: bool) -> None:
     torch.manual_seed(2)
     plain = torch.nn.TransformerEncoderLayer(E, HEADS, 16, dropout=0.0, batch_first=True, dtype=torch.float64)
     converted = deepcopy(plain)
-    bk.convert_(converted.self_attn, "fa")
+    # torch has no fast path under hooks, as the proof is until a forward with gradients.
+    bk.convert_(converted.self_attn, "fa", example=(torch.ones(N, L, E, dtype=torch.float64),) * 3)
     assert (
         type(converted.self_attn) is bk.nn.MultiheadAttention and type(plain.self_attn) is torch.nn.MultiheadAttention
     )

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bioplaus_kernels as bk
-from bioplaus_kernels.proof import Once
+from bioplaus_kernels.proof import Once, Watch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -151,6 +152,42 @@ def test_non_reentrant_checkpointing_is_seen_and_reentrant_is_not() -> None:
     assert "called without gradients, as in reentrant checkpointing" in reason(report, "inner.0")
 
 
+def test_a_checkpointed_first_layer_is_computed_again_as_it_was() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Conv1d(2, 2, 1), nn.Tanh(), nn.Conv1d(2, 2, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    report = bk.convert_(model := Checkpointed(), "usf")
+    model(torch.randn(1, 2, 3)).sum().backward()
+    assert outcomes(report) == {"inner.0": "converted", "inner.2": "proven"}
+    assert reason(report, "inner.0").startswith("not proven: its input needs no gradient")
+
+
+def test_a_replica_is_not_watched() -> None:
+    layer = bk.nn.Linear(4, 4, feedback="usf")
+    watch = Watch(layer)
+    assert not vars(layer._replicate_for_data_parallel()).keys() & {"used", "is_plain"}
+    watch.close()
+
+
+def test_another_threads_forward_is_its_own() -> None:
+    report = bk.convert_(model := mlp(), "usf")
+
+    def other(module: nn.Module, *_: Any) -> None:
+        thread = threading.Thread(target=model, args=(torch.randn(3, 4),))
+        handle.remove()
+        thread.start()
+        thread.join()
+
+    handle = model[1].register_forward_pre_hook(other)
+    model(torch.randn(3, 4))
+    assert outcomes(report) == {"0": "converted", "2": "proven"} and not pending(model)
+
+
 def test_a_parameter_of_two_modules_is_nobodys_fault() -> None:
     class Language(nn.Module):
         def __init__(self, calls: bool) -> None:
@@ -237,6 +274,13 @@ def test_an_example_whose_outputs_have_no_gradient_proves_nothing() -> None:
     model.register_forward_hook(lambda module, args, y: y.detach())
     report = bk.convert_(model, "usf", example=x())
     assert outcomes(report) == {"0": "converted", "2": "converted"} and reason(report, "0") == "not proven yet"
+    assert pending(model)
+
+
+def test_an_example_that_raises_leaves_the_proof_to_the_first_forward() -> None:
+    with pytest.raises(ValueError, match="input"):
+        bk.convert_(model := mlp(), "usf", example=x(3, 5))
+    assert pending(model) and "used" not in vars(model[0])
 
 
 # The first forward.
@@ -357,7 +401,7 @@ def test_compiled_models_say_so_or_stay_silent(whole: bool) -> None:
     else:
         model[0].compile(backend="aot_eager", fullgraph=True)
         model(x()).sum().backward()
-        assert reason(report, "0.0") == "not proven: compiled, cannot be seen"
+        assert reason(report, "0.0") == "not proven: compiled or replicated, cannot be seen"
         assert bk.check(model, x()).proven == ["0.0", "0.2"]
 
 
@@ -366,7 +410,7 @@ def test_a_part_compiled_after_the_conversion() -> None:
     torch.compiler.reset()
     model[0] = torch.compile(model[0], backend="aot_eager", fullgraph=True)
     model(x())
-    assert report.proven == ["1"] and reason(report, "0.2") == "not proven: compiled, cannot be seen"
+    assert report.proven == ["1"] and reason(report, "0.2") == "not proven: compiled or replicated, cannot be seen"
 
 
 def test_a_layer_within_an_adapter() -> None:

@@ -101,6 +101,13 @@ class FeedbackLayer(StatefulLayer):
             )
         held.constants, held.shape = held.constants | self._constants(self._feedback, name), weight.shape
 
+    def _replicate_for_data_parallel(self) -> Any:
+        # What a proof puts in their place is the original's.
+        replica = super()._replicate_for_data_parallel()
+        for name in ("used", "is_plain"):
+            vars(replica).pop(name, None)
+        return replica
+
     def is_plain(self, input: Tensor) -> bool:
         """Whether this call is torch.nn's own: no gradient can go back through `input` and none to B."""
         if not self.uses_feedback:
