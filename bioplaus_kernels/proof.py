@@ -116,6 +116,7 @@ class Watch:
         self.called: list[FeedbackLayer] = []
         self.without_gradient: set[torch.nn.Module] = set()
         self.checkpointed: set[torch.nn.Module] = set()
+        self.first: torch.nn.Module | None = None
         self.thread = threading.get_ident()
         # What the calls took for W: of FSDP, functional_call or a parametrization no Parameter of the layer.
         self.taken: dict[torch.nn.Module, list[Node]] = {}
@@ -144,6 +145,9 @@ class Watch:
             return used(*args, **kwargs)
         self.starts.append(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
         self.called.append(layer)
+        if self.first is layer:
+            # No B for nothing.
+            self.first, kwargs = None, {**kwargs, "feedback": False}
         weight, op = used(*args, **kwargs)
         if weight.requires_grad:
             self.taken.setdefault(layer, []).append(get_gradient_edge(weight).node)
@@ -158,6 +162,7 @@ class Watch:
             # Checkpointing computes again what is saved now, and then there is no Watch.
             hooks: object = torch._C._autograd._top_saved_tensors_default_hooks(True)
             if hooks is None:
+                self.first = layer
                 return False
             self.checkpointed.add(layer)
         self.without_gradient.add(layer)

@@ -126,7 +126,8 @@ def test_inductor(model: str, rule: str) -> None:
 )
 def test_dynamic_batch(rule: str) -> None:
     module = nn.Sequential(nn.Linear(6, 8), nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 3, 3, padding="same"), nn.Flatten())
-    bk.convert_(module, RULES[rule])
+    # Proven now: the first eager forward would take hooks off, and torch.compile compile again without them.
+    bk.convert_(module, RULES[rule], example=torch.randn(2, 6))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, backend=counter, dynamic=True)
     frames = []
