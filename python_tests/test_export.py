@@ -4,7 +4,7 @@ import contextlib
 import io
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import direct_net
@@ -79,10 +79,18 @@ CAPTURES: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
     "trace": trace,
     "traced": trace_and_load,
 }
+STRICT = pytest.param("strict", marks=pytest.mark.slow)
 FIXED = ("export", "strict", "exported")
 # Of each way one, in and out of no_grad.
 FAST = [("strict", True), ("exported", True), ("dynamic", False), ("trace", True), ("traced", False)]
-GRIDS = [*itertools.product(CAPTURES, (True, False))]
+
+
+def ways(rows: Iterable[str], fast: Iterable[str]) -> list[Any]:
+    """Every row with every way, in and out of no_grad, marked slow but for FAST's of the rows in `fast`."""
+    return [
+        pytest.param(row, how, grad, marks=() if row in fast and (how, grad) in FAST else pytest.mark.slow)
+        for row, how, grad in itertools.product(rows, CAPTURES, (True, False))
+    ]
 
 
 def capture(how: str, grad: bool, net: nn.Module, x: Tensor) -> nn.Module:
@@ -110,13 +118,7 @@ def check_cut(captured: nn.Module, x: Tensor) -> None:
     assert all(p.grad is None for p in captured.parameters())
 
 
-@pytest.mark.parametrize(
-    ("layer", "how", "grad"),
-    [
-        pytest.param(layer, *way, marks=() if layer in FEW and way in FAST else pytest.mark.slow)
-        for layer, way in itertools.product(LAYERS, GRIDS)
-    ],
-)
+@pytest.mark.parametrize(("layer", "how", "grad"), ways(LAYERS, FEW))
 def test_a_layer_is_its_forward_without_gradients(layer: str, how: str, grad: bool) -> None:
     module, x = build(layer, "usf")
     net = Net(module)
@@ -128,7 +130,7 @@ def test_a_layer_is_its_forward_without_gradients(layer: str, how: str, grad: bo
     assert_equal(gradients(net, x), before)
 
 
-@pytest.mark.parametrize("how", ["export", "strict", "trace"])
+@pytest.mark.parametrize("how", ["export", STRICT, "trace"])
 @pytest.mark.parametrize("rule", [*(rule for rule in RULES if rule != "backprop"), "kp"])
 def test_every_rule(rule: str, how: str) -> None:
     for layer in ("Linear", "MultiheadAttention") if rule in ("usf", "fa", "kp") else ("Linear",):
@@ -137,7 +139,7 @@ def test_every_rule(rule: str, how: str) -> None:
         check_forward("export", captured, Net(module), x)
 
 
-@pytest.mark.parametrize("how", ["strict", "dynamic", "trace"])
+@pytest.mark.parametrize("how", [STRICT, "dynamic", "trace"])
 @pytest.mark.parametrize("layer", FEW)
 def test_back_propagation_keeps_its_gradients(layer: str, how: str) -> None:
     module, x = build(layer, None)
@@ -160,9 +162,7 @@ def test_what_no_rule_governs_learns(how: str) -> None:
     assert {name for name, p in captured.named_parameters() if p.grad is not None} == {"4.weight", "4.bias"}
 
 
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("how", CAPTURES)
-@pytest.mark.parametrize("rule", ["dfa", "drtp-stored", "shallow"])
+@pytest.mark.parametrize(("rule", "how", "grad"), ways(["dfa", "drtp-stored", "shallow"], ["dfa"]))
 def test_direct_feedback_is_its_model_with_detached_blocks(rule: str, how: str, grad: bool) -> None:
     wrapper = direct_net.attached(direct_net.RULES[rule])
     x, _ = direct_net.batch()
@@ -179,7 +179,7 @@ def attention_call(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return layer(x, x[..., :4] if layer.kdim != 8 else x + 1, x, padding, attn_mask=mask)
 
 
-@pytest.mark.parametrize("how", ["strict", "dynamic", "trace"])
+@pytest.mark.parametrize("how", [STRICT, "dynamic", "trace"])
 @pytest.mark.parametrize("kwargs", [{}, {"kdim": 4}, {"add_bias_kv": True, "add_zero_attn": True}], ids=str)
 @pytest.mark.parametrize("rule", ["usf", "fa"])
 def test_attention_with_masks_and_weights(rule: str, kwargs: dict[str, Any], how: str) -> None:
@@ -209,7 +209,7 @@ MORE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("how", ["strict", "export", "trace"])
+@pytest.mark.parametrize("how", [STRICT, "export", "trace"])
 @pytest.mark.parametrize("case", MORE)
 def test_more_of_a_layer(case: str, how: str) -> None:
     make, shape = MORE[case]
