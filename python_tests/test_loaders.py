@@ -1,5 +1,6 @@
 """Checkpoints that other libraries load: transformers, accelerate, safetensors."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import bioplaus_kernels as bk
 from bioplaus_kernels.describe import describe_file
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 
