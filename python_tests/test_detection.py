@@ -183,7 +183,8 @@ def run(path, out, root, *args):
     return rows, torch.load(log.parent / "checkpoint.pt", weights_only=True)["model"]
 
 
-@pytest.mark.parametrize("rule", [pytest.param("backprop", marks=pytest.mark.slow), "brsf"])
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["backprop", "brsf"])
 def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch, rule):
     monkeypatch.setattr(detection, "SHAPES_IMAGES", {"train": 12, "val": 4})
     path = tmp_path / "small.toml"

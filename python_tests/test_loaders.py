@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 EVERY = {rule.name + ("-stored" if getattr(rule, "stored", False) else ""): rule for rule in RULES.values()}
 EVERY |= {"kp": bk.KolenPollack()}
 EVERY.pop("backprop")
-FAST = ("fa", "kp", "fa_signed_init")
+FAST = ("kp",)
 every_rule = pytest.mark.parametrize(
     "rule", [pytest.param(rule, marks=[] if rule in FAST else pytest.mark.slow) for rule in EVERY]
 )

@@ -119,7 +119,9 @@ def test_a_tied_twin_is_the_untied_network_with_shared_weights() -> None:
     torch.testing.assert_close(untied(x), tied(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", models.DETECTORS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if "small" in name else pytest.mark.slow) for name in models.DETECTORS]
+)
 def test_every_convolution_of_retinanet_takes_a_rule(name: str) -> None:
     model = models.DETECTORS[name](3, 64)
     convolutions = [name for name, m in model.named_modules() if type(m) is torch.nn.Conv2d]
