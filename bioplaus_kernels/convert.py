@@ -307,9 +307,8 @@ def _spare_broadcasts(model: torch.nn.Module) -> None:
         if all(held.key is None or held.key.seed is not None for held in layer._held.values()):
             layer._ignored = ignored, own
             ignored += own
-    others = [n for n in getattr(model, _IGNORED, []) if "feedback_" not in n]
-    ignored += others
-    if ignored or others:
+    ignored += [n for n in getattr(model, _IGNORED, []) if "feedback_" not in n]
+    if ignored:
         setattr(model, _IGNORED, ignored)
     elif hasattr(model, _IGNORED):
         delattr(model, _IGNORED)

@@ -17,6 +17,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.compiler import is_compiling
 from torch.utils._pytree import tree_map_only
 
+from ._restore import buffers
 from .backends.reference import checks
 from .functional._conv import _Conv
 from .functional._linear import _Linear
@@ -394,17 +395,18 @@ def _trainable(given: Tensor) -> Tensor:
 
 @contextmanager
 def _unchanged(model: torch.nn.Module) -> Iterator[None]:
-    # Attributes, what lists and dicts of them hold, buffers in place or not, and who requires a gradient.
+    # Attributes, what lists and dicts of them hold, buffers, and who requires a gradient.
     for name, module in model.named_modules():
         if any(map(torch.nn.parameter.is_lazy, [*module._parameters.values(), *module._buffers.values()])):
             checks.fail("model", "one that was called, so that all shapes are known", f"a lazy {name or 'root'}")
     modules = [(m, dict(vars(m))) for m in model.modules()]
     held = [(v, v.copy()) for _, own in modules for v in own.values() if isinstance(v, dict | list | set)]
-    buffers = [(b, b.clone()) for b in model.buffers()]
+    contents = [(b, b.clone()) for b in model.buffers()]
     gradients = [(p, p.requires_grad) for p in model.parameters()]
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(buffers(model))
         try:
             yield
         finally:
@@ -415,7 +417,8 @@ def _unchanged(model: torch.nn.Module) -> Iterator[None]:
                 value.clear()
                 (value.extend if isinstance(value, list) else value.update)(content)
             with torch.no_grad():
-                for buffer, before in buffers:
+                # By another name than the buffer's, which is that of a copy meanwhile.
+                for buffer, before in contents:
                     if buffer.shape != before.shape:
                         buffer.data = before
                     elif not torch.equal(buffer, before):

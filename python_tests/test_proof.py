@@ -560,6 +560,15 @@ def test_check_leaves_everything_as_it_was() -> None:
     assert pending(model)
 
 
+def test_check_between_a_forward_and_its_backward() -> None:
+    """Batch norm has saved its running statistics."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)).train()
+    bk.convert_(model, "fa", example=x())
+    loss = model.eval()(x()).sum()
+    bk.check(model.train(), x())
+    loss.backward()
+
+
 def test_check_restores_when_the_model_raises() -> None:
     bk.convert_(model := nn.Sequential(nn.BatchNorm1d(5), nn.Linear(4, 4)), "fa")
     with pytest.raises(ValueError, match="input"):

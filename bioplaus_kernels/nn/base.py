@@ -163,8 +163,7 @@ def frozen_signs(model: torch.nn.Module) -> Iterator[None]:
     rule does not take its signs from W are unaffected. Raises RuntimeError for a block within a block, TypeError for a
     model that is no torch.nn.Module.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    checks.module("model", model)
     layers = [m for m in model.modules() if isinstance(m, FeedbackLayer) and m.feedback.sign_of_weight]
     if nested := next((m for m in layers if m._frozen is not None), None):
         raise RuntimeError(f"frozen_signs: the signs of {nested} are frozen already")

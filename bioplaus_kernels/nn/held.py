@@ -60,6 +60,10 @@ class Held:
     # Whether a kept tensor is memory that nobody wrote, and no key can draw it.
     lost: bool = False
 
+    def was_written(self, record: Tensor) -> bool:
+        """Whether someone replaced the record, or wrote into it, since it was last read or written."""
+        return record is not self.seen or record._version != self.version
+
 
 @dataclass
 class FrozenSigns:
@@ -84,14 +88,15 @@ def kept_by(rule: Stateful, weight: Tensor) -> dict[str, Tensor]:
         if not isinstance(tensor, Tensor):
             checks.fail(where, f"a tensor as {name!r}", type(tensor).__name__, TypeError)
         if not tensor.is_meta and readable(tensor) and _shares(tensor, weight):
-            copied = tensor.detach().clone()
-            trained = tensor.requires_grad
-            kept[name] = (
-                copied
-                if not isinstance(tensor, torch.nn.Parameter)
-                else (torch.nn.Parameter(copied) if trained else Frozen(copied))
-            )
+            kept[name] = in_form_of(tensor, tensor.detach().clone())
     return kept
+
+
+def in_form_of(tensor: Tensor, content: Tensor) -> Tensor:
+    """`content` as `tensor` is registered: a buffer, a Parameter that is never trained, or one that is."""
+    if not isinstance(tensor, torch.nn.Parameter):
+        return content
+    return torch.nn.Parameter(content) if tensor.requires_grad else Frozen(content)
 
 
 def _shares(tensor: Tensor, weight: Tensor) -> bool:

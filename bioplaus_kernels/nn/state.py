@@ -17,7 +17,7 @@ from ..backends.reference.philox import LAYOUT_VERSION
 from ..feedback import Frozen, Key, Record, State, Stateful, decode, drawn_key, encode, identity
 from ..feedback.record import UNKNOWN, attribute_of, readable, sum_of, sums_of
 from .agree import agree
-from .held import FrozenSigns, Held, draw, kept_by, supported, writable
+from .held import FrozenSigns, Held, draw, in_form_of, kept_by, supported, writable
 from .load import Load
 
 Keys = Callable[[str], Key | Tensor]
@@ -41,7 +41,7 @@ class StatefulLayer(torch.nn.Module):
     _feedback: Stateful
     _held: dict[str, Held]
     # Set by frozen_signs: packed signs of each weight, until the block ends.
-    _frozen: "FrozenSigns | None" = None
+    _frozen: FrozenSigns | None = None
     # The names that convert_ told DistributedDataParallel to leave alone, and this layer's among them.
     _ignored: tuple[list[str], list[str]] | None = None
 
@@ -139,10 +139,10 @@ class StatefulLayer(torch.nn.Module):
             if tensor.device == device:
                 continue
             empty |= tensor.is_meta
-            moved = torch.empty_like(tensor.detach(), device=device) if tensor.is_meta else tensor.detach().to(device)
+            content = torch.empty_like(tensor.detach(), device=device) if tensor.is_meta else tensor.detach().to(device)
+            moved = in_form_of(tensor, content)
             if isinstance(tensor, torch.nn.Parameter):
                 # The optimizer may have it already.
-                moved = torch.nn.Parameter(moved) if tensor.requires_grad else Frozen(moved)
                 try:
                     torch.utils.swap_tensors(tensor, moved)
                     continue
@@ -188,7 +188,7 @@ class StatefulLayer(torch.nn.Module):
         record = self._record(held)
         if readable(record):
             sums = sums_of(self._feedback, self._kept(held))
-            if record is not held.seen or record._version != held.version:
+            if held.was_written(record):
                 self._read_record(name)
                 held.doubted = sums != held.sums
             elif sums != held.sums and not held.doubted:
@@ -246,7 +246,7 @@ class StatefulLayer(torch.nn.Module):
         """Read the record of weight `name` if someone replaced or wrote it."""
         held = self._held[name]
         record = self._record(held)
-        if readable(record) and (record is not held.seen or record._version != held.version):
+        if readable(record) and held.was_written(record):
             self._notice(name, self._weight(name))
 
     def _look_again(self, name: str, weight: Tensor) -> None:
