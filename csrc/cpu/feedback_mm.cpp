@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "../common/form.h"
@@ -30,6 +31,9 @@ constexpr int64_t kSlab = 1024;
 constexpr int64_t kDigitBytes = int64_t{1} << 20;
 constexpr int64_t kRows = 512;
 constexpr int64_t kRowsOfWeight = 1024;
+// An operand of so many bytes is formed whole and stays in the L2 cache, beside the digits that a thread makes at once.
+constexpr int64_t kOperandBytes = int64_t{1} << 20;
+constexpr int64_t kGroupBytes = int64_t{1} << 17;
 // Rows at once whose digits take more bytes than the rows themselves.
 constexpr size_t kLossyRows = 256;
 // A block that is never too large to hold.
@@ -42,6 +46,14 @@ constexpr int64_t kHalfSlabRows = 512;
 constexpr int64_t kFormGrain = 8192;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+std::vector<int64_t> steps(int64_t count, int64_t step) {
+  std::vector<int64_t> x(count);
+  for (int64_t i = 0; i < count; ++i) {
+    x[i] = i * step;
+  }
+  return x;
+}
 
 // Memory for one thread's use, aligned as every tensor's is; a small one costs no allocation.
 template <typename T>
@@ -154,8 +166,7 @@ void multiply_slabs(const SignProduct& p, const FeedbackParams& b) {
   });
 }
 
-// out = s · (grad · σ) in digits of `bytes`. The rows for which two bytes lose too much come back, not yet computed.
-std::vector<int64_t> digit_product(const at::Tensor& grad, const FeedbackParams& b, int bytes, const at::Tensor& out) {
+SignProduct describe(const at::Tensor& grad, const FeedbackParams& b, int bytes, const at::Tensor& out) {
   SignProduct p{};
   p.rows = grad.size(0);
   p.depth = b.rows;
@@ -167,6 +178,12 @@ std::vector<int64_t> digit_product(const at::Tensor& grad, const FeedbackParams&
   p.out = out.mutable_data_ptr();
   p.scale = entry_scale(b.scale, grad.scalar_type());
   p.bytes = bytes;
+  return p;
+}
+
+// out = s · (grad · σ) in digits of `bytes`. The rows for which two bytes lose too much come back, not yet computed.
+std::vector<int64_t> digit_product(const at::Tensor& grad, const FeedbackParams& b, int bytes, const at::Tensor& out) {
+  SignProduct p = describe(grad, b, bytes, out);
   const int64_t digits = BK_PICK_PRODUCT(digit_bytes)(p.rows, p.depth, bytes);
   const Buffer<int8_t> memory(digits + p.rows * static_cast<int64_t>(sizeof(FixedPoint)));
   p.digits = memory.get();
@@ -184,21 +201,84 @@ std::vector<int64_t> digit_product(const at::Tensor& grad, const FeedbackParams&
   return lossy;
 }
 
+// The same by an operand that is formed whole, once: each thread multiplies the digits of some rows as soon as it has
+// made them. Rows that hold an infinity or a NaN come back as well.
+std::vector<int64_t> row_product(const at::Tensor& grad, const FeedbackParams& b, int bytes, const at::Tensor& out) {
+  const SignProduct p = describe(grad, b, bytes, out);
+  const int64_t panel = BK_PICK_PRODUCT(panel_bytes)(p.depth);
+  const Buffer<int8_t> operand(divide_up(p.cols, 32) * panel);
+  at::parallel_for(0, divide_up(p.cols, kPanel), 1, [&](int64_t begin, int64_t end) {
+    const SlabSigns signs(b, kPanel);
+    for (int64_t first = begin * kPanel; first < std::min(end * kPanel, p.cols); first += kPanel) {
+      const int64_t cols = std::min(kPanel, p.cols - first);
+      BK_PICK_PRODUCT(form_panels)
+      (signs.form(first, cols), first / 32, divide_up(first + cols, 32), p.depth, operand.get());
+    }
+  });
+  const int64_t in_tile = BK_PICK_PRODUCT(tile_rows)(bytes);
+  const int64_t tile = BK_PICK_PRODUCT(digit_bytes)(1, p.depth, bytes);
+  const int64_t tiles = divide_up(p.rows, in_tile);
+  const int64_t group = std::clamp<int64_t>(kGroupBytes / tile, 2, divide_up(tiles, at::get_num_threads()));
+  const std::vector<int64_t> digit_steps = steps(tile / kTileBytes, kTileBytes);
+  const std::vector<int64_t> operand_steps = steps(tile / kTileBytes, panel / (tile / kTileBytes));
+  const Run run{digit_steps.data(), operand_steps.data(), tile / kTileBytes};
+  const Buffer<FixedPoint> fixed(p.rows);
+  const auto left = [&](int64_t row) { return fixed.get()[row].lossy || std::isnan(fixed.get()[row].unit); };
+  at::parallel_for(0, divide_up(tiles, group), 1, [&](int64_t begin, int64_t end) {
+    const Buffer<float> row(p.depth);
+    const Buffer<int8_t> digits(group * tile);
+    const Buffer<char> scratch(BK_PICK_PRODUCT(panels_scratch)(p, run.blocks));
+    std::vector<DigitTile> some;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t first = unit * group * in_tile;
+      SignProduct part = p;
+      part.rows = std::min(group * in_tile, p.rows - first);
+      part.grad = static_cast<const char*>(p.grad) + first * p.row_stride * size_of(p.dtype);
+      part.out = static_cast<char*>(p.out) + first * p.cols * size_of(p.dtype);
+      part.digits = digits.get();
+      part.fixed = fixed.get() + first;
+      BK_PICK_PRODUCT(quantise)(part, 0, divide_up(part.rows, in_tile), row.get());
+      some.clear();
+      for (int64_t i = 0; i < part.rows; i += in_tile) {
+        const int64_t n = std::min(in_tile, part.rows - i);
+        int64_t done = 0;
+        while (done < n && left(first + i + done)) {
+          ++done;
+        }
+        if (done < n) {
+          some.push_back({digits.get() + i / in_tile * tile, i, n});
+        }
+      }
+      BK_PICK_PRODUCT(multiply_panels)
+      (part, some.data(), static_cast<int64_t>(some.size()), 1, run, operand.get(), scratch.get());
+    }
+  });
+  std::vector<int64_t> rows;
+  for (int64_t row = 0; row < p.rows; ++row) {
+    if (left(row)) {
+      rows.push_back(row);
+    }
+  }
+  return rows;
+}
+
 // dX = s · (dY · σ).
 at::Tensor sign_product(const at::Tensor& grad, const FeedbackParams& b) {
   const at::Tensor out = at::empty({grad.size(0), b.cols}, grad.options());
   const int bytes = static_cast<int>(grad.element_size());
   const int64_t rows = grad.size(0);
-  const int64_t step = std::max(b.weight.data ? kRowsOfWeight : kRows, kDigitBytes / (b.rows * bytes));
+  const bool by_rows = divide_up(b.cols, 32) * BK_PICK_PRODUCT(panel_bytes)(b.rows) <= kOperandBytes &&
+                       rows >= 2 * at::get_num_threads() * BK_PICK_PRODUCT(tile_rows)(bytes);
+  const int64_t step = by_rows ? rows : std::max(b.weight.data ? kRowsOfWeight : kRows, kDigitBytes / (b.rows * bytes));
   for (int64_t first = 0; first < rows; first += step) {
     const int64_t n = std::min(step, rows - first);
     const bool all = n == rows;
     const at::Tensor some = all ? grad : grad.narrow(0, first, n);
     at::Tensor to = all ? out : out.narrow(0, first, n);
-    std::vector<int64_t> lossy = digit_product(some, b, bytes, to);
-    for (size_t i = 0; i < lossy.size(); i += kLossyRows) {
-      const int64_t count = static_cast<int64_t>(std::min(kLossyRows, lossy.size() - i));
-      const at::Tensor index = at::from_blob(lossy.data() + i, {count}, at::kLong);
+    std::vector<int64_t> left = (by_rows ? row_product : digit_product)(some, b, bytes, to);
+    for (size_t i = 0; i < left.size(); i += kLossyRows) {
+      const int64_t count = static_cast<int64_t>(std::min(kLossyRows, left.size() - i));
+      const at::Tensor index = at::from_blob(left.data() + i, {count}, at::kLong);
       const at::Tensor part = at::empty({count, b.cols}, grad.options());
       digit_product(some.index_select(0, index), b, 4, part);
       to.index_copy_(0, index, part);

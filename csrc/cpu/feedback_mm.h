@@ -36,6 +36,21 @@ struct SignProduct {
   FixedPoint* fixed;
 };
 
+// Where a product finds its blocks along K, kDepth entries each: bytes from a tile's first block of digits, and from a
+// panel's of the operand.
+struct Run {
+  const int64_t* digits;
+  const int64_t* operand;
+  int64_t blocks;
+};
+
+// Digits of `rows` rows of dY, those of the first at `digits`, that become rows `row`, row + row_step … of dX.
+struct DigitTile {
+  const int8_t* digits;
+  int64_t row;
+  int64_t rows;
+};
+
 // Some columns of row-major sign planes, from some row on: row i's words start at negative + i·width. nonzero and flags
 // (one row of them for 64) are null where no entry is 0.
 struct SignPlanes {
@@ -69,6 +84,17 @@ BK_DECLARE_PRODUCT(void seeded_signs(const int64_t* key, int64_t begin, int64_t 
 // the last.
 BK_DECLARE_PRODUCT(void arrange(const SignPlanes& from, int64_t first, int64_t rows, int64_t words,
                                 const SignColumns& to))
+
+// The operand of all columns, whole: panels of 32 columns, of tiles along K, of kTileBytes for each 16 columns.
+// `begin` … `end` − 1: panels of it, from signs whose first word is panel `begin`'s.
+BK_DECLARE_PRODUCT(int64_t panel_bytes(int64_t depth))
+BK_DECLARE_PRODUCT(void form_panels(const SignColumns& signs, int64_t begin, int64_t end, int64_t depth,
+                                    int8_t* operand))
+
+// All columns of some tiles by an operand formed whole. `scratch`: panels_scratch(…) bytes.
+BK_DECLARE_PRODUCT(int64_t panels_scratch(const SignProduct& p, int64_t blocks))
+BK_DECLARE_PRODUCT(void multiply_panels(const SignProduct& p, const DigitTile* tiles, int64_t count, int64_t row_step,
+                                        const Run& run, const int8_t* operand, char* scratch))
 
 // Tiles tile_begin … tile_end − 1 of the rows, columns first … first + cols − 1, whose signs are `signs`. `scratch`:
 // multiply_scratch(…) bytes.

@@ -36,9 +36,10 @@ constexpr int kColumns = 16;                // of dX in a tile of the operand
 constexpr int kGroups = 32 / kColumns;      // tiles of the operand side by side: the columns of a word of signs
 constexpr int kTileInts = kTileBytes / 4;   // 16 rows × 16 columns of sums
 
-// The operand is formed for kFormBlocks tiles along K; sums stay int32 for kPassBlocks tiles; kRowTiles tiles of dY's
-// digits of that depth stay in the L2 cache.
+// The operand is formed for kFormBlocks tiles along K, or read for kHeldBlocks, which stay in the L1 cache; sums stay
+// int32 for kPassBlocks tiles; kRowTiles tiles of dY's digits of that depth stay in the L2 cache.
 constexpr int64_t kFormBlocks = 8;
+constexpr int64_t kHeldBlocks = 16;
 constexpr int64_t kPassBlocks = 4096 / kDepth;
 constexpr int64_t kRowTiles = 16;
 
@@ -86,28 +87,76 @@ const float* row_floats(const SignProduct& p, int64_t row, float* scratch) {
   }
 }
 
-// Sums in a fixed order of 16 lanes, so that every level comes to the same answer.
-struct Lanes {
-  float square[16];
-  float lost[16];
+// Of a row: Σq, where the operand is biased, and of two bytes Σy² and Σ(y − q)² for y rounded to q. Those are floats: 16
+// lanes in a fixed order, so that every level comes to the same answer.
+#if defined(__AVX512VNNI__)
+struct Totals {
+  __m512 square = _mm512_setzero_ps();
+  __m512 lost = _mm512_setzero_ps();
+  __m512i digits[4] = {};
+
+  int64_t sum() const {
+    int64_t x = 0;
+    for (int d = 3; d >= 0; --d) {
+      x = (x << kDigitBits) + _mm512_reduce_add_epi32(digits[d]);
+    }
+    return x;
+  }
 };
 
-void measure(const float* y, const int32_t* q, Lanes& lanes) {
-  float square[32];
-  float lost[32];
-  for (int t = 0; t < 32; ++t) {
-    const float r = y[t] - static_cast<float>(q[t]);
-    square[t] = y[t] * y[t];
-    lost[t] = r * r;
+// Adding 2⁷ to each digit but the highest carries as rounding to the nearest does; the bytes are then 2⁷ too large.
+template <int BYTES>
+void cut(const float* x, float up, float more, Digit* to, Totals& totals) {
+  const __m512i carry = _mm512_set1_epi32(BYTES == 2 ? 0x80 : 0x808080);
+  const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  __m512i q[4];
+  __m512 square[4], lost[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m512 y =
+        _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + 16 * i), _mm512_set1_ps(up)), _mm512_set1_ps(more));
+    q[i] = _mm512_cvtps_epi32(y);
+    if (BYTES == 2) {
+      const __m512 r = _mm512_sub_ps(y, _mm512_cvtepi32_ps(q[i]));
+      square[i] = _mm512_mul_ps(y, y);
+      lost[i] = _mm512_mul_ps(r, r);
+    }
+    q[i] = _mm512_shuffle_epi8(_mm512_xor_si512(_mm512_add_epi32(q[i], carry), carry), bytes);
   }
-  for (int l = 0; l < 16; ++l) {
-    lanes.square[l] += square[l] + square[l + 16];
-    lanes.lost[l] += lost[l] + lost[l + 16];
+  for (int i = 0; BYTES == 2 && i < 4; i += 2) {
+    totals.square = _mm512_add_ps(totals.square, _mm512_add_ps(square[i], square[i + 1]));
+    totals.lost = _mm512_add_ps(totals.lost, _mm512_add_ps(lost[i], lost[i + 1]));
+  }
+  // Double words 4·lane + d hold digit d of four entries: a transposition.
+  const auto pick = [](int d) {
+    return _mm512_add_epi32(_mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29),
+                            _mm512_set1_epi32(d));
+  };
+  for (int d = 0; d < BYTES; d += 2) {
+    const __m512i left = _mm512_permutex2var_epi32(q[0], pick(d), q[1]);
+    const __m512i right = _mm512_permutex2var_epi32(q[2], pick(d), q[3]);
+    const __m512i low = _mm512_shuffle_i64x2(left, right, 0x44);
+    const __m512i high = _mm512_shuffle_i64x2(left, right, 0xEE);
+    _mm512_store_si512(to + d * kDepth, low);
+    _mm512_store_si512(to + (d + 1) * kDepth, high);
+    if (kBias) {
+      totals.digits[d] = _mm512_dpbusd_epi32(totals.digits[d], _mm512_set1_epi8(1), low);
+      totals.digits[d + 1] = _mm512_dpbusd_epi32(totals.digits[d + 1], _mm512_set1_epi8(1), high);
+    }
   }
 }
 
+float in_order(const __m512& lanes, int l) { return reinterpret_cast<const float*>(&lanes)[l]; }
+#else
+struct Totals {
+  float square[16] = {};
+  float lost[16] = {};
+  int64_t digits = 0;
+
+  int64_t sum() const { return digits; }
+};
+
 template <int BYTES>
-void cut(const float* x, float up, float more, Digit* to, int64_t& sum, Lanes& lanes) {
+void cut(const float* x, float up, float more, Digit* to, Totals& totals) {
   constexpr int kCount = BYTES / sizeof(Digit);
   int32_t q[kDepth];
   float y[kDepth];
@@ -117,14 +166,22 @@ void cut(const float* x, float up, float more, Digit* to, int64_t& sum, Lanes& l
   for (int t = 0; t < kDepth; ++t) {
     q[t] = static_cast<int32_t>(__builtin_rintf(y[t]));
   }
-  if (BYTES == 2) {
-    for (int b = 0; b < kDepth; b += 32) {
-      measure(y + b, q + b, lanes);
+  for (int b = 0; BYTES == 2 && b < kDepth; b += 32) {
+    float square[32];
+    float lost[32];
+    for (int t = 0; t < 32; ++t) {
+      const float r = y[b + t] - static_cast<float>(q[b + t]);
+      square[t] = y[b + t] * y[b + t];
+      lost[t] = r * r;
+    }
+    for (int l = 0; l < 16; ++l) {
+      totals.square[l] += square[l] + square[l + 16];
+      totals.lost[l] += lost[l] + lost[l + 16];
     }
   }
   if (kBias) {
     for (int t = 0; t < kDepth; ++t) {
-      sum += q[t];
+      totals.digits += q[t];
     }
   }
   for (int d = 0; d < kCount; ++d) {
@@ -136,6 +193,9 @@ void cut(const float* x, float up, float more, Digit* to, int64_t& sum, Lanes& l
     }
   }
 }
+
+float in_order(const float* lanes, int l) { return lanes[l]; }
+#endif
 
 // One row of dY: `to` is the row's place in its first tile.
 template <int BYTES>
@@ -163,24 +223,23 @@ void quantise_row(const SignProduct& p, const float* x, int8_t* to, FixedPoint& 
   const float up = finite ? power_of_two(first) : 0.0f;
   const float more = power_of_two(shift - first);
 
-  Lanes lanes = {};
-  int64_t sum = 0;
+  Totals totals;
   const int64_t blocks = divide_up(p.depth, kDepth);
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t left = p.depth - b * kDepth;
     Digit* digits = reinterpret_cast<Digit*>(to + b * kTileBytes);
     if (left >= kDepth && finite) {
-      cut<BYTES>(x + b * kDepth, up, more, digits, sum, lanes);
+      cut<BYTES>(x + b * kDepth, up, more, digits, totals);
     } else {
       float padded[kDepth] = {};
       for (int64_t t = 0; finite && t < min(left, kDepth); ++t) {
         padded[t] = x[b * kDepth + t];
       }
-      cut<BYTES>(padded, up, more, digits, sum, lanes);
+      cut<BYTES>(padded, up, more, digits, totals);
     }
   }
   fixed.unit = finite ? double_power_of_two(-shift) : __builtin_nan("");
-  fixed.sum = static_cast<double>(sum);
+  fixed.sum = static_cast<double>(totals.sum());
   fixed.lossy = false;
   if (BYTES == 4) {
     return;
@@ -188,8 +247,8 @@ void quantise_row(const SignProduct& p, const float* x, int8_t* to, FixedPoint& 
   double square = 0;
   double lost = 0;
   for (int l = 0; l < 16; ++l) {
-    square += static_cast<double>(lanes.square[l]);
-    lost += static_cast<double>(lanes.lost[l]);
+    square += static_cast<double>(in_order(totals.square, l));
+    lost += static_cast<double>(in_order(totals.lost, l));
   }
   // The errors of a row add up to about √lost; a rounding of the output is 2^-9 (bf16) or 2^-12 (fp16) of √square on
   // average. An eighth and a quarter of that may be lost.

@@ -93,6 +93,11 @@ void nonfinite_row(const SignProduct& p, const SignColumns& s, int64_t row, int6
   }
 }
 
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
 // One workspace per thread: operand, sums of a pass and, where there are several passes, of all.
 struct Scratch {
   int8_t* operand;
@@ -107,36 +112,38 @@ int64_t sum_bytes(const SignProduct& p) {
   return kGroups * min(kRowTiles, divide_up(p.rows, tile_rows(p.bytes))) * kTileBytes;
 }
 
-// Tiles [tile, tile + tiles) × one word of columns, over one pass along K.
-void pass(const SignProduct& p, const SignColumns& signs, int64_t tile, int64_t tiles, int64_t word, int64_t block,
+// Tiles along K that follow one another.
+struct InOrder {
+  int64_t digits[kPassBlocks];
+
+  constexpr InOrder() : digits() {
+    for (int64_t i = 0; i < kPassBlocks; ++i) {
+      digits[i] = i * kTileBytes;
+    }
+  }
+};
+constexpr InOrder kInOrder;
+
+// Some tiles × one word of columns, over one pass along K from `block` on.
+void pass(const SignProduct& p, const SignColumns& signs, DigitTile* tiles, int64_t count, int64_t word, int64_t block,
           int64_t blocks, const Scratch& scratch) {
-  const int64_t all = divide_up(p.depth, kDepth);
-  const int64_t in_tile = tile_rows(p.bytes);
-  const int64_t last = min(in_tile, p.rows - (tile + tiles - 1) * in_tile);
   for (int64_t b = 0; b < blocks; b += kFormBlocks) {
     const int64_t n = min(blocks - b, kFormBlocks);
     form_operand(signs, word, (block + b) * kDepth, n, scratch.operand);
-    Panel panel;
-    panel.a = p.digits + (tile * all + block + b) * kTileBytes;
-    panel.a_stride = all * kTileBytes;
-    panel.tiles = tiles;
-    panel.rows = static_cast<int>(last * (16 / in_tile));
-    panel.b = scratch.operand;
-    panel.group_stride = n * kTileBytes;
-    panel.blocks = n;
-    panel.c = scratch.c;
-    panel.add = b > 0;
-    multiply_panel(panel);
+    // Digits lie from the pass's first block on: their offsets are those of this part of it.
+    multiply_panel({tiles, count, static_cast<int>(16 / tile_rows(p.bytes)), {kInOrder.digits + b, kInOrder.digits, n},
+                    scratch.operand, n * kTileBytes, scratch.c, b > 0});
   }
 }
 
+// `v`: where there are several passes, what those before this one came to.
 template <int COUNT, typename T>
-void finish(const SignProduct& p, int64_t tile, int64_t tiles, int64_t column, int64_t cols, const int32_t* c,
-            double* v, bool first, bool last) {
+void finish(const SignProduct& p, const DigitTile* tiles, int64_t count, int64_t row_step, int64_t column, int64_t cols,
+            const int32_t* c, double* v, bool first, bool last) {
   constexpr int kRows = 16 / COUNT;
-  for (int64_t t = 0; t < tiles; ++t) {
-    for (int r = 0; r < kRows && (tile + t) * kRows + r < p.rows; ++r) {
-      const int64_t row = (tile + t) * kRows + r;
+  for (int64_t t = 0; t < count; ++t) {
+    for (int64_t r = 0; r < tiles[t].rows; ++r) {
+      const int64_t row = tiles[t].row + r * row_step;
       const FixedPoint& fixed = p.fixed[row];
       const double sum = fixed.sum * kBias;
       const double unit = fixed.unit * p.scale;
@@ -161,41 +168,76 @@ void finish(const SignProduct& p, int64_t tile, int64_t tiles, int64_t column, i
 template <int COUNT, typename T>
 void multiply_as(const SignProduct& p, const SignColumns& s, int64_t tile_begin, int64_t tile_end, int64_t first,
                  int64_t cols, const Scratch& scratch) {
+  constexpr int64_t kRows = 16 / COUNT;
   const int64_t blocks = divide_up(p.depth, kDepth);
 #if defined(__AMX_INT8__)
-  const int64_t rows_left = p.rows - tile_begin * (16 / COUNT);
+  const int64_t rows_left = p.rows - tile_begin * kRows;
   configure(tile_end - tile_begin == 1 ? static_cast<int>(min(16, rows_left * COUNT)) : 16);
 #endif
   for (int64_t tile = tile_begin; tile < tile_end; tile += kRowTiles) {
-    const int64_t tiles = min(tile_end - tile, kRowTiles);
+    const int64_t count = min(tile_end - tile, kRowTiles);
     for (int64_t block = 0; block < blocks; block += kPassBlocks) {
       const int64_t n = min(blocks - block, kPassBlocks);
+      DigitTile tiles[kRowTiles];
+      for (int64_t t = 0; t < count; ++t) {
+        tiles[t] = {p.digits + ((tile + t) * blocks + block) * kTileBytes, (tile + t) * kRows,
+                    min(kRows, p.rows - (tile + t) * kRows)};
+      }
       for (int64_t word = 0; word * 32 < cols; ++word) {
-        pass(p, s, tile, tiles, word, block, n, scratch);
-        double* v = blocks > kPassBlocks ? scratch.v + word * 32 * kRowTiles * (16 / COUNT) : nullptr;
-        finish<COUNT, T>(p, tile, tiles, first + word * 32, min(cols - word * 32, 32), scratch.c, v, block == 0,
+        pass(p, s, tiles, count, word, block, n, scratch);
+        double* v = blocks > kPassBlocks ? scratch.v + word * 32 * kRowTiles * kRows : nullptr;
+        finish<COUNT, T>(p, tiles, count, 1, first + word * 32, min(cols - word * 32, 32), scratch.c, v, block == 0,
                          block + n == blocks);
       }
     }
   }
-  for (int64_t row = tile_begin * (16 / COUNT); row < min(tile_end * (16 / COUNT), p.rows); ++row) {
+  for (int64_t row = tile_begin * kRows; row < min(tile_end * kRows, p.rows); ++row) {
     if (p.fixed[row].unit != p.fixed[row].unit) {
       nonfinite_row(p, s, row, first, cols);
     }
   }
 }
 
-template <int COUNT>
-void multiply_digits(const SignProduct& p, const SignColumns& s, int64_t tile_begin, int64_t tile_end, int64_t first,
-                     int64_t cols, const Scratch& scratch) {
-  switch (p.dtype) {
-    case DType::BFloat16:
-      return multiply_as<COUNT, BF16>(p, s, tile_begin, tile_end, first, cols, scratch);
-    case DType::Float16:
-      return multiply_as<COUNT, FP16>(p, s, tile_begin, tile_end, first, cols, scratch);
-    default:
-      return multiply_as<COUNT, float>(p, s, tile_begin, tile_end, first, cols, scratch);
+template <int COUNT, typename T>
+void multiply_formed(const SignProduct& p, const DigitTile* tiles, int64_t count, int64_t row_step, const Run& run,
+                     const int8_t* operand, int32_t* c, double* v) {
+#if defined(__AMX_INT8__)
+  configure(16);
+#endif
+  for (int64_t word = 0; word * 32 < p.cols; ++word) {
+    const int8_t* panel = operand + word * panel_bytes(p.depth);
+    for (int64_t t = 0; t < count; t += kRowTiles) {
+      const int64_t some = min(count - t, kRowTiles);
+      for (int64_t block = 0; block < run.blocks; block += kPassBlocks) {
+        const int64_t end = min(run.blocks, block + kPassBlocks);
+        for (int64_t b = block; b < end; b += kHeldBlocks) {
+          multiply_panel({tiles + t, some, COUNT, {run.digits + b, run.operand + b, min(end - b, kHeldBlocks)}, panel,
+                          kTileBytes, c, b > block});
+        }
+        finish<COUNT, T>(p, tiles + t, some, row_step, word * 32, min(p.cols - word * 32, 32), c,
+                         run.blocks > kPassBlocks ? v : nullptr, block == 0, end == run.blocks);
+      }
+    }
   }
+}
+
+// call(number of digits, an element of dY's and dX's dtype)
+template <typename Call>
+void with_types(const SignProduct& p, const Call& call) {
+  const auto with_count = [&](auto count) {
+    switch (p.dtype) {
+      case DType::BFloat16:
+        return call(count, BF16{});
+      case DType::Float16:
+        return call(count, FP16{});
+      default:
+        return call(count, float{});
+    }
+  };
+  p.bytes == 2 ? with_count(Count<2 / sizeof(Digit)>{}) : with_count(Count<4 / sizeof(Digit)>{});
+#if defined(__AMX_INT8__)
+  _tile_release();
+#endif
 }
 
 }  // namespace
@@ -247,14 +289,34 @@ void multiply(const SignProduct& p, const SignColumns& signs, int64_t tile_begin
   char* sums = scratch + operand_bytes(p);
   const Scratch parts{reinterpret_cast<int8_t*>(scratch), reinterpret_cast<int32_t*>(sums),
                       reinterpret_cast<double*>(sums + sum_bytes(p))};
-  if (p.bytes == 2) {
-    multiply_digits<2 / sizeof(Digit)>(p, signs, tile_begin, tile_end, first, cols, parts);
-  } else {
-    multiply_digits<4 / sizeof(Digit)>(p, signs, tile_begin, tile_end, first, cols, parts);
+  with_types(p, [&](auto count, auto element) {
+    multiply_as<count.value, decltype(element)>(p, signs, tile_begin, tile_end, first, cols, parts);
+  });
+}
+
+int64_t panel_bytes(int64_t depth) { return kGroups * divide_up(depth, kDepth) * kTileBytes; }
+
+void form_panels(const SignColumns& signs, int64_t begin, int64_t end, int64_t depth, int8_t* operand) {
+  for (int64_t panel = begin; panel < end; ++panel) {
+    int8_t* to = operand + panel * panel_bytes(depth);
+    for (int64_t k = 0; k < depth; k += kDepth, to += kGroups * kTileBytes) {
+      form_operand(signs, panel - begin, k, 1, to);
+    }
   }
-#if defined(__AMX_INT8__)
-  _tile_release();
-#endif
+}
+
+int64_t panels_scratch(const SignProduct& p, int64_t blocks) {
+  const int64_t running = kGroups * kColumns * kRowTiles * tile_rows(p.bytes) * static_cast<int64_t>(sizeof(double));
+  return kGroups * kRowTiles * kTileBytes + (blocks > kPassBlocks ? running : 0);
+}
+
+void multiply_panels(const SignProduct& p, const DigitTile* tiles, int64_t count, int64_t row_step, const Run& run,
+                     const int8_t* operand, char* scratch) {
+  double* running = reinterpret_cast<double*>(scratch + kGroups * kRowTiles * kTileBytes);
+  with_types(p, [&](auto digits, auto element) {
+    multiply_formed<digits.value, decltype(element)>(p, tiles, count, row_step, run, operand,
+                                                     reinterpret_cast<int32_t*>(scratch), running);
+  });
 }
 
 void seeded_signs(const int64_t* key, int64_t begin, int64_t end, int64_t first, int64_t calls, int32_t* words) {

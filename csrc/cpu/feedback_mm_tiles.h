@@ -7,17 +7,15 @@ namespace bioplaus {
 namespace BK_LEVEL {
 namespace {
 
-// c (+)= a · b for `tiles` tiles of digits (a_stride bytes apart) over `blocks` tiles along K, and a panel of the
-// operand (runs group_stride bytes apart). c: kGroups tiles of sums per tile of digits. Only the first `rows` rows of
-// the last tile matter.
+// c (+)= a · b for `count` tiles of digits along `run`, and a panel of the operand: kGroups runs of tiles, group_stride
+// bytes apart. c: kGroups tiles of sums per tile of digits.
 struct Panel {
-  const int8_t* a;
-  int64_t a_stride;
-  int64_t tiles;
-  int rows;
-  const int8_t* b;
+  const DigitTile* tiles;
+  int64_t count;
+  int rows_of_row;  // of a tile, for each row of dY
+  Run run;
+  const int8_t* operand;
   int64_t group_stride;
-  int64_t blocks;
   int32_t* c;
   bool add;
 };
@@ -41,7 +39,7 @@ void configure(int rows) {
   _tile_loadconfig(&config);
 }
 
-void two_tiles(const Panel& p, const int8_t* a, const int8_t* b, int32_t* c) {
+void two_tiles(const Panel& p, const int8_t* a, const int8_t* below_a, int32_t* c) {
   int32_t* below = c + kGroups * kTileInts;
   if (p.add) {
     _tile_loadd(0, c, 64);
@@ -54,11 +52,12 @@ void two_tiles(const Panel& p, const int8_t* a, const int8_t* b, int32_t* c) {
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t k = 0; k < p.blocks * kTileBytes; k += kTileBytes) {
-    _tile_loadd(6, b + k, 64);
-    _tile_loadd(4, a + k, 64);
-    _tile_loadd(7, b + p.group_stride + k, 64);
-    _tile_loadd(5, a + p.a_stride + k, 64);
+  for (int64_t i = 0; i < p.run.blocks; ++i) {
+    const int8_t* b = p.operand + p.run.operand[i];
+    _tile_loadd(6, b, 64);
+    _tile_loadd(4, a + p.run.digits[i], 64);
+    _tile_loadd(7, b + p.group_stride, 64);
+    _tile_loadd(5, below_a + p.run.digits[i], 64);
     _tile_dpbssd(0, 4, 6);
     _tile_dpbssd(1, 4, 7);
     _tile_dpbssd(2, 5, 6);
@@ -70,7 +69,7 @@ void two_tiles(const Panel& p, const int8_t* a, const int8_t* b, int32_t* c) {
   _tile_stored(3, below + kTileInts, 64);
 }
 
-void one_tile(const Panel& p, const int8_t* a, const int8_t* b, int32_t* c) {
+void one_tile(const Panel& p, const int8_t* a, int32_t* c) {
   if (p.add) {
     _tile_loadd(0, c, 64);
     _tile_loadd(1, c + kTileInts, 64);
@@ -78,10 +77,11 @@ void one_tile(const Panel& p, const int8_t* a, const int8_t* b, int32_t* c) {
     _tile_zero(0);
     _tile_zero(1);
   }
-  for (int64_t k = 0; k < p.blocks * kTileBytes; k += kTileBytes) {
-    _tile_loadd(4, a + k, 64);
-    _tile_loadd(6, b + k, 64);
-    _tile_loadd(7, b + p.group_stride + k, 64);
+  for (int64_t i = 0; i < p.run.blocks; ++i) {
+    const int8_t* b = p.operand + p.run.operand[i];
+    _tile_loadd(4, a + p.run.digits[i], 64);
+    _tile_loadd(6, b, 64);
+    _tile_loadd(7, b + p.group_stride, 64);
     _tile_dpbssd(0, 4, 6);
     _tile_dpbssd(1, 4, 7);
   }
@@ -90,11 +90,11 @@ void one_tile(const Panel& p, const int8_t* a, const int8_t* b, int32_t* c) {
 }
 
 void multiply_panel(const Panel& p) {
-  for (int64_t t = 0; t + 2 <= p.tiles; t += 2) {
-    two_tiles(p, p.a + t * p.a_stride, p.b, p.c + t * kGroups * kTileInts);
+  for (int64_t t = 0; t + 2 <= p.count; t += 2) {
+    two_tiles(p, p.tiles[t].digits, p.tiles[t + 1].digits, p.c + t * kGroups * kTileInts);
   }
-  if (p.tiles % 2) {
-    one_tile(p, p.a + (p.tiles - 1) * p.a_stride, p.b, p.c + (p.tiles - 1) * kGroups * kTileInts);
+  if (p.count % 2) {
+    one_tile(p, p.tiles[p.count - 1].digits, p.c + (p.count - 1) * kGroups * kTileInts);
   }
 }
 
@@ -174,9 +174,9 @@ __attribute__((noinline)) void rows_by_two(const Panel& p, const int8_t* a, cons
   Block<ROWS> sums;
   sums.load(c, c_second, p.add);
   // One loop and not two: the sums would be copied between the loops' registers at every step.
-  for (int64_t i = 0; i < p.blocks * kSteps; ++i) {
-    const int8_t* at = b + 64 * i;
-    sums.step(a + i / kSteps * kTileBytes + i % kSteps * 4, load_sums(reinterpret_cast<const int32_t*>(at)),
+  for (int64_t i = 0; i < p.run.blocks * kSteps; ++i) {
+    const int8_t* at = b + p.run.operand[i / kSteps] + i % kSteps * 64;
+    sums.step(a + p.run.digits[i / kSteps] + i % kSteps * 4, load_sums(reinterpret_cast<const int32_t*>(at)),
               load_sums(reinterpret_cast<const int32_t*>(at + second)));
   }
   sums.store(c, c_second);
@@ -197,10 +197,10 @@ void multiply_panel(const Panel& p) {
   const int64_t second = kTwoGroups ? p.group_stride : 32;
   const int64_t c_second = kTwoGroups ? kTileInts : kColumns / 2;
   for (int g = 0; g < kGroups; g += kTwoGroups ? 2 : 1) {
-    for (int64_t t = 0; t < p.tiles; ++t) {
-      const int64_t rows = t + 1 < p.tiles ? 16 : p.rows;
+    for (int64_t t = 0; t < p.count; ++t) {
+      const int64_t rows = p.tiles[t].rows * p.rows_of_row;
       for (int64_t r = 0; r < rows; r += kMaxRows) {
-        some_rows<kMaxRows>(rows - r, p, p.a + t * p.a_stride + 64 * r, p.b + g * p.group_stride, second,
+        some_rows<kMaxRows>(rows - r, p, p.tiles[t].digits + 64 * r, p.operand + g * p.group_stride, second,
                             p.c + (t * kGroups + g) * kTileInts + r * kColumns, c_second);
       }
     }
@@ -210,14 +210,13 @@ void multiply_panel(const Panel& p) {
 #else
 void multiply_panel(const Panel& p) {
   for (int g = 0; g < kGroups; ++g) {
-    for (int64_t t = 0; t < p.tiles; ++t) {
-      const int rows = t + 1 < p.tiles ? 16 : p.rows;
-      for (int r = 0; r < rows; ++r) {
+    for (int64_t t = 0; t < p.count; ++t) {
+      for (int64_t r = 0; r < p.tiles[t].rows * p.rows_of_row; ++r) {
         int32_t* c = p.c + (t * kGroups + g) * kTileInts + r * kColumns;
         int32_t sums[kColumns * kGroup] = {};
-        for (int64_t k = 0; k < p.blocks * kTileBytes; k += kTileBytes) {
-          const Digit* a = reinterpret_cast<const Digit*>(p.a + t * p.a_stride + k + 64 * r);
-          const Digit* b = reinterpret_cast<const Digit*>(p.b + g * p.group_stride + k);
+        for (int64_t i = 0; i < p.run.blocks; ++i) {
+          const Digit* a = reinterpret_cast<const Digit*>(p.tiles[t].digits + p.run.digits[i] + 64 * r);
+          const Digit* b = reinterpret_cast<const Digit*>(p.operand + g * p.group_stride + p.run.operand[i]);
           for (int step = 0; step < kSteps; ++step) {
             for (int x = 0; x < kColumns * kGroup; ++x) {
               sums[x] += a[step * kGroup + x % kGroup] * b[step * kColumns * kGroup + x];
