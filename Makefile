@@ -1,4 +1,4 @@
-# make train | test | test-all | test-torch-2.11 | test-torch-2.13 | check | lint | format | build | clean
+# make train | test | test-all | test-amx | test-torch-2.11 | test-torch-2.13 | check | lint | format | build | clean
 #
 # Every target makes what it needs first: the environment in VENV, then the package with its native library.
 
@@ -34,7 +34,7 @@ ifneq ($(shell cat $(VENV)/.checkout 2>/dev/null),$(CURDIR))
 STALE = FORCE
 endif
 
-.PHONY: train test test-all test-installed check lint format build clean FORCE
+.PHONY: train test test-all test-amx test-installed check lint format build clean FORCE
 
 train: build
 	$(PY) -m recipes run recipes/experiments/digits/*.toml
@@ -45,7 +45,16 @@ test: lint
 # Every configuration of every GPU kernel as well, and the fast tests on an older torch.
 test-all: lint
 	$(PY) -m pytest $(PYTEST_ARGS)
-	$(MAKE) test-torch-2.11
+	$(MAKE) test-amx test-torch-2.11
+
+# The kernels of level AMX where the processor has AVX512_VNNI only: a build of its own with the tile instructions in C++.
+FILES_AMX = $(addprefix python_tests/test_,feedback_conv.py feedback_mm_cpu.py pointwise.py)
+test-amx: $(INSTALLED)
+	rm -rf build/amx && mkdir -p build/amx
+	cp -r CMakeLists.txt README.md setup.py pyproject.toml csrc bioplaus_kernels python_tests build/amx
+	cd build/amx && find . -name '*.so' -delete && \
+	  CXXFLAGS=-DBK_EMULATED_AMX BK_CUDA=0 PATH="$(BIN):$$PATH" $(PY) setup.py build_ext --inplace && \
+	  PYTHONPATH=. $(PY) -m pytest $(FILES_AMX) $(PYTEST_ARGS)
 
 # On another torch: what requirements-torch-%.txt names, in an environment beside VENV.
 PYTHON_2.11 ?= python3.12

@@ -1,4 +1,4 @@
-"""Input gradients of 1x1 convolutions, channels-last: the vendor's with W, with B formed for it, and ours."""
+"""Input gradients of convolutions: the vendor's with W, with B formed for it, what our layer takes, and by digits."""
 
 from collections.abc import Iterator
 
@@ -13,52 +13,79 @@ from .device import Device, with_tf32
 from .gate import relative_gate
 from .registry import Bench, Case, Run, Work, register
 
-# in_channels, out_channels, size: the 1x1 convolutions of ResNet-50's blocks, and small ones.
+# in_channels, out_channels, size, kernel, stride: the 1x1 convolutions of ResNet-50's blocks, the 3x3 ones of
+# ResNet-18's at 224x224 and at 64x64, and small ones.
 LAYERS = (
-    (64, 256, 56),
-    (256, 64, 56),
-    (128, 512, 28),
-    (512, 128, 28),
-    (256, 1024, 14),
-    (1024, 256, 14),
-    (512, 2048, 7),
-    (2048, 512, 7),
-    (128, 256, 8),
-    (512, 512, 2),
+    (64, 256, 56, 1, 1),
+    (256, 64, 56, 1, 1),
+    (128, 512, 28, 1, 1),
+    (512, 128, 28, 1, 1),
+    (256, 1024, 14, 1, 1),
+    (1024, 256, 14, 1, 1),
+    (512, 2048, 7, 1, 1),
+    (2048, 512, 7, 1, 1),
+    (128, 256, 8, 1, 1),
+    (512, 512, 2, 1, 1),
+    (64, 64, 56, 3, 1),
+    (64, 128, 56, 3, 2),
+    (128, 128, 28, 3, 1),
+    (256, 256, 14, 3, 1),
+    (512, 512, 7, 3, 1),
+    (64, 64, 16, 3, 1),
+    (128, 128, 8, 3, 1),
+    (256, 256, 4, 3, 1),
+    (512, 512, 2, 3, 1),
 )
 
 
 @register("convolution")
 def cases() -> Iterator[Case]:
     """Batch 16; --quick keeps a small one."""
-    for c, o, size in LAYERS:
-        label = f"1x1 {c} to {o}, {size}x{size}, N=16"
-        yield Case("convolution", label, lambda device, a=(c, o, size): build(device, 16, *a), quick=size == 2)
+    for last in (True, False):
+        for c, o, size, kernel, stride in LAYERS if last else [layer for layer in LAYERS if layer[3] > 1]:
+            strided = f", stride {stride}" if stride > 1 else ""
+            label = f"{kernel}x{kernel} {c} to {o}, {size}x{size}{strided}, N=16{'' if last else ', contiguous'}"
+            yield Case(
+                "convolution",
+                label,
+                lambda device, a=(c, o, size, kernel, stride, last): build(device, 16, *a),
+                quick=size == 2,
+            )
 
 
-def build(device: Device, n: int, c: int, o: int, size: int) -> Bench:
+def build(device: Device, n: int, c: int, o: int, size: int, kernel: int, stride: int, last: bool) -> Bench:
     """The input gradient alone; on a GPU with TF32 too."""
     torch.manual_seed(0)
-    x, g = (torch.randn(n, k, size, size).contiguous(memory_format=torch.channels_last) for k in (c, o))
-    w = torch.randn(o, c, 1, 1)
-    x.requires_grad_()
+    form = torch.channels_last if last else torch.contiguous_format
+    padding = kernel // 2
+    x = torch.randn(n, c, size, size).contiguous(memory_format=form).requires_grad_()
+    g = torch.randn(n, o, *[(size - 1) // stride + 1] * 2).contiguous(memory_format=form)
+    w = torch.randn(o, c, kernel, kernel)
+    geometry = [stride] * 2, [padding] * 2, [1, 1]
 
     def gradient(y: Tensor) -> Run:
         return lambda: torch.autograd.grad(y, x, g, retain_graph=True)[0]
 
     def formed() -> Tensor:
         b = ops.feedback_weight(w, None, None, None, "constant", scale, w.shape, dtype=w.dtype)
-        return torch.ops.aten.convolution_backward(
-            g, x, b, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (True, False, False)
-        )[0]
+        return torch.ops.aten.convolution_backward(g, x, b, None, *geometry, False, [0, 0], 1, [True, False, False])[0]
 
-    layer = bk.nn.Conv2d(c, o, 1, bias=False, feedback="usf")
+    layer = bk.nn.Conv2d(c, o, kernel, stride, padding, bias=False, feedback="usf")
     with torch.no_grad():
         layer.weight.copy_(w)
     layer.weight.requires_grad_(False)
     b = layer.feedback_matrix()
     scale = float(b.abs().max())
-    variants = {"backprop": gradient(F.conv2d(x, w)), "B formed": formed, "bioplaus, usf": gradient(layer(x))}
+    variants = {
+        "backprop": gradient(F.conv2d(x, w, None, stride, padding)),
+        "B formed": formed,
+        "bioplaus, usf": gradient(layer(x)),
+    }
+    if kernel > 1 and not device.backends:
+        variants["by digits"] = lambda: ops.feedback_conv(
+            g, w, None, None, None, "constant", scale, w.shape, x.shape[2:], *geometry
+        )
+    ours = [name for name in variants if name in ("bioplaus, usf", "by digits")]
 
     if device.backends:
         variants |= {f"{name}, TF32": with_tf32(run) for name, run in variants.items()}
@@ -66,11 +93,10 @@ def build(device: Device, n: int, c: int, o: int, size: int) -> Bench:
     def rows(t: Tensor) -> Tensor:
         return t.movedim(1, -1).flatten(0, -2)
 
-    def error() -> float:
+    def error(name: str) -> float:
         # The bound is of the vendor's convolution, whose sums may lose more than those of its product.
-        exact = rows(g).double() @ b.flatten(1).double()
-        return relative_gate(rows(variants["bioplaus, usf"]()), exact, rows(formed()))
+        exact = torch.nn.grad.conv2d_input(x.shape, b.double(), g.double(), stride, padding)
+        return relative_gate(rows(variants[name]()), rows(exact), rows(formed()))
 
-    return Bench(
-        variants, {"bioplaus, usf": error}, (Work(2.0 * g.numel() * c, read=w.nbytes + g.nbytes, written=x.nbytes),)
-    )
+    work = Work(2.0 * g.numel() * c * kernel**2, read=w.nbytes + g.nbytes, written=x.nbytes)
+    return Bench(variants, {name: lambda name=name: error(name) for name in ours}, (work,))

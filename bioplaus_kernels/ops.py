@@ -36,6 +36,7 @@ unpack_signs = _bind(reference.unpack_signs)
 redraw_key = _bind(reference.redraw_key)
 feedback_weight = _bind(reference.feedback_weight)
 feedback_mm = _bind(reference.feedback_mm)
+feedback_conv = _bind(reference.feedback_conv)
 lc_forward = _bind(reference.lc_forward)
 lc_backward_input = _bind(reference.lc_backward_input)
 lc_backward_weight = _bind(reference.lc_backward_weight)
@@ -66,6 +67,11 @@ def _fake_feedback_weight(*feedback: Any, dtype: torch.dtype) -> Tensor:
 
 def _fake_feedback_mm(grad_output: Tensor, *feedback: Any) -> Tensor:
     return grad_output.new_empty(grad_output.shape[0], feedback[6])
+
+
+def _fake_feedback_conv(grad_output: Tensor, *rest: Any) -> Tensor:
+    weight_size, input_size = rest[6], rest[7]
+    return _like(grad_output, (grad_output.shape[0], weight_size[1], *input_size))
 
 
 def _fake_lc_forward(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:

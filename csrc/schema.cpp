@@ -20,6 +20,12 @@ TORCH_LIBRARY(bioplaus, m) {
       "feedback_mm(Tensor grad_output, Tensor? weight, Tensor? signs, Tensor? magnitude, Tensor? key, str entries, "
       "float scale, SymInt in_features) -> Tensor",
       {at::Tag::pt2_compliant_tag});
+  // dX of a convolution by B, weight_size (O, C, *kernel), in one group.
+  m.def(
+      "feedback_conv(Tensor grad_output, Tensor? weight, Tensor? signs, Tensor? magnitude, Tensor? key, str entries, "
+      "float scale, SymInt[] weight_size, SymInt[] input_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation) "
+      "-> Tensor",
+      {at::Tag::pt2_compliant_tag});
   // On CUDA, by the way named: "digits", "int_mm" or "formed".
   m.def(
       "feedback_mm_by(Tensor grad_output, Tensor? weight, Tensor? signs, Tensor? magnitude, Tensor? key, str entries, "

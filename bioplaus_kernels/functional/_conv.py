@@ -31,24 +31,31 @@ from ._common import (
     without_factors,
 )
 
-# Channels from which the integer digits of feedback_mm are faster than the vendor's 1x1 convolution, on tile units and
-# channels-last (`python -m bench run --op convolution`). A 3x3 one would be nine products, each added to the sums.
-_LEAST_OUT, _LEAST_IN = 256, 128
+# Channels (out, in) from which the integer digits of feedback_mm and feedback_conv are faster than the vendor's
+# convolution, on tile units: a 1x1 one, channels-last, as it was measured (`python -m bench run --op convolution`), and a
+# larger kernel by arithmetic: four products of 1024 multiply-adds a cycle against 32.
+_POINTWISE, _WINDOW = (256, 128), (64, 64)
 
 _CONV: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSE: tuple[Any, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
-def _is_product(ctx: Any, grad_output: Tensor, entries: str, shape: torch.Size) -> bool:
+def _digits(ctx: Any, grad_output: Tensor, entries: str, shape: torch.Size) -> str:
+    # Which op's integer digits are faster than the vendor's convolution with B in W's place, if any.
     stride, padding, _, transposed, _, groups = ctx.geometry
-    return (
-        entries == "constant"
-        and (shape[0] >= _LEAST_OUT and shape[1] >= _LEAST_IN and shape[2:].numel() == 1)
-        and (grad_output.dtype == torch.float32 and grad_output.device.type == "cpu")
-        and not (transposed or groups > 1 or any(s > 1 for s in stride) or any(padding))
-        and grad_output.movedim(1, -1).is_contiguous()
-        and native.product_level() == "AMX"
-    )
+    pointwise = shape[2:].numel() == 1
+    least_out, least_in = _POINTWISE if pointwise else _WINDOW
+    if (
+        entries != "constant"
+        or (shape[0] < least_out or shape[1] < least_in or transposed or groups > 1)
+        or (grad_output.dtype != torch.float32 or grad_output.device.type != "cpu")
+        or native.product_level() != "AMX"
+    ):
+        return ""
+    if not pointwise:
+        return "feedback_conv"
+    dense = grad_output.movedim(1, -1).is_contiguous()
+    return "feedback_mm" if dense and not (any(s > 1 for s in stride) or any(padding)) else ""
 
 
 class _Conv(torch.autograd.Function):
@@ -64,11 +71,15 @@ class _Conv(torch.autograd.Function):
         input, feedback, shape = saved_feedback(ctx, saved)
         mask = ctx.needs_input_grad[:3]
         x = w = c = None
-        if mask[0] and _is_product(ctx, grad_output, feedback[4], shape):
+        digits = _digits(ctx, grad_output, feedback[4], shape) if mask[0] else ""
+        if digits == "feedback_conv":
+            x = ops.feedback_conv(grad_output, *feedback, shape, ctx.input_shape[2:], *ctx.geometry[:3])
+        elif digits:
             rows = grad_output.movedim(1, -1)
             weight = None if feedback[0] is None else feedback[0].flatten(1)
             product = ops.feedback_mm(rows.flatten(0, -2), weight, *feedback[1:], shape[1])
             x = product.unflatten(0, rows.shape[:-1]).movedim(-1, 1)
+        if digits:
             mask = (False, *mask[1:])
         if any(mask):
             # The vendor's backward reads only the shape and the layout of an operand that no wanted gradient needs.

@@ -58,6 +58,16 @@ inline void check_size(at::IntArrayRef size) {
   }
 }
 
+inline void check_integers(const char* name, at::IntArrayRef values, size_t count, int64_t least) {
+  // Sizes made of larger ones would overflow.
+  constexpr int64_t kMost = (int64_t{1} << 31) - 1;
+  bool good = values.size() == count;
+  for (const int64_t v : values) {
+    good = good && v >= least && v <= kMost;
+  }
+  TORCH_CHECK_VALUE(good, name, ": expected ", count, " integers from ", least, " to ", kMost, ", got ", tuple(values));
+}
+
 // A freed storage has fewer bytes than the tensor's elements take: FSDP2 frees a parameter's while autograd still has
 // it.
 inline void check_memory(const char* name, const at::Tensor& x) {

@@ -143,18 +143,6 @@ struct LcArgs {
     }
     return g;
   }
-
- private:
-  static void check_integers(const char* name, at::IntArrayRef values, size_t count, int64_t least) {
-    // Sizes made of larger ones would overflow.
-    constexpr int64_t kMost = (int64_t{1} << 31) - 1;
-    bool good = values.size() == count;
-    for (const int64_t v : values) {
-      good = good && v >= least && v <= kMost;
-    }
-    TORCH_CHECK_VALUE(good, name, ": expected ", count, " integers from ", least, " to ", kMost, ", got ",
-                      tuple(values));
-  }
 };
 
 // Results are channels-last where the op's first tensor is, else contiguous.

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../common/form.h"
+#include "buffer.h"
 #include "feedback_weight.h"
 #include "gemm.h"
 #include "lc.h"
@@ -44,35 +45,6 @@ constexpr int64_t kSlabRows = 2048;
 constexpr int64_t kHalfSlabRows = 512;
 // Fewer entries of B than this are not worth a second thread.
 constexpr int64_t kFormGrain = 8192;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-std::vector<int64_t> steps(int64_t count, int64_t step) {
-  std::vector<int64_t> x(count);
-  for (int64_t i = 0; i < count; ++i) {
-    x[i] = i * step;
-  }
-  return x;
-}
-
-// Memory for one thread's use, aligned as every tensor's is; a small one costs no allocation.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) {
-    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
-    if (bytes > static_cast<int64_t>(sizeof small_)) {
-      memory_ = at::empty({bytes}, at::kByte);
-    }
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* get() const { return reinterpret_cast<T*>(memory_.defined() ? memory_.mutable_data_ptr<uint8_t>() : small_); }
-
- private:
-  alignas(64) mutable uint8_t small_[8192];
-  at::Tensor memory_;
-};
 
 // s as the entries of B hold it.
 double entry_scale(double scale, at::ScalarType dtype) {

@@ -91,6 +91,10 @@ BK_DECLARE_PRODUCT(int64_t panel_bytes(int64_t depth))
 BK_DECLARE_PRODUCT(void form_panels(const SignColumns& signs, int64_t begin, int64_t end, int64_t depth,
                                     int8_t* operand))
 
+// Rows of dX whose row of dY holds an infinity or a NaN, among begin … end − 1: columns first … first + cols − 1.
+BK_DECLARE_PRODUCT(void multiply_nonfinite(const SignProduct& p, const SignColumns& signs, int64_t begin, int64_t end,
+                                           int64_t first, int64_t cols))
+
 // All columns of some tiles by an operand formed whole. `scratch`: panels_scratch(…) bytes.
 BK_DECLARE_PRODUCT(int64_t panels_scratch(const SignProduct& p, int64_t blocks))
 BK_DECLARE_PRODUCT(void multiply_panels(const SignProduct& p, const DigitTile* tiles, int64_t count, int64_t row_step,

@@ -5,6 +5,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(BK_EMULATED_AMX) && defined(__AMX_INT8__)
+#include "../../python_tests/amx/emulated.h"
+#endif
 
 #include "../common/packed_signs.h"
 #include "convert.h"
@@ -87,14 +90,19 @@ const float* row_floats(const SignProduct& p, int64_t row, float* scratch) {
   }
 }
 
-// Of a row: Σq, where the operand is biased, and of two bytes Σy² and Σ(y − q)² for y rounded to q. Those are floats: 16
-// lanes in a fixed order, so that every level comes to the same answer.
+// Of a row: Σq, where the operand is biased; of two bytes Σy² and Σ(y − q)² for y rounded to q, floats in 16 lanes in a
+// fixed order, so that every level comes to the same answer; where NORM, Σ⌊q/2²⁰⌋².
 #if defined(__AVX512VNNI__)
 struct Totals {
   __m512 square = _mm512_setzero_ps();
   __m512 lost = _mm512_setzero_ps();
   __m512i digits[4] = {};
+  __m512i high = _mm512_setzero_si512();
 
+  int64_t norm() const {
+    return _mm512_reduce_add_epi64(_mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(high)),
+                                                    _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(high, 1))));
+  }
   int64_t sum() const {
     int64_t x = 0;
     for (int d = 3; d >= 0; --d) {
@@ -105,7 +113,7 @@ struct Totals {
 };
 
 // Adding 2⁷ to each digit but the highest carries as rounding to the nearest does; the bytes are then 2⁷ too large.
-template <int BYTES>
+template <int BYTES, bool NORM = false>
 void cut(const float* x, float up, float more, Digit* to, Totals& totals) {
   const __m512i carry = _mm512_set1_epi32(BYTES == 2 ? 0x80 : 0x808080);
   const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
@@ -119,6 +127,10 @@ void cut(const float* x, float up, float more, Digit* to, Totals& totals) {
       const __m512 r = _mm512_sub_ps(y, _mm512_cvtepi32_ps(q[i]));
       square[i] = _mm512_mul_ps(y, y);
       lost[i] = _mm512_mul_ps(r, r);
+    }
+    if (NORM) {
+      const __m512i high = _mm512_srai_epi16(_mm512_srli_epi32(q[i], 16), 4);
+      totals.high = _mm512_add_epi32(totals.high, _mm512_madd_epi16(high, high));
     }
     q[i] = _mm512_shuffle_epi8(_mm512_xor_si512(_mm512_add_epi32(q[i], carry), carry), bytes);
   }
@@ -151,11 +163,13 @@ struct Totals {
   float square[16] = {};
   float lost[16] = {};
   int64_t digits = 0;
+  int64_t high = 0;
 
+  int64_t norm() const { return high; }
   int64_t sum() const { return digits; }
 };
 
-template <int BYTES>
+template <int BYTES, bool NORM = false>
 void cut(const float* x, float up, float more, Digit* to, Totals& totals) {
   constexpr int kCount = BYTES / sizeof(Digit);
   int32_t q[kDepth];
@@ -184,6 +198,13 @@ void cut(const float* x, float up, float more, Digit* to, Totals& totals) {
       totals.digits += q[t];
     }
   }
+  if (NORM) {
+    int32_t high = 0;
+    for (int t = 0; t < kDepth; ++t) {
+      high += (q[t] >> 20) * (q[t] >> 20);
+    }
+    totals.high += high;
+  }
   for (int d = 0; d < kCount; ++d) {
     for (int t = 0; t < kDepth; ++t) {
       to[d * kDepth + t] = static_cast<Digit>(q[t]);
@@ -197,45 +218,62 @@ void cut(const float* x, float up, float more, Digit* to, Totals& totals) {
 float in_order(const float* lanes, int l) { return lanes[l]; }
 #endif
 
-// One row of dY: `to` is the row's place in its first tile.
-template <int BYTES>
-void quantise_row(const SignProduct& p, const float* x, int8_t* to, FixedPoint& fixed) {
+// The bits of the largest magnitude.
+uint32_t largest(const float* x, int64_t n) {
   uint32_t top = 0;
-  for (int64_t t = 0; t < p.depth; ++t) {
+  for (int64_t t = 0; t < n; ++t) {
     const uint32_t a = bits_of(x[t]) & 0x7FFFFFFFu;
     top = top < a ? a : top;
   }
-  const bool finite = top < 0x7F800000u;
-  // |x| < 2^e, and balanced digits reach 0x7F7F… only: one bit less where the largest entry would exceed it.
-  const float largest = finite ? float_of(top) : 0.0f;
+  return top;
+}
+
+bool is_finite(uint32_t top) { return top < 0x7F800000u; }
+
+// Fixed point has its last place at 2^−shift: |x| < 2^e, and balanced digits reach 0x7F7F… only, so that there is one
+// bit less where the largest entry would exceed it.
+template <int BYTES>
+int shift_of(uint32_t top) {
   int e = static_cast<int>(top >> 23) - 126;
   if (top < (1u << 23)) {
     e = -126 - (top ? __builtin_clz(top) - 9 : 0);
   }
-  e = finite ? e : 0;
   constexpr double kLimit = BYTES == 2 ? 0x7F7F.0p0 : 0x7F7F7F00.0p0;
-  int shift = 8 * BYTES - 1 - e;
-  if (static_cast<double>(largest) * double_power_of_two(shift) > kLimit) {
-    --shift;
-  }
-  // 2^shift can exceed a float's range, as rows can be subnormal: in two steps, both exact for what stays above 1/2.
-  const int first = shift < 127 ? shift : 127;
-  const float up = finite ? power_of_two(first) : 0.0f;
-  const float more = power_of_two(shift - first);
+  const int shift = 8 * BYTES - 1 - e;
+  return shift - (static_cast<double>(float_of(top)) * double_power_of_two(shift) > kLimit);
+}
 
-  Totals totals;
-  const int64_t blocks = divide_up(p.depth, kDepth);
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t left = p.depth - b * kDepth;
-    Digit* digits = reinterpret_cast<Digit*>(to + b * kTileBytes);
-    if (left >= kDepth && finite) {
-      cut<BYTES>(x + b * kDepth, up, more, digits, totals);
+// Digits of n entries, a tile's worth at a time, block_stride bytes apart. 2^shift can exceed a float's range, as rows
+// can be subnormal: in two steps, both exact for what stays above 1/2.
+template <int BYTES, bool NORM = false>
+void cut_row(const float* x, int64_t n, int shift, int8_t* to, int64_t block_stride, Totals& totals) {
+  const int first = shift < 127 ? shift : 127;
+  const float up = power_of_two(first);
+  const float more = power_of_two(shift - first);
+  for (int64_t t = 0; t < n; t += kDepth, to += block_stride) {
+    Digit* digits = reinterpret_cast<Digit*>(to);
+    if (t + kDepth <= n) {
+      cut<BYTES, NORM>(x + t, up, more, digits, totals);
     } else {
       float padded[kDepth] = {};
-      for (int64_t t = 0; finite && t < min(left, kDepth); ++t) {
-        padded[t] = x[b * kDepth + t];
-      }
-      cut<BYTES>(padded, up, more, digits, totals);
+      __builtin_memcpy(padded, x + t, static_cast<size_t>(n - t) * sizeof(float));
+      cut<BYTES, NORM>(padded, up, more, digits, totals);
+    }
+  }
+}
+
+// One row of dY: `to` is the row's place in its first tile. One that is not finite has digits of 0.
+template <int BYTES>
+void quantise_row(const SignProduct& p, const float* x, int8_t* to, FixedPoint& fixed) {
+  const uint32_t top = largest(x, p.depth);
+  const bool finite = is_finite(top);
+  const int shift = shift_of<BYTES>(finite ? top : 0);
+  Totals totals;
+  if (finite) {
+    cut_row<BYTES>(x, p.depth, shift, to, kTileBytes, totals);
+  } else {
+    for (int64_t b = 0; b < divide_up(p.depth, kDepth); ++b) {
+      __builtin_memset(to + b * kTileBytes, 0, 64 * (BYTES / sizeof(Digit)));
     }
   }
   fixed.unit = finite ? double_power_of_two(-shift) : __builtin_nan("");

@@ -131,8 +131,14 @@ void pass(const SignProduct& p, const SignColumns& signs, DigitTile* tiles, int6
     const int64_t n = min(blocks - b, kFormBlocks);
     form_operand(signs, word, (block + b) * kDepth, n, scratch.operand);
     // Digits lie from the pass's first block on: their offsets are those of this part of it.
-    multiply_panel({tiles, count, static_cast<int>(16 / tile_rows(p.bytes)), {kInOrder.digits + b, kInOrder.digits, n},
-                    scratch.operand, n * kTileBytes, scratch.c, b > 0});
+    multiply_panel({tiles,
+                    count,
+                    static_cast<int>(16 / tile_rows(p.bytes)),
+                    {kInOrder.digits + b, kInOrder.digits, n},
+                    scratch.operand,
+                    n * kTileBytes,
+                    scratch.c,
+                    b > 0});
   }
 }
 
@@ -191,11 +197,7 @@ void multiply_as(const SignProduct& p, const SignColumns& s, int64_t tile_begin,
       }
     }
   }
-  for (int64_t row = tile_begin * kRows; row < min(tile_end * kRows, p.rows); ++row) {
-    if (p.fixed[row].unit != p.fixed[row].unit) {
-      nonfinite_row(p, s, row, first, cols);
-    }
-  }
+  multiply_nonfinite(p, s, tile_begin * kRows, min(tile_end * kRows, p.rows), first, cols);
 }
 
 template <int COUNT, typename T>
@@ -211,8 +213,14 @@ void multiply_formed(const SignProduct& p, const DigitTile* tiles, int64_t count
       for (int64_t block = 0; block < run.blocks; block += kPassBlocks) {
         const int64_t end = min(run.blocks, block + kPassBlocks);
         for (int64_t b = block; b < end; b += kHeldBlocks) {
-          multiply_panel({tiles + t, some, COUNT, {run.digits + b, run.operand + b, min(end - b, kHeldBlocks)}, panel,
-                          kTileBytes, c, b > block});
+          multiply_panel({tiles + t,
+                          some,
+                          COUNT,
+                          {run.digits + b, run.operand + b, min(end - b, kHeldBlocks)},
+                          panel,
+                          kTileBytes,
+                          c,
+                          b > block});
         }
         finish<COUNT, T>(p, tiles + t, some, row_step, word * 32, min(p.cols - word * 32, 32), c,
                          run.blocks > kPassBlocks ? v : nullptr, block == 0, end == run.blocks);
@@ -292,6 +300,15 @@ void multiply(const SignProduct& p, const SignColumns& signs, int64_t tile_begin
   with_types(p, [&](auto count, auto element) {
     multiply_as<count.value, decltype(element)>(p, signs, tile_begin, tile_end, first, cols, parts);
   });
+}
+
+void multiply_nonfinite(const SignProduct& p, const SignColumns& signs, int64_t begin, int64_t end, int64_t first,
+                        int64_t cols) {
+  for (int64_t row = begin; row < end; ++row) {
+    if (p.fixed[row].unit != p.fixed[row].unit) {
+      nonfinite_row(p, signs, row, first, cols);
+    }
+  }
 }
 
 int64_t panel_bytes(int64_t depth) { return kGroups * divide_up(depth, kDepth) * kTileBytes; }

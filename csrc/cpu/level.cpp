@@ -60,7 +60,11 @@ ProductLevel product_level() {
     const ProductLevel limit = onednn_limit();
     if (cpu_level() == Level::AVX512 && limit >= ProductLevel::AVX512) {
       const bool vnni = limit >= ProductLevel::AVX512_VNNI && __builtin_cpu_supports("avx512vnni");
+#if defined(BK_EMULATED_AMX)
+      const bool amx = limit >= ProductLevel::AMX;
+#else
       const bool amx = limit >= ProductLevel::AMX && __builtin_cpu_supports("amx-int8") && at::cpu::init_amx();
+#endif
       return vnni ? amx ? ProductLevel::AMX : ProductLevel::AVX512_VNNI : ProductLevel::AVX512;
     }
     if (cpu_level() >= Level::AVX2 && limit >= ProductLevel::AVX2) {

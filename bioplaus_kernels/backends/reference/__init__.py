@@ -1,5 +1,6 @@
 """Plain-torch backend: the specification of every op, on any device and dtype."""
 
+from .feedback_conv import feedback_conv
 from .feedback_mm import feedback_mm
 from .feedback_weight import feedback_weight
 from .lc import lc_backward_input, lc_backward_weight, lc_forward
@@ -8,6 +9,7 @@ from .redraw_key import redraw_key
 
 __all__ = [
     "OPS",
+    "feedback_conv",
     "feedback_mm",
     "feedback_weight",
     "lc_backward_input",
@@ -22,6 +24,7 @@ OPS = {
     op.__name__: op
     for op in (
         feedback_mm,
+        feedback_conv,
         feedback_weight,
         pack_signs,
         unpack_signs,

@@ -271,6 +271,46 @@ def mm(grad_output: Tensor, in_features: int) -> None:
         fail("in_features", "at least 0", in_features)
 
 
+def conv(
+    grad_output: Tensor,
+    weight_size: Sequence[int],
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> int:
+    """The arguments of `feedback_conv` must fit each other; returns the dimensions."""
+    floating("grad_output", grad_output)
+    d = len(input_size)
+    if d not in (1, 2, 3):
+        fail("input_size", "1, 2 or 3 integers", tuple(input_size))
+    for name, values, count, least in (
+        ("input_size", input_size, d, 0),
+        ("weight_size", weight_size, d + 2, 0),
+        ("stride", stride, d, 1),
+        ("padding", padding, d, 0),
+        ("dilation", dilation, d, 1),
+    ):
+        integers(name, values, count, least)
+    rank("grad_output", grad_output, d + 2)
+    kernel = tuple(weight_size[2:])
+    room = [
+        size + 2 * p - step * (k - 1) - 1
+        for size, p, step, k in zip(input_size, padding, dilation, kernel, strict=True)
+    ]
+    if min(room) < 0 or min(kernel) < 1:
+        fail("input_size", f"a padded size of at least the dilated kernel {kernel}", tuple(input_size))
+    out = [r // s + 1 for r, s in zip(room, stride, strict=True)]
+    shape("grad_output", grad_output, (grad_output.shape[0], weight_size[0], *out))
+    return d
+
+
+def integers(name: str, values: Sequence[int], count: int, least: int) -> None:
+    """`values` must be `count` integers whose sums and products stay within 64 bits."""
+    if len(values) != count or not all(least <= v <= LARGEST for v in values):
+        fail(name, f"{count} integers from {least} to {LARGEST}", tuple(values))
+
+
 def geometry(
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, kernel: Sequence[int]
 ) -> int:
@@ -284,8 +324,7 @@ def geometry(
         ("dilation", dilation, d, 1),
         ("kernel_size", kernel, d, 1),
     ):
-        if len(values) != count or not all(least <= v <= LARGEST for v in values):
-            fail(name, f"{count} integers from {least} to {LARGEST}", tuple(values))
+        integers(name, values, count, least)
     if groups < 1:
         fail("groups", "at least 1", groups)
     return d

@@ -1,0 +1,208 @@
+"""feedback_conv: the input gradient of a convolution by ±s in integer digits, against float64, and its bits."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from bioplaus_kernels import ops
+from bioplaus_kernels.backends import native, reference
+
+needs_library = pytest.mark.skipif(native.library is None, reason=native.reason)
+
+# O, C, kernel, input, stride, padding, dilation
+SHAPES = [
+    (64, 64, (3, 3), (9, 7), (1, 1), (1, 1), (1, 1)),
+    (70, 33, (3, 3), (8, 11), (2, 2), (1, 1), (1, 1)),
+    (5, 3, (7, 7), (23, 20), (4, 4), (2, 2), (1, 1)),
+    (130, 40, (2, 3), (10, 9), (1, 2), (0, 3), (2, 1)),
+    (64, 200, (1, 1), (6, 5), (2, 2), (0, 0), (1, 1)),
+    (16, 8, (3, 3), (7, 7), (3, 3), (0, 0), (1, 1)),
+    (16, 8, (2, 2), (9, 8), (5, 3), (1, 0), (1, 1)),
+    (12, 20, (5,), (33,), (2,), (4,), (3,)),
+    (9, 6, (3, 3, 3), (5, 6, 7), (1, 2, 1), (1, 1, 1), (1, 1, 1)),
+    (8, 16, (3, 3), (40, 3), (1, 1), (6, 6), (1, 1)),
+    # Bands of a large sample, of one and of three dimensions, and several passes along K.
+    (64, 16, (3, 3), (90, 60), (1, 1), (1, 1), (1, 1)),
+    (64, 16, (3, 3), (90, 60), (2, 2), (1, 1), (1, 1)),
+    (64, 16, (9,), (9000,), (2,), (3,), (1,)),
+    (64, 16, (3, 3, 3), (9, 24, 24), (2, 1, 1), (1, 1, 1), (1, 1, 1)),
+    (520, 32, (3, 3), (7, 7), (1, 1), (1, 1), (1, 1)),
+]
+
+
+def output_size(shape: Sequence) -> list[int]:
+    _, _, kernel, size, stride, padding, dilation = shape
+    return [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
+    ]
+
+
+def problem(shape: Sequence, samples: int = 3) -> tuple[Tensor, Tensor, tuple]:
+    out, channels, kernel, size, *geometry = shape
+    grad = torch.randn(samples, out, *output_size(shape))
+    weight = torch.randn(out, channels, *kernel)
+    return grad, weight, (list(weight.shape), list(size), *map(list, geometry))
+
+
+def exact(grad: Tensor, b: Tensor, geometry: tuple) -> tuple[Tensor, Tensor]:
+    """dX in float64, and the norm of each pixel's patch."""
+
+    def product(g: Tensor, w: Tensor) -> Tensor:
+        return reference.feedback_conv(g, None, None, w, None, "stored", 1.0, *geometry)
+
+    b = b.double()
+    square = product(grad.double().square(), torch.ones_like(b))
+    return product(grad.double(), b), square.sqrt()
+
+
+@pytest.mark.parametrize("source", ["weight", "last", "signs", "key"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_float64(shape: tuple, source: str) -> None:
+    torch.manual_seed(0)
+    grad, weight, geometry = problem(shape)
+    weight[0, 0] = 0
+    weight[-1] *= torch.rand_like(weight[-1]).round()
+    key = torch.tensor([2, 7, 11])
+    feedback: tuple = {
+        "weight": (weight, None, None, None),
+        "last": (weight.movedim(1, -1).contiguous().movedim(-1, 1), None, None, None),
+        "signs": (None, ops.pack_signs(weight.flatten(1)), None, None),
+        "key": (None, None, None, key),
+    }[source]
+    found = ops.feedback_conv(grad, *feedback, "constant", 0.5, *geometry)
+    b = ops.feedback_weight(*feedback, "constant", 0.5, geometry[0], dtype=torch.float64)
+    wanted, norm = exact(grad, b, geometry)
+    # Half a last place of the result, and what fixed point may lose.
+    limit = 2**-24 * wanted.abs() + 2**-24 * norm
+    assert ((found - wanted).abs() <= limit).all()
+    last = grad.movedim(1, -1).contiguous().movedim(-1, 1)
+    again = ops.feedback_conv(last, *feedback, "constant", 0.5, *geometry)
+    assert torch.equal(again, found)
+    if grad.dim() == 4:
+        assert found.is_contiguous()
+        assert again.is_contiguous(memory_format=torch.channels_last)
+
+
+@needs_library
+def test_a_sample_and_a_small_patch_stand_alone() -> None:
+    torch.manual_seed(0)
+    shape = SHAPES[0]
+    grad, weight, geometry = problem(shape, 4)
+    grad[:, :, :, 4:] *= 1e-6
+    grad[1, :, :3] = 0
+    grad[2, 5, 2, 2] = 1e30
+    args = (weight, None, None, None, "constant", 1.0)
+    found = ops.feedback_conv(grad, *args, *geometry)
+    wanted, norm = exact(grad, weight.sign(), geometry)
+    assert ((found - wanted).abs() <= 2**-22 * norm).all()
+    assert (found[1, :, :2] == 0).all()
+    for i in range(4):
+        assert torch.equal(ops.feedback_conv(grad[i : i + 1], *args, *geometry)[0], found[i])
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_stays_in_its_patches(value: float) -> None:
+    torch.manual_seed(0)
+    grad, weight, geometry = problem(SHAPES[1])
+    weight[3, 2] = 0
+    args = (weight, None, None, None, "constant", 1.0)
+    clean = ops.feedback_conv(grad, *args, *geometry)
+    grad[1, 3, 2, 2] = value
+    found = ops.feedback_conv(grad, *args, *geometry)
+    wanted = reference.feedback_conv(grad, *args, *geometry)
+    assert torch.equal(found.isfinite(), wanted.isfinite())
+    assert torch.equal(found.isnan(), wanted.isnan())
+    torch.testing.assert_close(found[[0, 2]], clean[[0, 2]], rtol=0, atol=0)
+    torch.testing.assert_close(found, wanted, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+@needs_library
+def test_other_entries_and_dtypes_are_the_vendors() -> None:
+    grad, weight, geometry = problem(SHAPES[1])
+    for dtype, feedback in (
+        (torch.float32, (None, None, weight, None, "stored", 2.0)),
+        (torch.float32, (None, None, None, torch.tensor([2, 7, 11]), "normal", 2.0)),
+        (torch.float64, (weight, None, None, None, "constant", 2.0)),
+        (torch.bfloat16, (weight, None, None, None, "constant", 2.0)),
+    ):
+        args = (grad.to(dtype), *feedback, *geometry)
+        torch.testing.assert_close(ops.feedback_conv(*args), reference.feedback_conv(*args), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("op", [ops.feedback_conv, reference.feedback_conv], ids=["op", "reference"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_size": [9]}, "weight_size: expected 3 integers"),
+        ({"input_size": []}, "input_size: expected 1, 2 or 3 integers"),
+        ({"input_size": [2, 1], "padding": [0, 0]}, r"input_size: expected a padded size of at least .*\(3, 3\)"),
+        ({"stride": [0, 1]}, "stride: expected 2 integers from 1"),
+        ({"padding": [2**31, 1]}, "padding: expected 2 integers from 0"),
+        ({"dilation": [1]}, "dilation: expected 2 integers from 1"),
+        ({"input_size": [10, 7]}, r"grad_output: expected shape \(3, 64, 10, 7\), got \(3, 64, 9, 7\)"),
+        ({"weight_size": [64, 63, 3, 3]}, r"weight: expected shape \(64, 63, 3, 3\)"),
+        ({"grad_output": torch.zeros(3, 64, 9)}, "grad_output: expected 4 dimensions"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_errors(op: object, change: dict, message: str) -> None:
+    grad, weight, geometry = problem(SHAPES[0])
+    names = ("weight_size", "input_size", "stride", "padding", "dilation")
+    given = {"grad_output": grad, **dict(zip(names, geometry, strict=True))} | change
+    with pytest.raises(ValueError, match=message):
+        op(given["grad_output"], weight, None, None, None, "constant", 1.0, *(given[name] for name in names))
+
+
+def test_nothing_to_do() -> None:
+    grad, weight, geometry = problem(SHAPES[0], 0)
+    assert ops.feedback_conv(grad, weight, None, None, None, "constant", 1.0, *geometry).shape == (0, 64, 9, 7)
+
+
+BITS = """
+import hashlib, numpy, sys, torch
+sys.path.insert(0, sys.argv[1])
+from bioplaus_kernels import _C, ops
+from test_feedback_conv import SHAPES, problem
+digest = hashlib.sha256()
+torch.set_num_threads(int(sys.argv[2]))
+rng = numpy.random.default_rng(0)
+for shape in SHAPES:
+    # torch's own draws depend on the level.
+    grad, weight, geometry = problem(shape)
+    grad, weight = (torch.from_numpy(rng.standard_normal(x.shape, numpy.float32)) for x in (grad, weight))
+    grad[..., :2] *= 1e-5
+    grad[0, 0].flatten()[3] = float("nan")
+    x = ops.feedback_conv(grad, weight, None, None, None, "constant", 0.3, *geometry)
+    digest.update(x.nan_to_num(nan=7.0).numpy().tobytes())
+print(_C.active_product_level(), digest.hexdigest())
+"""
+
+
+@needs_library
+@pytest.mark.slow
+def test_bits_at_every_level_and_number_of_threads() -> None:
+    here = os.path.dirname(__file__)
+    found = {}
+    for capability, isa, threads in (
+        ("", "", 1),
+        ("", "", 2),
+        ("", "avx512_core_vnni", 1),
+        ("", "avx512_core", 1),
+        ("avx2", "", 1),
+        ("avx2", "avx2", 1),
+        ("default", "", 1),
+    ):
+        env = os.environ | {"ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": isa}
+        env = {k: v for k, v in env.items() if v}
+        out = subprocess.run(
+            [sys.executable, "-c", BITS, here, str(threads)], env=env, check=True, capture_output=True, text=True
+        )
+        level, digest = out.stdout.split()
+        found[level, threads] = digest
+    assert len(set(found.values())) == 1, found
