@@ -32,8 +32,8 @@ from ._common import (
 )
 
 # Channels (out, in) from which the integer digits of feedback_mm and feedback_conv are faster than the vendor's
-# convolution, on tile units: a 1x1 one, channels-last, as it was measured (`python -m bench run --op convolution`), and a
-# larger kernel by arithmetic: four products of 1024 multiply-adds a cycle against 32.
+# convolution, on tile units: a 1x1 one, channels-last, as it was measured (`python -m bench run --op convolution`), and
+# a larger kernel by arithmetic: four products of 1024 multiply-adds a cycle against 32.
 _POINTWISE, _WINDOW = (256, 128), (64, 64)
 
 _CONV: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)

@@ -25,8 +25,8 @@ def feedback_conv(
 ) -> Tensor:
     """dX (N, C, *in) of dY (N, O, *out) and B (O, C, *kernel): B in W's place in the input gradient of a convolution.
 
-    dX[n, c, x] = sum over o and taps k of dY[n, o, (x + padding - k dilation) / stride] B[o, c, k], where that is whole;
-    one group, one integer a dimension for each of stride, padding and dilation. B as in `feedback_weight`.
+    dX[n, c, x] = sum over o and k of dY[n, o, (x + padding - k dilation) / stride] B[o, c, k], where that is whole; one
+    group, one integer a dimension for each of stride, padding and dilation. B as in `feedback_weight`.
     """
     d = checks.conv(grad_output, weight_size, input_size, stride, padding, dilation)
     b = feedback_weight(weight, signs, magnitude, key, entries, scale, weight_size, dtype=grad_output.dtype)
