@@ -16,6 +16,8 @@ from .registry import Bench, Case, Run, Work, register
 
 SHAPES = ((512, 512), (1024, 4096), (4096, 4096))
 BATCHES = (1, 8, 32, 128, 512, 2048, 4096)
+# Few columns, as convolutions have: an operand that a core holds whole.
+FEW = tuple(product((2304,), (256, 64, 16, 1), (64, 512, 3136)))
 WAYS = ("digits", "int_mm", "formed")  # of CUDA C++
 # Those of most worth first.
 HEADLINE = list(product(SHAPES[:0:-1], (128, 4096, 1, 512, 8), (torch.float32, torch.bfloat16)))
@@ -25,17 +27,16 @@ HEADLINE = list(product(SHAPES[:0:-1], (128, 4096, 1, 512, 8), (torch.float32, t
 def cases() -> Iterator[Case]:
     """Shapes out x in, batches and dtypes; --quick keeps 1024 x 4096 in float32."""
     for dtype in (torch.float32, torch.bfloat16):
-        for out, n in SHAPES:
-            for m in BATCHES:
-                label = f"{out}x{n} M={m} {str(dtype).removeprefix('torch.')}"
-                yield Case(
-                    "feedback_mm",
-                    label,
-                    lambda device, m=m, out=out, n=n, dtype=dtype: build(device, m, out, n, dtype),
-                    quick=(out, n) == (1024, 4096) and m in (8, 128) and dtype == torch.float32,
-                    cold=(out, n) == (4096, 4096) and m in (8, 128),
-                    headline=HEADLINE.index(key) + 1 if (key := ((out, n), m, dtype)) in HEADLINE else 0,
-                )
+        for out, n, m in (*((*shape, m) for shape in SHAPES for m in BATCHES), *FEW):
+            label = f"{out}x{n} M={m} {str(dtype).removeprefix('torch.')}"
+            yield Case(
+                "feedback_mm",
+                label,
+                lambda device, m=m, out=out, n=n, dtype=dtype: build(device, m, out, n, dtype),
+                quick=(out, n) == (1024, 4096) and m in (8, 128) and dtype == torch.float32,
+                cold=(out, n) == (4096, 4096) and m in (8, 128),
+                headline=HEADLINE.index(key) + 1 if (key := ((out, n), m, dtype)) in HEADLINE else 0,
+            )
 
 
 def sign_then_matmul(g: torch.Tensor, w: torch.Tensor, s: float) -> torch.Tensor:
