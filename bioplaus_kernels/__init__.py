@@ -20,6 +20,7 @@ from .feedback import (
 from .nn import frozen_signs, mirror_
 from .proof import Report
 from .targetprop import TargetProp
+from .untie import untie_
 
 __all__ = [
     "Backprop",
@@ -50,4 +51,5 @@ __all__ = [
     "ops",
     "optim",
     "targetprop",
+    "untie_",
 ]

@@ -3,6 +3,7 @@
 from .attention import MultiheadAttention
 from .base import FeedbackLayer, frozen_signs, mirror_
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from .layouts import load_kernel_
 from .linear import Linear
 from .locally_connected import (
     LocallyConnected1d,
@@ -30,5 +31,6 @@ __all__ = [
     "LocallyConnectedTranspose3d",
     "MultiheadAttention",
     "frozen_signs",
+    "load_kernel_",
     "mirror_",
 ]
