@@ -196,6 +196,18 @@ for name, (args, named, shape) in LAYERS.items():
         rest = {"bias": "boolean", "bias_per": "name", "device": "device?", "dtype": "dtype?"}
         add(f"nn.{name}()", kind, whole, **sizes, **channels, **rest)
     if name.startswith("LocallyConnected") and "Transpose" not in name:
+        modes = [*KINDS["name"], ["circular"] * (d + 1), ["wrong"] * d, [1] * d, ()]
+        add(f"nn.{name}()", kind, whole, padding_mode=modes)
+        add(f"nn.{name}.init_", kind(*args, **named).init_, {"init": torch.nn.init.zeros_}, init="function")
+        right = {
+            "layer": kind(*args, **named),
+            "kernel": w(*[3] * d, 4 * 3**d, 6),
+            "bias": w(*[3] * d, 6),
+            "layout": "flax",
+        }
+        arrays = [NONE, 3, STR, LIST, OBJECT, w(3), w(2, 3).long()]
+        modules = [*KINDS["module"], torch.nn.Linear(4, 6)]
+        add(f"load_kernel_ {d}", bk.nn.load_kernel_, right, layer=modules, kernel=arrays, bias=arrays, layout="name")
         conv = getattr(torch.nn, f"Conv{d}d")(4, 6, 3)
         right = {"conv": conv, "input_size": 5}
         add(f"nn.{name}.from_conv", kind.from_conv, right, conv="module", input_size=ints(d, 1), feedback="rule")
@@ -231,6 +243,14 @@ add(
     last_layer="rule?",
     filter_fn="function?",
     seed="integer",
+)
+add(
+    "untie_",
+    lambda **named: bk.untie_(**({"model": torch.nn.Sequential(torch.nn.Conv1d(4, 6, 3))} | named)),
+    {"example": x(2, 4, 5)},
+    model="module",
+    example=[NONE, 3, 1.5, BOOL, STR, LIST, ARRAY, OBJECT],
+    filter_fn="function?",
 )
 add("check", bk.check, {"model": mlp()}, model="module")
 CASES[-1].call = lambda model: bk.check(model, x(2, 4))

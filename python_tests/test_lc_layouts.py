@@ -84,7 +84,7 @@ def kernel_shape(layer: Any, layout: str, implementation: int) -> tuple[int, ...
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row[:6])))
 def test_a_kernel_computes_what_it_did_there(row: Any) -> None:
-    layout, implementation, size, kernel, strides, padding, expected = row
+    layout, implementation, size, kernel, strides, _, expected = row
     kind = getattr(bk.nn, f"LocallyConnected{len(size)}d")
     layer = kind(2, 3, kernel, strides, input_size=size, dtype=torch.float64, **options(*row[:1], *row[2:6]))
     if implementation == 3:
