@@ -108,6 +108,7 @@ for rule in (bk.SignSymmetry, bk.FixedMagnitude, bk.BatchMagnitude, bk.FeedbackA
     add(rule.__name__, rule, {}, **scale, **{k: v for k, v in own.items() if k in rule.__dataclass_fields__})
 for learned in (bk.KolenPollack, bk.WeightMirror):
     add(learned.__name__, learned, {}, **scale, stored=[*KINDS["boolean"], False], entries="name")
+add("LowRank", bk.LowRank, {}, **scale, rank="integer + size", learned="boolean", entries="name")
 add("SignConcordance", bk.SignConcordance, {}, **scale, p="number + fraction")
 for direct_rule in (bk.direct.DFA, bk.direct.SDFA, bk.direct.DRTP, bk.direct.Shallow):
     more = {"reduction": "name"} if direct_rule is bk.direct.DRTP else {}
