@@ -75,6 +75,7 @@ def register(op: str) -> Callable[[Callable[[], Iterator[Case]]], Callable[[], I
 def cases(ops: list[str] | None = None, quick: bool = False, headline: bool = False) -> list[Case]:
     """The registered cases, of `ops` only if given; raises ValueError for an unknown op."""
     from . import (  # noqa: F401
+        alignment,
         convolution,
         feedback_mm,
         feedback_weight,

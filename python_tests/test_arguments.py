@@ -108,6 +108,9 @@ for rule in (bk.SignSymmetry, bk.FixedMagnitude, bk.BatchMagnitude, bk.FeedbackA
     add(rule.__name__, rule, {}, **scale, **{k: v for k, v in own.items() if k in rule.__dataclass_fields__})
 for learned in (bk.KolenPollack, bk.WeightMirror):
     add(learned.__name__, learned, {}, **scale, stored=[*KINDS["boolean"], False], entries="name")
+for aligned in (bk.SymmetricAlignment, bk.ActivationAlignment, bk.InformationAlignment):
+    kinds = dict.fromkeys(("alpha", "beta", "gamma")[: 2 + (aligned.name == "ia")], "number + finite + not negative")
+    add(aligned.__name__, aligned, {}, **scale, **kinds, stored=[*KINDS["boolean"], False], entries="name")
 add("LowRank", bk.LowRank, {}, **scale, rank="integer + size", learned="boolean", entries="name")
 add("SignConcordance", bk.SignConcordance, {}, **scale, p="number + fraction")
 for direct_rule in (bk.direct.DFA, bk.direct.SDFA, bk.direct.DRTP, bk.direct.Shallow):
@@ -278,6 +281,15 @@ add(
     batch_size="integer + size",
     normalise="boolean",
     generator="instance?",
+)
+
+add(
+    "align_",
+    bk.align_,
+    {"model": converted("sa"), "example": x(2, 4)},
+    model=[*KINDS["module"], mlp()],
+    example=[NONE, 3, 1.5, BOOL, STR, LIST, ARRAY, OBJECT],
+    lr="number + finite + not negative",
 )
 
 # Direct feedback.

@@ -1,5 +1,6 @@
 """torch.nn layers with a `feedback=` rule, and locally-connected layers."""
 
+from .align import align_
 from .attention import MultiheadAttention
 from .base import FeedbackLayer, frozen_signs, mirror_
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
@@ -30,6 +31,7 @@ __all__ = [
     "LocallyConnectedTranspose2d",
     "LocallyConnectedTranspose3d",
     "MultiheadAttention",
+    "align_",
     "frozen_signs",
     "load_kernel_",
     "mirror_",
