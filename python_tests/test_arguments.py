@@ -116,6 +116,7 @@ add("SignConcordance", bk.SignConcordance, {}, **scale, p="number + fraction")
 for direct_rule in (bk.direct.DFA, bk.direct.SDFA, bk.direct.DRTP, bk.direct.Shallow):
     more = {"reduction": "name"} if direct_rule is bk.direct.DRTP else {}
     add(direct_rule.__name__, direct_rule, {}, **scale, entries="name", shared="boolean", stored="boolean", **more)
+add("DKP", bk.direct.DKP, {}, **scale, entries="name", shared="boolean", stored=[*KINDS["boolean"], False])
 add("feedback_key", feedback_key, {"seed": 0, "name": ""}, seed="integer", name="string")
 add("as_rule", bk.feedback.as_rule, {"feedback": "fa"}, feedback="rule")
 

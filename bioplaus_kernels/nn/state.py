@@ -79,7 +79,7 @@ class StatefulLayer(torch.nn.Module):
         held = Held(self._constants(rule, name), {n: attribute_of(name, n) for n in kept}, attribute_of(name, "state"))
         for n, tensor in kept.items():
             if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad:
-                if getattr(type(rule), "learning", None) is Rule.learning:
+                if getattr(type(rule), "learning", Rule.learning) is Rule.learning:
                     checks.shape(f"{type(rule).__name__}.state: {n!r}, a trained Parameter", tensor, weight.shape)
                 if held.trained:
                     checks.fail(f"{type(rule).__name__}.state", "one trained Parameter", "more")
