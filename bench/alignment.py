@@ -49,14 +49,14 @@ def build(device: Device, make: Callable[[], torch.nn.Module], shape: tuple[int,
 
 def _step(model: torch.nn.Module, rule: str, x: torch.Tensor, y: torch.Tensor) -> Run:
     bk.convert_(model, rule)
-    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1e-4)
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-4)
     learn = LEARN[rule]
 
     def step() -> None:
-        if learn is not None:
-            learn(model, x)
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(x), y).backward()
+        if learn is not None:
+            learn(model, x)
         optimizer.step()
 
     return step

@@ -290,7 +290,6 @@ add(
     {"model": converted("sa"), "example": x(2, 4)},
     model=[*KINDS["module"], mlp()],
     example=[NONE, 3, 1.5, BOOL, STR, LIST, ARRAY, OBJECT],
-    lr="number + finite + not negative",
 )
 
 # Direct feedback.

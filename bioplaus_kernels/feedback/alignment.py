@@ -8,11 +8,13 @@ B x is the layer's own product with B in W's place, Bᵀ y its input gradient. O
 """
 
 from dataclasses import dataclass, fields
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from ..backends.reference import checks
+from .rule import State
 from .rules import RULES, _Learned
 
 
@@ -31,6 +33,17 @@ class Products(Protocol):
         """The weight gradient y xᵀ, summed over samples; of the call's x where none is given."""
 
 
+class _Apart(torch.autograd.Function):
+    # W, and B in its graph without a gradient: DistributedDataParallel waits for every Parameter that learns.
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, b: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor, None]:
+        return grad_weight, None
+
+
 @dataclass(frozen=True)
 class _Aligned(_Learned):
     aligns: ClassVar[bool] = True
@@ -40,6 +53,14 @@ class _Aligned(_Learned):
         for field in fields(self):
             if field.name in ("alpha", "beta", "gamma"):
                 object.__setattr__(self, field.name, checks.not_negative(field.name, getattr(self, field.name)))
+        if self.scale in ("match", "initial"):
+            raise ValueError(f"scale: expected one that does not follow W, as B learns its own, got {self.scale!r}")
+
+    def state(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"weight": torch.nn.Parameter(torch.empty_like(weight.detach()))}
+
+    def learning(self, weight: Tensor, trained: Tensor, state: State) -> Tensor:
+        return cast(Tensor, _Apart.apply(weight, trained))
 
     def gradient(self, weight: Tensor, b: Tensor, products: Products) -> Tensor:
         """∂R/∂B."""
@@ -50,8 +71,8 @@ class _Aligned(_Learned):
 class SymmetricAlignment(_Aligned):
     """B learns by R = α decay + β self, ∂R/∂B = 2 α B − β W (Kunin et al. 2020): B goes to β / 2α · W.
 
-    `bk.align_` is a step of it, training leaves B alone. It reads W, so it is no rule without weight transport but what
-    the paper calls weight estimation. The first B is drawn as for `fa`.
+    `bk.align_` adds it to the `.grad` of `feedback_weight`, which belongs in the optimizer. It reads W: no rule without
+    weight transport but what the paper calls weight estimation. The first B is drawn as for `fa`.
     """
 
     name: ClassVar[str] = "sa"
@@ -66,8 +87,8 @@ class SymmetricAlignment(_Aligned):
 class ActivationAlignment(_Aligned):
     """B learns by R = α sparse + β amp, ∂R/∂B = mean of (2 α B x − β W x) xᵀ (Kunin et al. 2020).
 
-    It reads the two products, not the weights: B goes to β / 2α · W on the span of the inputs. `bk.align_` is a step of
-    it, training leaves B alone. The first B is drawn as for `fa`.
+    It reads the two products, not the weights: B goes to β / 2α · W on the span of the inputs. `bk.align_` adds it to
+    the `.grad` of `feedback_weight`, which belongs in the optimizer. The first B is drawn as for `fa`.
     """
 
     name: ClassVar[str] = "aa"
@@ -83,8 +104,8 @@ class ActivationAlignment(_Aligned):
 class InformationAlignment(_Aligned):
     """B learns by R = α amp + β null + γ decay, ∂R/∂B = mean of y (2 β Bᵀ y − α x)ᵀ + 2 γ B with y = W x.
 
-    The local one of Kunin et al. 2020: B goes to a regularised pseudo-inverse of W. `bk.align_` is a step of it,
-    training leaves B alone. The first B is drawn as for `fa`.
+    The local one of Kunin et al. 2020: B goes to a regularised pseudo-inverse of W. `bk.align_` adds it to the `.grad`
+    of `feedback_weight`, which belongs in the optimizer. The first B is drawn as for `fa`.
     """
 
     name: ClassVar[str] = "ia"

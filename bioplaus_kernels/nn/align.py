@@ -1,4 +1,4 @@
-"""One step of what learns B from a layer's own inputs (Kunin et al. 2020)."""
+"""The gradient of what learns B from a layer's own inputs (Kunin et al. 2020)."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -48,19 +48,20 @@ class _Products:
 
 
 @torch.no_grad()
-def align_(model: torch.nn.Module, example: Any, *, lr: float = 0.1) -> None:
-    """One step B ← B − lr ∂R/∂B of every layer of `model` with the rule `sa`, `aa` or `ia` (Kunin et al. 2020).
+def align_(model: torch.nn.Module, example: Any) -> None:
+    """Add ∂R/∂B to the `.grad` of B of every layer of `model` with the rule `sa`, `aa` or `ia` (Kunin et al. 2020).
 
     R is the rule's, of the layer's inputs in one call of the model with `example`, the minibatch: a tensor, a tuple of
-    arguments or a dict of keywords. The call leaves no trace but in B. Between steps of training, or before.
+    arguments or a dict of keywords. The call leaves no trace but in B's `.grad`. Between the backward and the step of
+    an optimizer that has each `feedback_weight`: R is a mean over samples and a sum over positions and steps, so that
+    an optimizer without a scale of its own (SGD) needs a small lr for convolutions.
 
-    Data-parallel ranks need the same example. Raises ValueError where no layer has such a rule, before B is touched,
-    and for a layer that the call does not reach, one of an attention and one whose weight is computed.
+    Data-parallel ranks need the same example. Raises ValueError where no layer has such a rule, before a gradient is
+    touched, and for a layer that the call does not reach, one of an attention and one whose weight is computed.
     """
     checks.module("model", model)
     wanted = "a tensor, a tuple of arguments or a dict of keywords"
     checks.instance("example", example, (Tensor, tuple, Mapping), wanted)
-    lr = checks.not_negative("lr", lr)
     layers = {
         n: m for n, m in model.named_modules() if isinstance(m, FeedbackLayer) and getattr(m.feedback, "aligns", False)
     }
@@ -82,6 +83,7 @@ def align_(model: torch.nn.Module, example: Any, *, lr: float = 0.1) -> None:
     with ExitStack() as hooks:
         for name, layer in layers.items():
             hooks.callback(layer.register_forward_pre_hook(partial(note, name), with_kwargs=True).remove)
+        # In there B's `.grad` is another.
         with kept(model):
             if isinstance(example, Mapping):
                 model(**example)
@@ -90,5 +92,6 @@ def align_(model: torch.nn.Module, example: Any, *, lr: float = 0.1) -> None:
     if missed := sorted(layers.keys() - changes.keys()):
         checks.fail("example", "a call that reaches every layer with this rule", f"none of {', '.join(missed)}")
     for name, change in changes.items():
-        layer = layers[name]
-        getattr(layer, layer._held["weight"].kept["weight"]).sub_(change, alpha=lr)
+        b = getattr(layers[name], layers[name]._held["weight"].kept["weight"])
+        if b.requires_grad:
+            b.grad = change if b.grad is None else b.grad.add_(change)
