@@ -92,8 +92,9 @@ def test_a_chosen_backend_serves(monkeypatch: Any) -> None:
     layer = bk.nn.LocallyConnected1d(1, 1, 4, 4, input_size=4096, feedback="fa")
     x = torch.randn(2, 1, 4096, requires_grad=True)
     grads = [torch.autograd.grad(layer(x).square().sum(), (x, layer.weight))]
-    with bk.backends.use("reference"):
-        called = general(monkeypatch)
+    # What `use` bound is put back before it ends.
+    with bk.backends.use("reference"), monkeypatch.context() as patch:
+        called = general(patch)
         grads.append(torch.autograd.grad(layer(x).square().sum(), (x, layer.weight)))
     assert called == list(PRODUCTS)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
