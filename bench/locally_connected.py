@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,22 +15,36 @@ from .device import Device, ways
 from .gate import relative_gate
 from .registry import Bench, Case, Run, Work, register
 
-Layer = tuple[int, int, int, int, int]
-# in_channels, out_channels, kernel, stride, input size: the layers of MNIST's, CIFAR-10's and ImageNet's networks.
+
+class Layer(NamedTuple):
+    """A square layer of two dimensions."""
+
+    in_channels: int
+    out_channels: int
+    kernel: int
+    stride: int
+    size: int
+    padding: str = "same"
+
+
+# The layers of MNIST's, CIFAR-10's and ImageNet's networks.
 LAYERS = {
-    "MNIST 1": (1, 32, 3, 2, 28),
-    "MNIST 2": (32, 64, 3, 2, 14),
-    "CIFAR 1": (3, 64, 5, 2, 32),
-    "CIFAR 2": (64, 128, 5, 2, 16),
-    "CIFAR 3": (128, 256, 3, 1, 8),
-    "ImageNet 1": (3, 48, 9, 4, 224),
-    "ImageNet 2": (48, 48, 3, 2, 56),
-    "ImageNet 3": (48, 96, 5, 1, 28),
-    "ImageNet 4": (96, 96, 3, 2, 28),
-    "ImageNet 5": (96, 192, 3, 1, 14),
-    "ImageNet 6": (192, 192, 3, 2, 14),
-    "ImageNet 7": (192, 384, 3, 1, 7),
+    "MNIST 1": Layer(1, 32, 3, 2, 28),
+    "MNIST 2": Layer(32, 64, 3, 2, 14),
+    "CIFAR 1": Layer(3, 64, 5, 2, 32),
+    "CIFAR 2": Layer(64, 128, 5, 2, 16),
+    "CIFAR 3": Layer(128, 256, 3, 1, 8),
+    "ImageNet 1": Layer(3, 48, 9, 4, 224),
+    "ImageNet 2": Layer(48, 48, 3, 2, 56),
+    "ImageNet 3": Layer(48, 96, 5, 1, 28),
+    "ImageNet 4": Layer(96, 96, 3, 2, 28),
+    "ImageNet 5": Layer(96, 192, 3, 1, 14),
+    "ImageNet 6": Layer(192, 192, 3, 2, 14),
+    "ImageNet 7": Layer(192, 384, 3, 1, 7),
 }
+
+
+PARTS = ("forward", "backward input", "backward weight", "forward + backward")
 
 
 @register("locally_connected")
@@ -38,7 +52,7 @@ def cases() -> Iterator[Case]:
     """Every layer at batch 1, 16 and 128, the whole step in bfloat16 too; --quick keeps CIFAR 3 at batch 16."""
     for name, layer in LAYERS.items():
         for n in (1, 16, 128):
-            for part in ("forward", "backward input", "backward weight", "forward + backward"):
+            for part in PARTS:
                 label = f"{name} N={n} {part}"
                 quick = name == "CIFAR 3" and n == 16
                 build_part = functools.partial(build, n=n, layer=layer, part=part)
@@ -70,14 +84,13 @@ def _taps_first(w: Tensor) -> Tensor:
     return w.permute(0, 1, 5, 3, 4, 2).reshape(positions, columns, o).contiguous()
 
 
-def operands(
-    n: int, c: int, o: int, kernel: int, stride: int, size: int, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor, Any, Any]:
+def operands(n: int, shape: Layer, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Any, Any]:
     """Input, weight, output gradient, padding and geometry of one layer and batch."""
     torch.manual_seed(0)
-    layer = bk.nn.LocallyConnected2d(c, o, kernel, stride, "same", bias=False, input_size=size)
+    c, o, kernel, stride, size, padding = shape
+    layer = bk.nn.LocallyConnected2d(c, o, kernel, stride, padding, bias=False, input_size=size)
     w = layer.weight.detach()
-    pairs = bk.functional.pad_pairs("same", (size, size), layer.kernel_size, layer.stride, layer.dilation)
+    pairs = bk.functional.pad_pairs(padding, (size, size), layer.kernel_size, layer.stride, layer.dilation)
     tensors = torch.randn(n, c, size, size), w, torch.randn(n, o, *w.shape[:2])
     return (
         *(t.to(dtype) for t in tensors),
@@ -87,8 +100,8 @@ def operands(
 
 def build(device: Device, n: int, layer: Layer, part: str, dtype: torch.dtype = torch.float32) -> Bench:
     """One layer, one batch, one part of the training step, by every way there is."""
-    _, o, kernel, stride, size = layer
-    x, w, g, pairs, geometry = operands(n, *layer, dtype)
+    _, o, kernel, stride, size, _ = layer
+    x, w, g, pairs, geometry = operands(n, layer, dtype)
     oh, ow = w.shape[:2]
     taps_first = _taps_first(w)
 
@@ -160,8 +173,8 @@ def build(device: Device, n: int, layer: Layer, part: str, dtype: torch.dtype = 
 @functools.lru_cache(maxsize=3)
 def errors(device: Device, way: str, n: int, layer: Layer, dtype: torch.dtype) -> dict[str, float]:
     """Error over bound of each product and of usf's input gradient, once for the four cases of a layer and batch."""
-    backend, (_, o, kernel, stride, size) = ways(device)[way], layer
-    x, w, g, pairs, geometry = operands(n, *layer, dtype)
+    backend, (_, o, kernel, stride, size, _) = ways(device)[way], layer
+    x, w, g, pairs, geometry = operands(n, layer, dtype)
     oh, ow = w.shape[:2]
     grad, found = g.reshape(n, o, oh * ow), {}
     for name, b in (("usf", torch.sign(w) * 0.1), ("backward input", w)):
@@ -186,8 +199,8 @@ def construction(device: Device) -> Bench:
     """torch.empty and torch's own initialisation of as many weights, against the layers."""
     layers = [LAYERS[f"ImageNet {i}"] for i in range(1, 8)]
 
-    def layer(c: int, o: int, kernel: int, stride: int, size: int) -> torch.nn.Module:
-        return bk.nn.LocallyConnected2d(c, o, kernel, stride, "same", input_size=size, device=device.device)
+    def layer(c: int, o: int, kernel: int, stride: int, size: int, padding: str) -> torch.nn.Module:
+        return bk.nn.LocallyConnected2d(c, o, kernel, stride, padding, input_size=size, device=device.device)
 
     shapes = [(p.shape, layer_[0] * layer_[2] ** 2) for layer_ in layers for p in layer(*layer_).parameters()]
 

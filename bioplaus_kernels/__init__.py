@@ -6,36 +6,46 @@ from .convert import check, convert_
 from .describe import describe
 from .direct import DirectFeedback
 from .feedback import (
+    ActivationAlignment,
     Backprop,
     BatchMagnitude,
     FeedbackAlignment,
     FixedMagnitude,
+    InformationAlignment,
     KolenPollack,
+    LowRank,
     Rule,
     SignConcordance,
     SignedInit,
     SignSymmetry,
+    SymmetricAlignment,
     WeightMirror,
 )
-from .nn import frozen_signs, mirror_
+from .nn import align_, frozen_signs, mirror_
 from .proof import Report
 from .targetprop import TargetProp
+from .untie import untie_
 
 __all__ = [
+    "ActivationAlignment",
     "Backprop",
     "BatchMagnitude",
     "DirectFeedback",
     "FeedbackAlignment",
     "FixedMagnitude",
+    "InformationAlignment",
     "KolenPollack",
+    "LowRank",
     "Report",
     "Rule",
     "SignConcordance",
     "SignSymmetry",
     "SignedInit",
+    "SymmetricAlignment",
     "TargetProp",
     "WeightMirror",
     "__version__",
+    "align_",
     "backends",
     "check",
     "convert_",
@@ -50,4 +60,5 @@ __all__ = [
     "ops",
     "optim",
     "targetprop",
+    "untie_",
 ]

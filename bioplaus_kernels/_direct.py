@@ -12,7 +12,37 @@ from torch import Tensor
 
 from . import ops
 from .backends.reference import checks
+from .feedback.scale import UNIT_RMS
 from .functional._common import captured, once
+
+
+class _Slice(NamedTuple):
+    # Columns of the one B that are B_l, and what they are multiplied by.
+    start: int
+    size: int
+    ratio: float
+
+
+class _Plan(NamedTuple):
+    kind: str
+    entries: str
+    scale: float
+    width: int
+    slices: tuple[_Slice, ...]
+
+
+def _plan(rule: Any, sizes: Sequence[int], classes: int) -> _Plan:
+    unit = UNIT_RMS[rule.entries]
+    if rule.shared:
+        width = max(sizes)
+        scale = rule.root_mean_square(width, classes)
+        slices = [_Slice(0, size, 1.0) for size in sizes]
+    else:
+        rms = [rule.root_mean_square(size, classes) for size in sizes]
+        width, scale = sum(sizes), max(rms)
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        slices = [_Slice(start, size, r / scale) for start, size, r in zip(starts, sizes, rms, strict=True)]
+    return _Plan(rule.name, rule.entries, scale / unit, width, tuple(slices))
 
 
 class Call(NamedTuple):
@@ -29,7 +59,7 @@ class Broadcast(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        plan: Any,
+        plan: _Plan,
         class_dim: int,
         calls: Sequence[Call],
         key: Tensor | None,
@@ -69,6 +99,34 @@ class Broadcast(torch.autograd.Function):
                     grad = grad.reshape(*by_sample.shape[:-1], part.size).movedim(-1, d)
                 grads[i] = grad.reshape(shape).to(dtype)
         return *(None,) * 7, e, *grads
+
+
+class Learn(torch.autograd.Function):
+    """The logits as they are; backward gives e to them, and to B what DKP learns, eᵀ h of each call of a block."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: Any, class_dim: int, calls: Sequence[Call], matrix: Tensor, logits: Tensor, *hidden: Tensor
+    ) -> Tensor:
+        ctx.plan, ctx.class_dim, ctx.calls, ctx.like = plan, class_dim, calls, (matrix.shape, matrix.dtype)
+        ctx.save_for_backward(*hidden)
+        return logits.view_as(logits)
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, e: Tensor, saved: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        (shape, dtype), d = ctx.like, ctx.class_dim
+        learned, by_sample = e.new_zeros(shape, dtype=dtype), e.movedim(d, -1)
+        for h, (block, stack, number) in zip(saved, ctx.calls, strict=True):
+            assert h is not None
+            part = ctx.plan.slices[block]
+            error = by_sample if stack is None else by_sample.select(stack - (stack > d), number)
+            own = d - (stack is not None and stack < d)
+            samples = error.shape[:-1]
+            h = h.reshape(*samples[:own], part.size, *samples[own:]).movedim(own, -1)
+            columns = learned[:, part.start : part.start + part.size]
+            columns += error.flatten(0, -2).t().to(dtype).mm(h.reshape(-1, part.size).to(dtype))
+        return *(None,) * 3, learned, e, *(None,) * len(saved)
 
 
 def _project(

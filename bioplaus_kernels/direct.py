@@ -5,6 +5,7 @@ With e = ∂L/∂logits, h_l the output of block l (n_l numbers a sample) and B_
     DFA      ∂L/∂h_l := e B_l                       Nøkland 2016; shared slices of one B: Launay et al. 2020
     sDFA     ∂L/∂h_l := sign(e) B_l · mean|e|       Frenkel et al. 2021
     DRTP     ∂L/∂h_l := one_hot(target) B_l / N     Frenkel et al. 2021; N the samples of a mean, 1 for a sum
+    DKP      DFA whose B_l takes the gradient eᵀ h_l      Webster et al. 2021
     shallow  no gradient: only what follows the last block learns
 
 Inside a block, and between the last one and the logits, autograd does the rest.
@@ -14,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -24,8 +25,12 @@ from . import ops
 from ._direct import (
     Broadcast,
     Call,
+    Learn,
     _Block,
     _new_block,  # noqa: F401 - version 0.1's pickles look for it here
+    _Plan,  # noqa: F401 - and pickles for these
+    _plan,
+    _Slice,  # noqa: F401
     _Tape,
     block_class,
     each_tensor,
@@ -129,42 +134,35 @@ class DRTP(DFA):
         checks.one_of("reduction", self.reduction, ("mean", "sum"), "'mean' or 'sum'")
 
 
+@dataclass(frozen=True)
+class DKP(DFA):
+    """Direct Kolen–Pollack: ∂L/∂h_l := e B_l, and B_l takes the gradient eᵀ h_l, summed over samples.
+
+    Webster et al. 2021, by their code (webstah/dkp-gist). B is the Parameter `feedback_weight`, which belongs in the
+    optimizer, with the weights' decay; its first values are those of `DFA`. A forward keeps the blocks' outputs for it.
+    Arguments of `DFA`; B is always stored.
+    """
+
+    name: ClassVar[str] = "dkp"
+    fixed: ClassVar[bool] = False
+    stored: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.stored:
+            raise ValueError("stored: expected True with 'dkp', which learns B, got False")
+
+    def state(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"weight": torch.nn.Parameter(torch.empty_like(weight))}
+
+
 class Shallow(DFA):
     """The control of Frenkel et al. 2021: hidden blocks get no gradient. Arguments of `DFA` have no effect."""
 
     name = "shallow"
 
 
-RULES: dict[str, type[DFA]] = {rule.name: rule for rule in (DFA, SDFA, DRTP, Shallow)}
-
-
-class _Slice(NamedTuple):
-    # Columns of the one B that are B_l, and what they are multiplied by.
-    start: int
-    size: int
-    ratio: float
-
-
-class _Plan(NamedTuple):
-    kind: str
-    entries: str
-    scale: float
-    width: int
-    slices: tuple[_Slice, ...]
-
-
-def _plan(rule: DFA, sizes: Sequence[int], classes: int) -> _Plan:
-    unit = UNIT_RMS[rule.entries]
-    if rule.shared:
-        width = max(sizes)
-        scale = rule.root_mean_square(width, classes)
-        slices = [_Slice(0, size, 1.0) for size in sizes]
-    else:
-        rms = [rule.root_mean_square(size, classes) for size in sizes]
-        width, scale = sum(sizes), max(rms)
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        slices = [_Slice(start, size, r / scale) for start, size, r in zip(starts, sizes, rms, strict=True)]
-    return _Plan(rule.name, rule.entries, scale / unit, width, tuple(slices))
+RULES: dict[str, type[DFA]] = {rule.name: rule for rule in (DFA, SDFA, DRTP, DKP, Shallow)}
 
 
 # Makes of the logits, and of the outputs of each block's calls, the logits that are given on.
@@ -179,7 +177,7 @@ class DirectFeedback(StatefulLayer):
     its output. Convert layers with `convert_` before, if a block shall have a rule inside.
 
     blocks: names of submodules, as in `model.named_modules()`, each returning one tensor.
-    feedback: "dfa", "sdfa", "drtp", "shallow", or a `DFA`, `SDFA`, `DRTP`, `Shallow`.
+    feedback: "dfa", "sdfa", "drtp", "dkp", "shallow", or a `DFA`, `SDFA`, `DRTP`, `DKP`, `Shallow`.
     example: an input (or a tuple of arguments) for which the model is run once, in eval mode, to learn the sizes.
     seed: the draw of B is a function of (seed, sizes, order of `blocks`), the same on every rank and device.
     logits: name of the submodule whose output the logits are; what follows it (log_softmax, a loss) is differentiated
@@ -202,8 +200,8 @@ class DirectFeedback(StatefulLayer):
     logits have one more dimension of samples, of the length of the calls, call t gets slice t of e, as if its outputs
     were stacked. The example tells which, and the number of calls may change.
 
-    State: a key, or for a stored B the Parameter `feedback_weight` without gradient: (classes, Σ n_l), the blocks side
-    by side in their order, or (classes, max n_l) if shared. A key draws those same columns. `logits`, `output` and
+    State: a key, or for a stored B the Parameter `feedback_weight`, which only DKP trains: (classes, Σ n_l), the blocks
+    side by side in their order, or (classes, max n_l) if shared. A key draws those same columns. `logits`, `output` and
     `class_dim` are not in it: with the same classes and n_l, B is the same.
 
     Raises TypeError or ValueError for arguments that do not fit or leave a doubt, RuntimeError for a block that is not
@@ -325,7 +323,11 @@ class DirectFeedback(StatefulLayer):
         stacks = [self._stacks.get(name) for name in self.blocks]
         calls = [Call(i, stacks[i], t) for i, of_block in enumerate(hidden) for t in range(len(of_block))]
         every = [h for of_block in hidden for h in of_block]
-        return Broadcast.apply(self._plan, d, calls, *kept, targets, scale, logits, *every)
+        tied: Tensor = Broadcast.apply(self._plan, d, calls, *kept, targets, scale, logits, *every)
+        b = self.feedback_weight
+        if b is None or not b.requires_grad:
+            return tied
+        return cast(Tensor, Learn.apply(self._plan, d, calls, b, tied, *(h.detach() for h in every)))
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tie: _Tie) -> Any:
         # What the model returns, its logits replaced by tie(logits, outputs of each block's calls).

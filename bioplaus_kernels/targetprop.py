@@ -342,7 +342,7 @@ def learned_inverse(
     activation: σ of the inverse in place of the layer's own, for a last layer, which has none.
     extra: auxiliary units of AO-SDTP that a Linear's inverse takes behind its outputs.
 
-    Raises ValueError for another layer, and a convolution padded by name or with anything but zeros.
+    Raises ValueError for another layer, one padded with anything but zeros, and a convolution padded by name.
     """
     checks.module("layer", layer)
     extra = checks.integer("extra", extra, 0)
@@ -377,6 +377,8 @@ def learned_inverse(
             rest = tuple((n + 2 * p - e * (k - 1) - 1) % s for n, k, s, p, e in sides)
             inverse = getattr(torch.nn, f"ConvTranspose{d}d")(*ends, output_padding=rest, **geometry)
         else:
+            if main.padding_mode != "zeros":
+                checks.fail("layer", "a locally-connected layer padded with zeros", main)
             transpose = getattr(lc, f"LocallyConnectedTranspose{d}d")
             inverse = transpose(*ends, output_size=main.input_size, **geometry)
     tail = [] if activation is None else [activation]

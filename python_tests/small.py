@@ -24,9 +24,10 @@ RULES: dict[str, bk.Rule] = {
     "fa-stored": bk.FeedbackAlignment(stored=True),
     "fa_signed_init": bk.SignedInit(),
     "concordance": bk.SignConcordance(0.7),
+    "low_rank": bk.LowRank(3),
     "wm": bk.WeightMirror(),
 }
-# What a rule keeps beside its record, its suffix and dtype in a float32 layer; rules that keep nothing are absent.
+# What a rule keeps beside its record, suffixes and dtype in a float32 layer; rules that keep nothing are absent.
 STATE = {
     "frsf": ("state", torch.uint8),
     "frsf-stored": ("weight", torch.float32),
@@ -36,6 +37,7 @@ STATE = {
     "fa-stored": ("weight", torch.float32),
     "fa_signed_init": ("signs", torch.int32),
     "concordance": ("signs", torch.int32),
+    "low_rank": ("p q", torch.float32),
     "wm": ("weight", torch.float32),
 }
 

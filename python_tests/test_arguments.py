@@ -108,10 +108,15 @@ for rule in (bk.SignSymmetry, bk.FixedMagnitude, bk.BatchMagnitude, bk.FeedbackA
     add(rule.__name__, rule, {}, **scale, **{k: v for k, v in own.items() if k in rule.__dataclass_fields__})
 for learned in (bk.KolenPollack, bk.WeightMirror):
     add(learned.__name__, learned, {}, **scale, stored=[*KINDS["boolean"], False], entries="name")
+for aligned in (bk.SymmetricAlignment, bk.ActivationAlignment, bk.InformationAlignment):
+    kinds = dict.fromkeys(("alpha", "beta", "gamma")[: 2 + (aligned.name == "ia")], "number + finite + not negative")
+    add(aligned.__name__, aligned, {}, **scale, **kinds, stored=[*KINDS["boolean"], False], entries="name")
+add("LowRank", bk.LowRank, {}, **scale, rank="integer + size", learned="boolean", entries="name")
 add("SignConcordance", bk.SignConcordance, {}, **scale, p="number + fraction")
 for direct_rule in (bk.direct.DFA, bk.direct.SDFA, bk.direct.DRTP, bk.direct.Shallow):
     more = {"reduction": "name"} if direct_rule is bk.direct.DRTP else {}
     add(direct_rule.__name__, direct_rule, {}, **scale, entries="name", shared="boolean", stored="boolean", **more)
+add("DKP", bk.direct.DKP, {}, **scale, entries="name", shared="boolean", stored=[*KINDS["boolean"], False])
 add("feedback_key", feedback_key, {"seed": 0, "name": ""}, seed="integer", name="string")
 add("as_rule", bk.feedback.as_rule, {"feedback": "fa"}, feedback="rule")
 
@@ -196,6 +201,18 @@ for name, (args, named, shape) in LAYERS.items():
         rest = {"bias": "boolean", "bias_per": "name", "device": "device?", "dtype": "dtype?"}
         add(f"nn.{name}()", kind, whole, **sizes, **channels, **rest)
     if name.startswith("LocallyConnected") and "Transpose" not in name:
+        modes = [*KINDS["name"], ["circular"] * (d + 1), ["wrong"] * d, [1] * d, ()]
+        add(f"nn.{name}()", kind, whole, padding_mode=modes)
+        add(f"nn.{name}.init_", kind(*args, **named).init_, {"init": torch.nn.init.zeros_}, init="function")
+        right = {
+            "layer": kind(*args, **named),
+            "kernel": w(*[3] * d, 4 * 3**d, 6),
+            "bias": w(*[3] * d, 6),
+            "layout": "flax",
+        }
+        arrays = [NONE, 3, STR, LIST, OBJECT, w(3), w(2, 3).long()]
+        modules = [*KINDS["module"], torch.nn.Linear(4, 6)]
+        add(f"load_kernel_ {d}", bk.nn.load_kernel_, right, layer=modules, kernel=arrays, bias=arrays, layout="name")
         conv = getattr(torch.nn, f"Conv{d}d")(4, 6, 3)
         right = {"conv": conv, "input_size": 5}
         add(f"nn.{name}.from_conv", kind.from_conv, right, conv="module", input_size=ints(d, 1), feedback="rule")
@@ -232,6 +249,14 @@ add(
     filter_fn="function?",
     seed="integer",
 )
+add(
+    "untie_",
+    lambda **named: bk.untie_(**({"model": torch.nn.Sequential(torch.nn.Conv1d(4, 6, 3))} | named)),
+    {"example": x(2, 4, 5)},
+    model="module",
+    example=[NONE, 3, 1.5, BOOL, STR, LIST, ARRAY, OBJECT],
+    filter_fn="function?",
+)
 add("check", bk.check, {"model": mlp()}, model="module")
 CASES[-1].call = lambda model: bk.check(model, x(2, 4))
 
@@ -257,6 +282,14 @@ add(
     batch_size="integer + size",
     normalise="boolean",
     generator="instance?",
+)
+
+add(
+    "align_",
+    bk.align_,
+    {"model": converted("sa"), "example": x(2, 4)},
+    model=[*KINDS["module"], mlp()],
+    example=[NONE, 3, 1.5, BOOL, STR, LIST, ARRAY, OBJECT],
 )
 
 # Direct feedback.

@@ -285,7 +285,7 @@ def test_errors_of_arguments() -> None:
     x, y = batch()
     for arguments, error, match in (
         ({"model": 3}, TypeError, "model: expected a torch.nn.Module, got int"),
-        ({"feedback": "fa"}, ValueError, "feedback: expected one of dfa, sdfa, drtp, shallow, got 'fa'"),
+        ({"feedback": "fa"}, ValueError, "feedback: expected one of dfa, sdfa, drtp, dkp, shallow, got 'fa'"),
         ({"feedback": bk.SignSymmetry()}, TypeError, "feedback: expected a direct rule or its name, got SignSymmetry"),
         ({"seed": 1.5}, TypeError, "seed: expected an integer, got 1.5"),
     ):

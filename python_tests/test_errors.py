@@ -138,9 +138,9 @@ LAYER_BUILDS: list[Wrong] = [
     ),
     (
         "from_conv padding mode",
-        lambda: nn.LocallyConnected1d.from_conv(torch.nn.Conv1d(1, 1, 1, padding_mode="circular"), 3),
+        lambda: nn.LocallyConnected1d.from_conv(torch.nn.Conv1d(1, 1, 1, padding=4, padding_mode="circular"), 3),
         ValueError,
-        "conv: expected padding_mode='zeros', got padding_mode='circular'",
+        r"padding: expected at most 3 of 'circular' in a dimension of size 3, got \(4, 4\)",
     ),
 ]
 

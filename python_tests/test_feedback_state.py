@@ -129,7 +129,7 @@ def test_an_average_in_place(rule: str) -> None:
         return
     model(x()).sum().backward()
     for ours, theirs in zip(matrices(model), expected, strict=True):
-        if rule in ("kp", "wm", "fa-stored", "frsf-stored"):
+        if rule in ("kp", "wm", "low_rank", "fa-stored", "frsf-stored"):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
         elif rule != "brsf":
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0.0)
@@ -428,7 +428,7 @@ def test_a_cast_of_every_buffer(rule: str) -> None:
     model.type(torch.float64)
     if rule != "brsf":
         for ours, theirs in zip(matrices(model), expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7 if rule == "low_rank" else 1e-9)
     again = mlp(rule).double()
     again.load_state_dict(model.state_dict())
 

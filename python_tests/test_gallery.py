@@ -1,4 +1,4 @@
-"""Every block of docs/algorithms.md, docs/pitfalls.md and docs/rules.md runs as it is printed."""
+"""Every block of docs/algorithms.md, locally-connected.md, pitfalls.md and rules.md runs as it is printed."""
 
 import re
 from pathlib import Path
@@ -70,3 +70,15 @@ def test_the_rules_of_a_users_own_train() -> None:
     assert torch.linalg.matrix_rank(first) == 8 and set(last.unique().tolist()) == {-1.0, 0.0, 1.0}
     torch.testing.assert_close(torch.autograd.grad(model[0](x).sum(), x)[0], torch.ones(8, 64) @ first)
     model(x).square().sum().backward()
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("section", sections("locally-connected.md")[1])
+def test_a_section_on_locally_connected_nets_runs(section: str) -> None:
+    setup, parts = sections("locally-connected.md")
+    # The initialisation is of the layer before.
+    before = parts["Padding"] if section == "Initialisation" else []
+    assert parts[section], "no code"
+    names: dict[str, object] = {}
+    for block in setup + before + parts[section]:
+        exec(compile(block, f"locally-connected.md: {section}", "exec"), names)

@@ -27,6 +27,9 @@ CONVOLUTIONS: list[tuple[int, tuple[int, ...], dict[str, Any]]] = [
     (2, (6, 5), {"kernel_size": 3, "stride": 2, "padding": 1, "groups": 2}),
     (2, (4, 4), {"kernel_size": 2, "padding": "same", "dilation": (1, 3)}),
     (2, (4, 4), {"kernel_size": 2, "padding": "valid"}),
+    (1, (5,), {"kernel_size": 4, "padding": "same", "padding_mode": "circular"}),
+    (2, (5, 4), {"kernel_size": (3, 2), "padding": (2, 1), "padding_mode": "reflect", "stride": 2}),
+    (3, (3, 3, 2), {"kernel_size": 2, "padding": "same", "padding_mode": "replicate", "groups": 2}),
     (3, (4, 3, 3), {"kernel_size": 2, "padding": 1, "stride": 2}),
     (3, (3, 3, 3), {"kernel_size": (2, 1, 3), "padding": "same"}),
 ]
@@ -82,8 +85,6 @@ def test_from_conv_of_torch_nn_and_other_rules() -> None:
     for bad, error in ((torch.nn.Conv1d(2, 3, 2), TypeError), (torch.nn.Linear(2, 3), TypeError)):
         with pytest.raises(error, match="conv"):
             bk.nn.LocallyConnected2d.from_conv(bad, 4)
-    with pytest.raises(ValueError, match="padding_mode"):
-        bk.nn.LocallyConnected2d.from_conv(torch.nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), 4)
 
 
 @pytest.mark.parametrize("case", FORWARD, ids=str)

@@ -62,6 +62,17 @@ def test_the_imagenet_network_has_259_million_weights_and_348_096_hidden_units()
     assert weights(tp.inverses) == 259_510_272 - 56**2 * 81 * 3 * 48
 
 
+def test_the_all_tnn_and_its_control() -> None:
+    blocks = [49 * 3 * 64, 9 * 64 * 81, 9 * 81 * 81, 9 * 81 * 256, 9 * 256 * 256, 9 * 256 * 2500]
+    sizes, dense = [48, 22, 20, 8, 6, 1], [2500 * 565]
+    untied, tied = (built(name, (3, 150, 150), 565) for name in ("all-tnn", "all-tnn-conv"))
+    found = [p.numel() for n, p in untied.named_parameters() if n.endswith("weight")]
+    assert found == [s**2 * b for s, b in zip(sizes, blocks, strict=True)] + dense
+    assert [p.numel() for n, p in tied.named_parameters() if n.endswith("weight")] == blocks + dense
+    for net, size in ((untied, 150), (tied, 150), (built("all-tnn", (3, 148, 148), 565), 148)):
+        assert net(torch.zeros(2, 3, size, size, device="meta")).shape == (2, 565)
+
+
 def test_the_dense_networks() -> None:
     assert weights(built("mlp", (1, 28, 28), 10)) == 784 * 256 + 4 * 256**2 + 2560
     assert weights(built("cifar-fc", (3, 32, 32), 10)) == 3072 * 1024 + 2 * 1024**2 + 10240

@@ -77,6 +77,7 @@ class Rotated(bk.Rule):
 OWN: dict[str, bk.Rule] = {rule.name: rule for rule in (Ternary(0.05), LowRank(), Rotated())}
 # Of ours, those that keep what a wrapper shards.
 STORED: dict[str, bk.Rule] = {"fa": bk.FeedbackAlignment(stored=True), "wm": bk.WeightMirror(), "kp": bk.KolenPollack()}
+STORED |= {"low_rank": bk.LowRank(2), "low_rank learned": bk.LowRank(2, learned=True)}
 own_rules = pytest.mark.parametrize("rule", OWN.values(), ids=list(OWN))
 layers = pytest.mark.parametrize("layer", LAYERS)
 

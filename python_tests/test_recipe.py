@@ -23,6 +23,7 @@ from recipes import data, experiment, learn, models, report
 from recipes import run as runner
 
 RULES = list(bk.feedback.RULES)
+ADAM = {"name": "adam", "lr": 0.005}
 
 # The networks are too small for a second thread to help.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,7 +91,9 @@ def fewer_digits(monkeypatch):
 def test_rules_on_digits(tmp_path, fewer_digits):
     layers = ["conv1", "conv2", "fc1", "fc2", "fc3"]
     for rule in RULES:
-        run(tmp_path / rule, algorithm__name=rule, train__epochs=2, train__batch_size=32)
+        # R is a sum over positions, for an optimizer with a scale of its own.
+        other = {"optimizer": ADAM} if rule in ("sa", "aa", "ia") else {}
+        run(tmp_path / rule, algorithm__name=rule, train__epochs=2, train__batch_size=32, **other)
         rows = report.read(tmp_path / rule).rows
         assert [row["epoch"] for row in rows] == [0, 1, 2]
         assert rows[2]["train_loss"] < min(rows[1]["train_loss"], 2.0)
@@ -105,6 +108,13 @@ def test_rules_on_digits(tmp_path, fewer_digits):
     # 30 degrees for uniform weights, 90 for unrelated ones.
     assert abs(report.read(tmp_path / "usf").rows[0]["angle_weight/fc1"] - 30) < 0.5
     assert abs(report.read(tmp_path / "fa").rows[0]["angle_weight/fc1"] - 90) < 1.5
+
+
+@pytest.mark.parametrize("rule", ["wm", "sa", "aa"])
+def test_what_learns_b_between_steps_is_called(tmp_path, fewer_digits, rule):
+    run(tmp_path, algorithm__name=rule, train__epochs=2, train__batch_size=32, optimizer=ADAM)
+    rows = report.read(tmp_path).rows
+    assert rows[2]["angle_weight/fc2"] < rows[0]["angle_weight/fc2"] - 1
 
 
 def test_last_layer(tmp_path, fewer_digits):

@@ -83,6 +83,7 @@ def b_bytes(rule: str, weight: Tensor) -> int:
         "fa-stored": weight.nbytes,
         "fa_signed_init": packed_bytes(weight),
         "concordance": packed_bytes(weight),
+        "low_rank": 3 * (weight.shape[0] + weight[:1].numel()) * weight.element_size(),
         "wm": weight.nbytes,
     }[rule]
 
@@ -121,7 +122,7 @@ def test_exact_bytes_under_autocast(name: str, rule: str, dtype: torch.dtype) ->
     assert saved_bytes(run) == x.nbytes // 2 + b_bytes(rule, layer.weight)
 
 
-@pytest.mark.parametrize("rule", ["fa", "fa-constant", "fa-stored", "fa_signed_init", "concordance", "wm"])
+@pytest.mark.parametrize("rule", ["fa", "fa-constant", "fa-stored", "fa_signed_init", "concordance", "low_rank", "wm"])
 @pytest.mark.parametrize("name", ONE_WEIGHT)
 def test_fixed_feedback_never_saves_the_weight(name: str, rule: str) -> None:
     layer, x = build(name, RULES[rule])
@@ -190,7 +191,7 @@ def test_the_first_layer_never_forms_its_feedback(name: str, rule: str, counted:
     if name == "MultiheadAttention":
         # Its out_proj is no first layer, so one B is formed; brsf hashes each W for its key, concordance packs each.
         formed = [op for op in counted if op not in ("redraw_key", "pack_signs")]
-        assert formed == ([] if rule == "backprop" else ["feedback_mm"])
+        assert formed == ([] if rule in ("backprop", "low_rank") else ["feedback_mm"])
     else:
         assert counted == own
     counted.clear()

@@ -23,16 +23,16 @@ def names(layer: nn.Module) -> list[str]:
 @pytest.mark.parametrize("layer", LAYERS)
 def test_what_is_in_the_state_dict(layer: str, rule: str) -> None:
     module, _ = build(layer, RULES[rule])
-    suffix, dtype = STATE.get(rule, ("state", torch.uint8))
+    suffixes, dtype = STATE.get(rule, ("state", torch.uint8))
     prefixes = ("in_proj_", "out_proj.") if layer == "MultiheadAttention" else ("",)
-    wanted = {f"{prefix}feedback_{kept}" for prefix in prefixes for kept in (suffix, "state")}
+    wanted = {f"{prefix}feedback_{kept}" for prefix in prefixes for kept in (*suffixes.split(), "state")}
     assert set(names(module)) == (set() if rule == "backprop" else wanted)
     for name in names(module):
         state = module.state_dict(keep_vars=True)[name]
         assert state.dtype == (torch.uint8 if name.endswith("state") else dtype) and not state.requires_grad
         # A stored B or |M| is a Parameter, which data-parallel wrappers shard. Integers are buffers, which averages of
         # the parameters and requires_grad_(True) leave alone.
-        assert isinstance(state, nn.Parameter) == name.endswith("weight")
+        assert isinstance(state, nn.Parameter) == name.endswith(("weight", "_p", "_q"))
 
 
 AVERAGES = {
@@ -202,7 +202,9 @@ def test_a_change_of_dtype_keeps_the_draw(layer: str, rule: str, convert: Any) -
     assert module.feedback_matrix().dtype == weight.dtype
     # brSF draws anew, since W has changed; half types round.
     if rule != "brsf":
-        torch.testing.assert_close(module.feedback_matrix().float(), before, rtol=1e-2, atol=1e-3)
+        # A product of two factors, each of them rounded.
+        near = 5e-3 if rule == "low_rank" else 1e-3
+        torch.testing.assert_close(module.feedback_matrix().float(), before, rtol=1e-2, atol=near)
     assert all(grad.dtype == weight.dtype for grad in gradients(module, x.detach().to(weight.dtype).requires_grad_()))
 
 

@@ -44,6 +44,7 @@ class Learner:
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.network = torch.compile(self.model) if experiment.train.compile else self.model
         self.mirrored = name == "wm"
+        self.aligned = name in ("sa", "aa", "ia")
         self.labelled = name == "drtp"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=experiment.train.amp == "fp16")
         self.optimizers = [optimizer(experiment.optimizer, self.model)]
@@ -63,6 +64,10 @@ class Learner:
                 loss = self.loss(self.network, x, y)
             optimizer.zero_grad()
             self.scaler.scale(loss).backward()
+            if self.aligned:
+                # Its gradient is of no scaled loss.
+                self.scaler.unscale_(optimizer)
+                bk.align_(self.model, x)
             self.scaler.step(optimizer)
             self.scaler.update()
             if self.mirrored:

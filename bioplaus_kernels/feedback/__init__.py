@@ -14,6 +14,7 @@ A linear map y = x Wᵀ + b keeps its forward product and its weight gradient; o
 Fans are torch.nn.init's; those of a locally-connected layer are the fans of one position's block.
 """
 
+from .alignment import ActivationAlignment, InformationAlignment, SymmetricAlignment
 from .record import Frozen, Key, Record, decode, derived_key, drawn_key, encode, feedback_key
 from .rule import BACKPROP, Operands, Rule, State, Stateful, identity, stored
 from .rules import (
@@ -23,6 +24,7 @@ from .rules import (
     FeedbackAlignment,
     FixedMagnitude,
     KolenPollack,
+    LowRank,
     SignConcordance,
     SignedInit,
     SignSymmetry,
@@ -43,6 +45,7 @@ class Plan(tuple[object, ...]):
 __all__ = [
     "BACKPROP",
     "RULES",
+    "ActivationAlignment",
     "Backprop",
     "BatchMagnitude",
     "Entries",
@@ -50,8 +53,10 @@ __all__ = [
     "FeedbackAlignment",
     "FixedMagnitude",
     "Frozen",
+    "InformationAlignment",
     "Key",
     "KolenPollack",
+    "LowRank",
     "Operands",
     "Record",
     "Rule",
@@ -61,6 +66,7 @@ __all__ = [
     "SignedInit",
     "State",
     "Stateful",
+    "SymmetricAlignment",
     "WeightMirror",
     "as_rule",
     "conv_fans",

@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,17 @@ class Operands(NamedTuple):
     rescale: Tensor | None
 
 
+class _Both(torch.autograd.Function):
+    # W, whose gradient B takes as well.
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, b: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor, Tensor]:
+        return grad_weight, grad_weight
+
+
 BACKPROP = Operands("magnitude", None, None, None, "stored", 1.0, None)
 
 
@@ -46,8 +57,8 @@ class Stateful:
 
     `state` says what: tensors by name, in the form they have there. A plain tensor becomes the buffer
     `feedback_<name>`; a `Frozen` the Parameter `feedback_<name>` that is never trained; another Parameter is trained,
-    by the weight's own gradient. `draw` fills them, from a key that the layer has of convert_'s seed or of torch's
-    generator. A state_dict carries them, and a record of rule, key and content with them.
+    by the weight's own gradient or what `Rule.learning` makes of it. `draw` fills them, from a key that the layer has
+    of convert_'s seed or of torch's generator. A state_dict carries them, and a record of rule, key and content too.
 
     The name of its class and the fields of the dataclass identify a rule, with what else its class and itself hold:
     numbers, strings, enums, dtypes and tuples, lists and dictionaries of these. What was saved under others does not
@@ -172,6 +183,13 @@ class Rule(Stateful):
                 f"{type(self).__name__}.{method}: expected shape {shape}, {weight.dtype} on {weight.device}, "
                 f"got {got[0]}, {got[1]} on {got[2]}"
             )
+
+    def learning(self, weight: Tensor, trained: Tensor, state: State) -> Tensor:
+        """W for the forward product, such that what is trained learns from its gradient: by default that very gradient.
+
+        A rule whose trained Parameter is not of W's shape, or learns by another gradient, says so here.
+        """
+        return cast(Tensor, _Both.apply(weight, trained))
 
     def adopt_biotorch(self, b: Tensor, rms: float) -> tuple["Rule", dict[str, Tensor]]:
         """The rule, and what it keeps, of a layer that BioTorch saved with `weight_backward` b.

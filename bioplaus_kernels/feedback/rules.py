@@ -1,7 +1,7 @@
 """The rules of the literature: where the sign and where the magnitude of B come from."""
 
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -274,6 +274,79 @@ class KolenPollack(_Learned):
         return {"weight": torch.nn.Parameter(torch.empty_like(weight.detach()))}
 
 
+class _Product(torch.autograd.Function):
+    # W, whose gradient G becomes Pᵀ G of the factor Q.
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, q: Tensor, p: Tensor) -> Tensor:
+        ctx.save_for_backward(p)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor, Tensor, None]:
+        (p,) = ctx.saved_tensors
+        return grad_weight, p.t().mm(grad_weight.flatten(1)), None
+
+
+@dataclass(frozen=True)
+class LowRank(Scaled):
+    """B = P Q of rank at most `rank`, P (rows, rank) and Q (rank, columns) for W as a matrix of weight.shape[0] rows.
+
+    A linear layer's input gradient is two thin products, (dY P) Q, and B is never formed; other layers form B in their
+    backward. Both factors are drawn from the key, P's entries with root mean square 1/√rank, Q's with that which
+    `scale` states, and kept. With `learned` Q is a Parameter that takes the gradient Pᵀ ΔW, for a linear layer
+    (dY P)ᵀ x, and P stays: product feedback alignment (Li and Benna 2024, there R and B, with a rank of several times
+    the rows). Q belongs in W's parameter group: with weight decay Q → Pᵀ W, so B → P Pᵀ W, which is about W for a large
+    rank. Without, a fixed B of controlled rank.
+    """
+
+    name: ClassVar[str] = "low_rank"
+    _factored: ClassVar[bool] = True
+    rank: int = 8
+    learned: bool = False
+    scale: Scale = "xavier"
+    entries: Literal["uniform", "normal"] = "uniform"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "rank", checks.integer("rank", self.rank, 1))
+        checks.boolean("learned", self.learned)
+        if self.learned and self.scale in ("match", "initial"):
+            raise ValueError(f"scale: expected one that does not follow W, as Q learns, got {self.scale!r}")
+
+    @property
+    def keyed(self) -> bool:
+        return True
+
+    @property
+    def fixed(self) -> bool:  # type: ignore[override]
+        return not self.learned
+
+    def state(self, weight: Tensor) -> dict[str, Tensor]:
+        like = weight.detach()
+        p, q = like.new_empty(weight.shape[0], self.rank), like.new_empty(self.rank, weight[:1].numel())
+        kept = torch.nn.Parameter(q) if self.learned else Frozen(q)
+        return super().state(weight) | {"p": Frozen(p), "q": kept}
+
+    def draw(self, state: State, weight: Tensor, key: Tensor) -> None:
+        super().draw(state, weight, key)
+        if weight.is_meta:
+            return
+        for stream, (name, rms) in enumerate((("p", self.rank**-0.5), ("q", state["rms"])), 1):
+            own = torch.stack((key[0], key[1], key[2] + stream))
+            scale, size = rms / UNIT_RMS[self.entries], state[name].shape
+            drawn = ops.feedback_weight(None, None, None, own, self.entries, scale, size, dtype=weight.dtype)
+            fill(state[name], drawn)
+
+    def factors(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        return state["p"], state["q"].detach()
+
+    def operands(self, weight: Tensor, state: State) -> Operands:
+        return Rule.operands(self, weight, state)._replace(rescale=self.rescale(weight, state))
+
+    def learning(self, weight: Tensor, trained: Tensor, state: State) -> Tensor:
+        return cast(Tensor, _Product.apply(weight, trained, state["p"]))
+
+
 @dataclass(frozen=True)
 class WeightMirror(_Learned):
     """B follows W through noise (Akrout et al. 2019): `bk.mirror_` is the mirror phase, training leaves B alone.
@@ -289,7 +362,7 @@ RULES: dict[str, type[Rule]] = {
     rule.name: rule
     for rule in (
         *(Backprop, SignSymmetry, FixedMagnitude, BatchMagnitude, FeedbackAlignment, SignedInit),
-        *(SignConcordance, KolenPollack, WeightMirror),
+        *(SignConcordance, KolenPollack, LowRank, WeightMirror),
     )
 }
 

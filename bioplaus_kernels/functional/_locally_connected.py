@@ -11,6 +11,7 @@ from ..backends import reference
 from ..backends.reference import checks
 from ..backends.reference.lc import lc_transpose
 from ..feedback import BACKPROP, Operands, lc_fans
+from . import _thin
 from ._common import (
     CUT,
     Feedback,
@@ -44,7 +45,7 @@ class _LocallyConnected(torch.autograd.Function):
         x, w, b = begin(ctx, input, weight, bias, rest[:7])
         ctx.bias_per_position = bias is not None and bias.dim() > 1
         ctx.input_size, ctx.geometry = input.shape[2:], rest[7:]
-        return ops.lc_forward(x, w, b, *ctx.geometry)
+        return _thin.lc_forward(x, w, b, *ctx.geometry)
 
     @staticmethod
     @once
@@ -54,9 +55,9 @@ class _LocallyConnected(torch.autograd.Function):
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             feedback = without_factors(feedback, shape)
-            grad_input = ops.lc_backward_input(grad_output, *feedback, shape, ctx.input_size, *ctx.geometry)
+            grad_input = _thin.lc_backward_input(grad_output, feedback, shape, ctx.input_size, *ctx.geometry)
         if input is not None:
-            grad_weight = ops.lc_backward_weight(grad_output, input, kernel_size, *ctx.geometry)
+            grad_weight = _thin.lc_backward_weight(grad_output, input, kernel_size, *ctx.geometry)
         if ctx.needs_input_grad[2]:
             grad_bias = _bias_grad(ctx, grad_output)
         return finish(ctx, saved, grad_input, grad_weight, grad_bias)

@@ -16,17 +16,6 @@ from .held import FrozenSigns
 from .state import StatefulLayer
 
 
-class _Both(torch.autograd.Function):
-    # W, whose gradient B takes as well.
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, b: Tensor) -> Tensor:
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor, Tensor]:
-        return grad_weight, grad_weight
-
-
 class FeedbackLayer(StatefulLayer):
     """Mixin before a torch.nn class: `feedback=`, a rule, and what it keeps for each weight (`StatefulLayer`)."""
 
@@ -85,10 +74,14 @@ class FeedbackLayer(StatefulLayer):
             self._resized(name, weight)
         if captured():
             return weight, CUT
-        op = self._feedback.operands(weight, self._state(name, weight)) if feedback else BACKPROP
         trained = self._held[name].trained
-        if trained and weight.requires_grad and torch.is_grad_enabled():
-            weight = _Both.apply(weight, self._parameters[trained])
+        learns = trained and weight.requires_grad and torch.is_grad_enabled()
+        if not feedback and not learns:
+            return weight, BACKPROP
+        state = self._state(name, weight)
+        op = self._feedback.operands(weight, state) if feedback else BACKPROP
+        if learns:
+            weight = self._feedback.learning(weight, cast(Tensor, self._parameters[trained]), state)
         return weight, op
 
     def _resized(self, name: str, weight: Tensor) -> None:

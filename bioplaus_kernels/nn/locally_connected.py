@@ -1,10 +1,12 @@
 """Locally-connected layers: convolutions whose weights are not shared between positions, and their transposes."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.reference import checks
@@ -21,6 +23,9 @@ from ..functional import (
 )
 from .base import FeedbackLayer
 
+PaddingMode = Literal["zeros", "circular", "reflect", "replicate"]
+_MODES = ("zeros", "circular", "reflect", "replicate")
+
 
 class _LocallyConnectedNd(FeedbackLayer):
     """Geometry, weight (*positions, rows, *kernel, columns/groups) and bias of both directions.
@@ -31,6 +36,7 @@ class _LocallyConnectedNd(FeedbackLayer):
 
     d: ClassVar[int]
     transposed: ClassVar[bool] = False
+    padding_mode: PaddingMode | tuple[PaddingMode, ...] = "zeros"
     in_channels: int
     out_channels: int
     weight: Tensor
@@ -92,6 +98,21 @@ class _LocallyConnectedNd(FeedbackLayer):
         if "_feedback" in self.__dict__:
             self.reset_feedback()
 
+    @torch.no_grad()
+    def init_(self, init: Callable[..., object], *args: Any, **kwargs: Any) -> Self:
+        """Fill the weight by `init`, a function of torch.nn.init, with the fans of one position's block.
+
+        It is called as init(block, *args, **kwargs) for each position, whose block is laid out as a convolution's
+        weight, (rows, columns/groups, *kernel); torch.nn.init of the whole weight would count positions as fans.
+        Returns the layer.
+        """
+        checks.function("init", init, "a function of torch.nn.init")
+        for position in itertools.product(*map(range, self.weight.shape[: self.d])):
+            block = self.weight[position].movedim(-1, 1).contiguous()
+            init(block, *args, **kwargs)
+            self.weight[position] = block.movedim(1, -1)
+        return self
+
     def _spatial(self, input: Tensor, channels: int, size: Sequence[int]) -> None:
         try:
             spatial, batchless = tuple(input.shape[-self.d :]), input.dim() == self.d + 1
@@ -106,6 +127,8 @@ class _LocallyConnectedNd(FeedbackLayer):
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}", f"{self.out_channels}", f"kernel_size={self.kernel_size}"]
         parts += [f"stride={self.stride}", f"padding={self.padding!r}"]
+        if self.padding_mode != "zeros":
+            parts.append(f"padding_mode={self.padding_mode!r}")
         if any(v != 1 for v in self.dilation):
             parts.append(f"dilation={self.dilation}")
         if self.groups != 1:
@@ -127,6 +150,9 @@ def _plain(padding: Any) -> Any:
 
 
 class _LocallyConnected(_LocallyConnectedNd):
+    # What is padded before the product by other modes than zeros, as F.pad takes it, by mode.
+    _pads: dict[PaddingMode, list[int]] = {}  # noqa: RUF012  never written, and of layers that were pickled without
+
     def __init__(
         self,
         in_channels: int,
@@ -140,6 +166,7 @@ class _LocallyConnected(_LocallyConnectedNd):
         *,
         input_size: Ints,
         bias_per: Literal["position", "channel"] = "position",
+        padding_mode: PaddingMode | Sequence[PaddingMode] = "zeros",
         device: Any = None,
         dtype: Any = None,
         feedback: Rule | str | None = None,
@@ -149,12 +176,33 @@ class _LocallyConnected(_LocallyConnectedNd):
         self.in_channels, self.out_channels = in_channels, out_channels
         wide, narrow = self._build(input_size, "input_size", kernel_size, stride, padding, dilation, groups, like)
         self.input_size, self.output_size = tuple(wide), tuple(narrow)
+        self._build_pads(padding_mode)
         self._build_bias(bias, bias_per, narrow, like)
         self.reset_parameters()
         self.install_feedback(rule)
 
+    def _build_pads(self, padding_mode: Any) -> None:
+        # Each dimension is padded by itself, zeros by the product.
+        modes: Any = (padding_mode,) * self.d if isinstance(padding_mode, str) else padding_mode
+        if not isinstance(modes, Sequence) or len(modes) != self.d or any(mode not in _MODES for mode in modes):
+            checks.fail("padding_mode", f"one of {_MODES} or {self.d} of them", repr(padding_mode))
+        self.padding_mode = modes[0] if len(set(modes)) == 1 else tuple(modes)
+        self._pads = {}
+        for dim, (mode, size) in enumerate(zip(modes, self.input_size, strict=True)):
+            pair = self._pairs[2 * dim : 2 * dim + 2]
+            if mode == "zeros" or not any(pair):
+                continue
+            most = {"circular": size, "reflect": size - 1}.get(mode)
+            if most is not None and max(pair) > most:
+                checks.fail("padding", f"at most {most} of {mode!r} in a dimension of size {size}", tuple(pair))
+            last = 2 * (self.d - 1 - dim)
+            self._pads.setdefault(mode, [0] * (2 * self.d))[last : last + 2] = pair
+            self._pairs[2 * dim : 2 * dim + 2] = [0, 0]
+
     def forward(self, input: Tensor) -> Tensor:
         self._spatial(input, self.in_channels, self.input_size)
+        for mode, pads in self._pads.items():
+            input = F.pad(input, pads, mode=mode)
         weight, op = self.used(feedback=needs_feedback(input))
         return locally_connected_with(
             input, weight, self.bias, self.stride, self._pairs, self.dilation, self.groups, op
@@ -168,14 +216,12 @@ class _LocallyConnected(_LocallyConnectedNd):
     def from_conv(cls, conv: torch.nn.Module, input_size: Ints, *, feedback: Rule | str | None = None) -> Self:
         """Untie a convolution for inputs of spatial `input_size`: the same function, a copy of its weights a position.
 
-        `conv` is the torch.nn (or bioplaus_kernels.nn) convolution of the same dimensions, with zero padding; the bias
-        becomes one per position. The rule is `feedback`, or that of `conv` if it has one.
+        `conv` is the torch.nn (or bioplaus_kernels.nn) convolution of the same dimensions; the bias becomes one per
+        position. The rule is `feedback`, or that of `conv` if it has one.
         """
         twin = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[cls.d - 1]
         if not isinstance(conv, twin):
             checks.fail("conv", f"a torch.nn.{twin.__name__}", type(conv).__name__, TypeError)
-        if conv.padding_mode != "zeros":
-            checks.fail("conv", "padding_mode='zeros'", f"padding_mode={conv.padding_mode!r}")
         if feedback is None and isinstance(conv, FeedbackLayer):
             feedback = conv.feedback
         layer = torch.nn.utils.skip_init(
@@ -189,12 +235,15 @@ class _LocallyConnected(_LocallyConnectedNd):
             conv.groups,
             conv.bias is not None,
             input_size=input_size,
+            padding_mode=conv.padding_mode,
             device=conv.weight.device,
             dtype=conv.weight.dtype,
         )
         layer.weight.copy_(conv.weight.movedim(1, -1))
+        layer.weight.requires_grad_(conv.weight.requires_grad)
         if conv.bias is not None:
             layer.bias.copy_(conv.bias)
+            layer.bias.requires_grad_(conv.bias.requires_grad)
         layer.install_feedback(as_rule(feedback))
         return layer
 
@@ -246,10 +295,11 @@ _FORWARD_DOC = """Untied {d}-D convolution: every output position has its own we
     weight (*out, out_channels, *kernel, in_channels/groups), one position's block contiguous; bias (*out, out_channels)
     for bias_per="position", (out_channels) for "channel". Input (N, in_channels, *input_size) or without N. `padding`:
     one integer a dimension, nested (before, after) pairs in spatial order, "same" (out = ⌈in/stride⌉, the odd pad at
-    the end) or "valid". With replicated weights it equals torch.nn.Conv{d}d (Bartunov et al. 2018, 5.4).
+    the end) or "valid". `padding_mode`: "zeros", "circular", "reflect" or "replicate", or one of them a dimension. With
+    replicated weights it equals torch.nn.Conv{d}d (Bartunov et al. 2018, 5.4).
 
-    torch.nn.init takes the weight for a convolution's and its fans for far larger ones: for Kaiming's initialisation
-    use normal_(layer.weight, std=(2 / layer.fans().fan_in) ** 0.5).
+    torch.nn.init takes the weight for a convolution's and its fans for far larger ones: use
+    layer.init_(torch.nn.init.kaiming_normal_).
     """
 _TRANSPOSE_DOC = """Transpose of LocallyConnected{d}d: its input gradient, used forward, plus a bias.
 

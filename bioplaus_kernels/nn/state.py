@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..backends.reference import checks
 from ..backends.reference.philox import LAYOUT_VERSION
-from ..feedback import Frozen, Key, Record, State, Stateful, decode, drawn_key, encode, identity
+from ..feedback import Frozen, Key, Record, Rule, State, Stateful, decode, drawn_key, encode, identity
 from ..feedback.record import UNKNOWN, attribute_of, readable, sum_of, sums_of
 from .agree import agree
 from .held import FrozenSigns, Held, draw, in_form_of, kept_by, supported, writable
@@ -79,7 +79,8 @@ class StatefulLayer(torch.nn.Module):
         held = Held(self._constants(rule, name), {n: attribute_of(name, n) for n in kept}, attribute_of(name, "state"))
         for n, tensor in kept.items():
             if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad:
-                checks.shape(f"{type(rule).__name__}.state: {n!r}, a trained Parameter", tensor, weight.shape)
+                if getattr(type(rule), "learning", Rule.learning) is Rule.learning:
+                    checks.shape(f"{type(rule).__name__}.state: {n!r}, a trained Parameter", tensor, weight.shape)
                 if held.trained:
                     checks.fail(f"{type(rule).__name__}.state", "one trained Parameter", "more")
                 held.trained = held.kept[n]

@@ -1,6 +1,6 @@
 """The networks a recipe trains, as plain models that ``bioplaus_kernels.convert_`` then converts.
 
-`bartunov`, `xiao`, `lenet` and `retinanet` hold them by source; classifiers are built here by name.
+`bartunov`, `xiao`, `all_tnn`, `lenet` and `retinanet` hold them by source; classifiers are built here by name.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import torchvision
 from torch import nn
 
 from recipes.models import bartunov, lenet, xiao
+from recipes.models.all_tnn import all_tnn
 from recipes.models.retinanet import retinanet, small_retinanet
 
 __all__ = [
     *("DETECTORS", "MODELS", "build", "check_name", "input_for"),
-    *("bartunov", "lenet", "retinanet", "small_retinanet", "xiao"),
+    *("all_tnn", "bartunov", "lenet", "retinanet", "small_retinanet", "xiao"),
 ]
 
 
@@ -35,6 +36,8 @@ MODELS = {
     "lenet-mnist": Model(lenet.biotorch_mnist, 32),
     "lenet-cifar": Model(lenet.biotorch_cifar, 32),
     "alexnet-bn": Model(xiao.alexnet_bn, 63),
+    "all-tnn": Model(all_tnn, 148),
+    "all-tnn-conv": Model(lambda c, s, n: all_tnn(c, s, n, tied=True), 148),
 }
 for _net, _spec in bartunov.SPECS.items():
     MODELS[f"lc-{_net}"] = Model(lambda c, s, n, spec=_spec: bartunov.lc(spec, c, s, n), 28)

@@ -53,7 +53,7 @@ def _pad(padding: Sequence[int]) -> list[int]:
     return [p for pair in zip(padding[-2::-2], padding[::-2], strict=True) for p in pair]
 
 
-def _index(
+def tap_index(
     out: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], device: torch.device
 ) -> list[Tensor]:
     """For each dimension the padded input coordinate of (position, tap), broadcastable over (*out, *kernel)."""
@@ -79,7 +79,7 @@ def patches(
     """What each position sees: (positions, groups, N, taps * C/G), the channel innermost as in the weight."""
     n, c = input.shape[:2]
     x = F.pad(input.movedim(1, -1), [0, 0, *_pad(padding)])
-    index: list[Any] = [slice(None), *_index(out, kernel, stride, dilation, input.device)]
+    index: list[Any] = [slice(None), *tap_index(out, kernel, stride, dilation, input.device)]
     x = x[tuple(index)]
     x = x.reshape(n, math.prod(out), math.prod(kernel), groups, c // groups)
     return x.permute(1, 3, 0, 2, 4).reshape(math.prod(out), groups, n, math.prod(kernel) * (c // groups))
@@ -173,7 +173,7 @@ def lc_transpose(
     x = x.reshape(n, *out, *kernel, c)
     padded = [size + a + b for size, a, b in zip(output_size, padding[::2], padding[1::2], strict=True)]
     strides = [math.prod(padded[dim + 1 :]) for dim in range(d)]
-    index = _index(out, kernel, stride, dilation, input.device)
+    index = tap_index(out, kernel, stride, dilation, input.device)
     flat = sum((i * s for i, s in zip(index, strides, strict=True)), torch.zeros_like(index[0]))
     total = x.new_zeros(n, math.prod(padded), c)
     # Not index_add, of which the TorchScript exporter to ONNX makes a sum that keeps one of equal indices.
