@@ -31,6 +31,8 @@ class FeedbackLayer(StatefulLayer):
     """Mixin before a torch.nn class: `feedback=`, a rule, and what it keeps for each weight (`StatefulLayer`)."""
 
     _feedback: Rule
+    # Whether no backward may read W: distributed.fully_shard frees it after the forward.
+    reads_no_weight: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -85,11 +87,17 @@ class FeedbackLayer(StatefulLayer):
             self._resized(name, weight)
         if captured():
             return weight, CUT
-        op = self._feedback.operands(weight, self._state(name, weight)) if feedback else BACKPROP
+        op = self._feedback.operands(weight, self._call_state(name, weight)) if feedback else BACKPROP
         trained = self._held[name].trained
         if trained and weight.requires_grad and torch.is_grad_enabled():
             weight = _Both.apply(weight, self._parameters[trained])
         return weight, op
+
+    def _call_state(self, name: str, weight: Tensor) -> State:
+        state = self._state(name, weight)
+        if self.reads_no_weight and self._feedback.sign_of_weight and "frozen" not in state:
+            return {**state, "frozen": ops.pack_signs(weight.detach())}
+        return state
 
     def _resized(self, name: str, weight: Tensor) -> None:
         # By structured pruning, or transformers' resize_token_embeddings.
@@ -113,6 +121,9 @@ class FeedbackLayer(StatefulLayer):
         if not self.uses_feedback:
             return True
         if needs_feedback(input) or captured():
+            return False
+        if self.reads_no_weight and torch.is_grad_enabled():
+            # torch's convolution keeps W for a gradient that nobody wants.
             return False
         return not (torch.is_grad_enabled() and any(h.trained for h in self._held.values()))
 
