@@ -1,6 +1,6 @@
 """Kernels and layers for learning without weight transport, and for locally-connected networks."""
 
-from . import backends, direct, feedback, functional, metrics, nn, ops, optim, targetprop
+from . import backends, direct, distributed, feedback, functional, metrics, nn, ops, optim, targetprop
 from ._version import __version__
 from .convert import check, convert_
 from .describe import describe
@@ -51,6 +51,7 @@ __all__ = [
     "convert_",
     "describe",
     "direct",
+    "distributed",
     "feedback",
     "frozen_signs",
     "functional",

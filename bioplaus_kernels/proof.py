@@ -45,7 +45,8 @@ class Row:
     "unused": no gradient of the outputs comes to it;
     "converted": it has the rule, and `reason` says why that is not proven;
 
-    else "left", "restored", or, from `check`, "called".
+    else "left", "restored", or, from `check`, "called", or, from `distributed.fully_shard`, "gathered once" or
+    "gathered twice".
     """
 
     name: str

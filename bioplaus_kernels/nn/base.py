@@ -20,6 +20,8 @@ class FeedbackLayer(StatefulLayer):
     """Mixin before a torch.nn class: `feedback=`, a rule, and what it keeps for each weight (`StatefulLayer`)."""
 
     _feedback: Rule
+    # Whether no backward may read W: distributed.fully_shard frees it after the forward.
+    reads_no_weight: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -78,11 +80,17 @@ class FeedbackLayer(StatefulLayer):
         learns = trained and weight.requires_grad and torch.is_grad_enabled()
         if not feedback and not learns:
             return weight, BACKPROP
-        state = self._state(name, weight)
+        state = self._call_state(name, weight)
         op = self._feedback.operands(weight, state) if feedback else BACKPROP
         if learns:
             weight = self._feedback.learning(weight, cast(Tensor, self._parameters[trained]), state)
         return weight, op
+
+    def _call_state(self, name: str, weight: Tensor) -> State:
+        state = self._state(name, weight)
+        if self.reads_no_weight and self._feedback.sign_of_weight and "frozen" not in state:
+            return {**state, "frozen": ops.pack_signs(weight.detach())}
+        return state
 
     def _resized(self, name: str, weight: Tensor) -> None:
         # By structured pruning, or transformers' resize_token_embeddings.
@@ -106,6 +114,9 @@ class FeedbackLayer(StatefulLayer):
         if not self.uses_feedback:
             return True
         if needs_feedback(input) or captured():
+            return False
+        if self.reads_no_weight and torch.is_grad_enabled():
+            # torch's convolution keeps W for a gradient that nobody wants.
             return False
         return not (torch.is_grad_enabled() and any(h.trained for h in self._held.values()))
 
