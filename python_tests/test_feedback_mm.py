@@ -6,6 +6,7 @@ same dtype of the same operands, plus one rounding of the output.
 
 import itertools
 import math
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -169,6 +170,23 @@ def test_shapes(cell: str, dtype: torch.dtype) -> None:
         check(normal(m, k).to(dtype), operands(cell, k, n, dtype), n)
 
 
+@pytest.mark.parametrize("cell", ["none uniform", "weight stored"])
+def test_error_of_narrow_products(cell: str) -> None:
+    """A single sum along K is not enough where torch's product has one for each lane of a vector."""
+    generator = random.Random(2)
+    shapes = [(2, 129, 1), (8, 129, 1), (2, 128, 63), (8, 160, 1), (600, 128, 1), (3, 4096, 1), (8, 4096, 63)]
+    shapes += [(generator.randint(1, 8), int(4096 ** generator.random()), generator.randint(1, 63)) for _ in range(20)]
+    for m, k, n in shapes:
+        own, torchs = [], []
+        for _ in range(20):
+            grad_output, feedback = normal(m, k).float(), operands(cell, k, n, torch.float32)
+            b = matrix(feedback, k, n, torch.float32)
+            exact = grad_output.double() @ b.double(), torch.zeros(())
+            for errors, result in ((own, ops.feedback_mm(grad_output, *feedback, n)), (torchs, grad_output @ b)):
+                errors.append(row_errors(result, exact, grad_output, b).max().item())
+        assert sum(own) <= 2 * sum(torchs), (m, k, n)
+
+
 @dtypes
 @pytest.mark.parametrize("cell", CELLS)
 def test_empty(cell: str, dtype: torch.dtype) -> None:
@@ -202,22 +220,27 @@ def test_strides(cell: str) -> None:
 
 
 @dtypes
-@pytest.mark.parametrize("cell", LOADERS)
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_non_finite_row_stays_alone(value: float, cell: str, dtype: torch.dtype) -> None:
-    rows, columns = 66, 40
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("m", [11, 2050])  # of torch's products of slabs, too
+@pytest.mark.parametrize("rows", [66, 31])  # whole pairs along K, and a pair that could end in the next row
+def test_non_finite_row_stays_alone(rows: int, m: int, cell: str, dtype: torch.dtype) -> None:
+    columns = 40
     feedback = operands(cell, rows, columns, dtype)
-    clean = normal(11, rows).to(dtype)
+    b = matrix(feedback, rows, columns, dtype)
+    clean = normal(m, rows).to(dtype)
     clean[4] = 0
-    dirty = clean.clone()
-    dirty[4, 17] = value
-    expected, actual = (ops.feedback_mm(g, *feedback, columns) for g in (clean, dirty))
-    assert not actual[4].isfinite().any()
-    others = torch.arange(11) != 4
-    assert torch.equal(actual[others], expected[others])
-    # Which kind of non-finite is torch's: infinity times B keeps B's sign, and times zero is NaN.
-    torchs = dirty @ matrix(feedback, rows, columns, dtype)
-    assert torch.equal(actual[4].nan_to_num(0.5), torchs[4].nan_to_num(0.5))
+    others = torch.arange(m) != 4
+    for backend in (None, "reference"):
+        with backends.use(backend):
+            expected = ops.feedback_mm(clean, *feedback, columns)
+            for value, column in itertools.product((math.inf, -math.inf, math.nan), (0, 17, rows - 1)):
+                dirty = clean.clone()
+                dirty[4, column] = value
+                actual = ops.feedback_mm(dirty, *feedback, columns)
+                assert not actual[4].isfinite().any()
+                assert torch.equal(actual[others], expected[others])
+                # Which kind of non-finite is torch's: infinity times B keeps B's sign, and times zero is NaN.
+                assert torch.equal(actual[4].nan_to_num(0.5), (dirty[3:6] @ b)[1].nan_to_num(0.5))
 
 
 @dtypes

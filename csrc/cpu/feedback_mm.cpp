@@ -259,6 +259,19 @@ at::Tensor sign_product(const at::Tensor& grad, const FeedbackParams& b) {
   return out;
 }
 
+// dY as a product takes it that reads a row's entries in pairs: beside an odd last one a zero, not the first entry of
+// the next row, which B's zero would turn into NaN where it is Inf. torch's own product pairs where half_gemm does.
+at::Tensor in_pairs(const at::Tensor& grad) {
+  return grad.size(1) % 2 && half_gemm_available(grad.scalar_type()) ? at::constant_pad_nd(grad, {0, 1}) : grad;
+}
+
+// dX = dY · B of a stored B.
+at::Tensor plain_product(const at::Tensor& grad, const at::Tensor& b) {
+  const at::Tensor paired = in_pairs(grad);
+  const int64_t zeros = paired.size(1) - b.size(0);
+  return at::mm(paired, zeros ? at::constant_pad_nd(b, {0, 0, 0, zeros}) : b);
+}
+
 // Other dX = dY · B of many rows where torch's own product is the faster one: B a slab of columns at a time, in a
 // buffer that takes no more memory than dY and one bit for each weight, or kSlabBytes.
 at::Tensor slab_product(const at::Tensor& grad, const FeedbackParams& b) {
@@ -267,18 +280,21 @@ at::Tensor slab_product(const at::Tensor& grad, const FeedbackParams& b) {
   const int64_t bytes = std::max(kSlabBytes, grad.numel() * grad.element_size() + b.rows * b.cols / 8);
   const int64_t width =
       std::min({divide_up(b.cols, 2), kSlab, divide_up(bytes / (b.rows * grad.element_size()), 16) * 16});
-  const at::Tensor slab = at::empty({b.rows * width}, grad.options());
+  const at::Tensor paired = in_pairs(grad);
+  const int64_t depth = paired.size(1);
+  const at::Tensor slab = at::empty({depth * width}, grad.options());
   for (int64_t first = 0; first < b.cols; first += width) {
     const int64_t cols = std::min(width, b.cols - first);
-    const at::Tensor block = slab.narrow(0, 0, b.rows * cols).view({b.rows, cols});
+    const at::Tensor block = slab.narrow(0, 0, depth * cols).view({depth, cols});
     char* to = static_cast<char*>(block.mutable_data_ptr());
     at::parallel_for(0, b.rows, divide_up(kFormGrain, cols), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         run(b, row, first, cols, to + row * cols * grad.element_size());
       }
     });
+    block.narrow(0, b.rows, depth - b.rows).zero_();
     at::Tensor part = out.narrow(1, first, cols);
-    at::mm_out(part, grad, block);
+    at::mm_out(part, paired, block);
   }
   return out;
 }
@@ -292,10 +308,11 @@ class TileProduct {
         dtype_(grad.scalar_type()),
         half_(dtype_ != at::kFloat),
         native_(half_ && half_gemm_available(dtype_)),
-        grad_(readable(grad)),
+        grad_(in_pairs(readable(grad))),
         out_(static_cast<char*>(out.mutable_data_ptr())),
         rows_(grad.size(0)),
-        width_(std::min(b.cols, std::clamp(divide_up(b.cols, 2 * at::get_num_threads()), kMinColumns, kColumns))) {}
+        width_(std::min(b.cols, std::clamp(divide_up(b.cols, 2 * at::get_num_threads()), kMinColumns, kColumns))),
+        terms_(b.cols < kNarrow && b.rows <= kShallow ? kFewTerms : kDepthBlock) {}
 
   void run() const {
     const int64_t slabs = divide_up(b_.cols, width_);
@@ -315,6 +332,11 @@ class TileProduct {
 
  private:
   static constexpr int64_t kDepthBlock = 128;
+  // In float32 torch's product of a narrow B has a sum for each lane of a vector, and smaller errors than one sum of
+  // kDepthBlock terms. Here a sum has few, but for a B so deep that there would be too many sums.
+  static constexpr int64_t kNarrow = 64;
+  static constexpr int64_t kShallow = 1024;
+  static constexpr int64_t kFewTerms = 32;
   static constexpr int64_t kRowBlock = 128;
   static constexpr int64_t kMinColumns = 256;
   static constexpr int64_t kColumns = 1024;
@@ -333,11 +355,9 @@ class TileProduct {
     Buffer<float> wide_tile, wide_grad, sums;
   };
 
-  // Rows of adjacent elements; half_gemm wants an even number of them.
-  at::Tensor readable(const at::Tensor& grad) const {
-    const bool in_rows = grad.stride(1) == 1 && grad.stride(0) >= grad.size(1);
-    const at::Tensor dense = in_rows ? grad : grad.contiguous();
-    return native_ && grad.size(1) % 2 ? at::constant_pad_nd(dense, {0, 1}) : dense;
+  // Rows of adjacent elements.
+  static at::Tensor readable(const at::Tensor& grad) {
+    return grad.stride(1) == 1 && grad.stride(0) >= grad.size(1) ? grad : grad.contiguous();
   }
 
   // dX [row, row + rows) × a block of columns from `first` on.
@@ -368,8 +388,10 @@ class TileProduct {
           widen(a, grad_.stride(0), m, depth, w.wide_grad.get());
           gemm(m, cols, depth, w.wide_grad.get(), depth, w.wide_tile.get(), cols, c, ld, k > 0);
         } else {
-          gemm(m, cols, depth, reinterpret_cast<const float*>(a), grad_.stride(0),
-               reinterpret_cast<const float*>(w.tile.get()), cols, c, ld, k > 0);
+          for (int64_t l = 0; l < depth; l += terms_) {
+            gemm(m, cols, std::min(terms_, depth - l), reinterpret_cast<const float*>(a) + l, grad_.stride(0),
+                 reinterpret_cast<const float*>(w.tile.get()) + l * cols, cols, c, ld, k + l > 0);
+          }
         }
       }
     }
@@ -390,6 +412,7 @@ class TileProduct {
   char* out_;
   int64_t rows_;
   int64_t width_;
+  int64_t terms_;
 };
 
 at::Tensor tile_product(const at::Tensor& grad, const FeedbackParams& b) {
@@ -414,7 +437,7 @@ at::Tensor feedback_mm_cpu(const at::Tensor& grad_output, const std::optional<at
   }
   const at::ScalarType dtype = grad_output.scalar_type();
   if (args.plain(dtype)) {
-    return at::mm(grad_output, *magnitude);
+    return plain_product(grad_output, *magnitude);
   }
   Formula formula(args);
   FeedbackParams& b = formula.p;

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import checks
 from .feedback_weight import feedback_weight
@@ -21,4 +22,8 @@ def feedback_mm(
     checks.mm(grad_output, in_features)
     size = (grad_output.shape[1], in_features)
     b = feedback_weight(weight, signs, magnitude, key, entries, scale, size, dtype=grad_output.dtype)
+    if grad_output.element_size() == 2 and size[0] % 2:
+        # On tile units torch.mm multiplies in pairs, the last of an odd number beside the next row's first entry, times
+        # zero: an infinity there would spoil the row.
+        grad_output, b = pad(grad_output, (0, 1)), pad(b, (0, 0, 0, 1))
     return torch.mm(grad_output, b)
