@@ -19,6 +19,7 @@ from .feedback import (
 )
 from .nn import frozen_signs, mirror_
 from .proof import Report
+from .register import register
 from .targetprop import TargetProp
 
 __all__ = [
@@ -49,5 +50,6 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "register",
     "targetprop",
 ]

@@ -49,6 +49,11 @@ class StatefulLayer(torch.nn.Module):
         """Names of the weights that have a B."""
         return ["weight"]
 
+    def weight_of(self, name: str = "weight") -> Tensor:
+        """W of weight `name`, as the product has it: (out, in) of a linear map."""
+        weight = self._parameters.get(name)
+        return getattr(self, name) if weight is None else weight
+
     @property
     def uses_feedback(self) -> bool:
         """Whether B is anything but W."""
@@ -157,9 +162,7 @@ class StatefulLayer(torch.nn.Module):
         registered[attribute] = tensor
 
     def _weight(self, name: str) -> Tensor:
-        # Without what a parametrization would compute.
-        weight = self._parameters.get(name)
-        return (getattr(self, name) if weight is None else weight).detach()
+        return self.weight_of(name).detach()
 
     def _record(self, held: Held) -> Tensor:
         record = self._buffers[held.record]
