@@ -457,6 +457,11 @@ class StatefulLayer(torch.nn.Module):
             for name in self._held:
                 self._write(name)
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        # A class of another library may save only what it knows.
+        for held in self._held.values():
+            for attribute in (held.record, *held.kept.values()):
+                tensor: Tensor = getattr(self, attribute)
+                destination.setdefault(prefix + attribute, tensor if keep_vars else tensor.detach())
 
     def _load_from_state_dict(
         self,
