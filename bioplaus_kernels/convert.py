@@ -19,7 +19,7 @@ from .nn.base import FeedbackLayer
 from .nn.held import supported
 from .nn.state import StatefulLayer
 from .proof import UNSEEN, Report, Row, forget, note, prove, prove_later, unwrapped
-from .register import OWN, PAIRS, PLAIN, layer_of, name_of, ours_of, plain_of
+from .register import ALLOWS, OWN, PAIRS, PLAIN, layer_of, name_of, ours_of, plain_of
 
 Rules = Rule | str | None
 
@@ -195,9 +195,13 @@ def _obstacle(module: Any) -> str:
     if layer is not None and hasattr(module, "unshard"):
         return "sharded by itself: convert_ first, then fully_shard"
     if ours is None:
-        if layer is None:
-            return "has no feedback rule"
-        return f"subclass of {layer.__name__}: its forward may differ; bioplaus_kernels.register({name_of(kind)})"
+        if layer is not None:
+            return f"subclass of {layer.__name__}: its forward may differ; {ALLOWS}({name_of(kind)})"
+        weight = module._parameters.get("weight")
+        is_matrix = weight is not None and weight.dim() == 2 and not isinstance(module, torch.nn.Embedding)
+        theirs = is_matrix and not kind.__module__.startswith("torch.")
+        linear = f"; if it is a linear map, {ALLOWS}({name_of(kind)}, torch.nn.Linear)" if theirs else ""
+        return f"has no feedback rule{linear}"
     attention = isinstance(module, torch.nn.MultiheadAttention)
     if attention and type(module.out_proj) not in (NonDynamicallyQuantizableLinear, nn.Linear):
         return f"its out_proj is a {_type(module.out_proj)}: its forward may differ"

@@ -1,5 +1,6 @@
 """Whose class can be ours: torch.nn's, those of other libraries that are known, and those that a user registers."""
 
+import copyreg
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, cast
@@ -33,6 +34,8 @@ PAIRS: dict[_Module, type[FeedbackLayer]] = {
 PLAIN = {ours: theirs for theirs, ours in PAIRS.items()}
 OWN = tuple(getattr(nn, name) for name in nn.__all__ if name.startswith("LocallyConnected"))
 
+# Before what a report says in brackets.
+ALLOWS = "to allow it: bioplaus_kernels.register"
 # What makes a subclass compute what its parent does.
 _COMPUTES = ("forward", "_conv_forward", "_output_padding", "__call__", "weight", "bias")
 
@@ -128,12 +131,11 @@ def register(
 class Registered:
     """Mixin of the classes made here. A pickle names theirs."""
 
-    theirs: ClassVar[_Module]
+    _theirs: ClassVar[_Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made: Any = super().__reduce_ex__(2)
-        _, _, *state = made
-        return _new, (self.theirs,), *state
+        return (_new, (self._theirs,), *made[2:]) if made[0] is copyreg.__newobj__ else made  # type: ignore[attr-defined]
 
 
 def _new(theirs: _Module) -> torch.nn.Module:
@@ -168,12 +170,12 @@ def ours_of(kind: _Module) -> _Module | None:
 
 def plain_of(kind: _Module) -> _Module | None:
     """What `kind`, a class of ours, was before; None where it was ours from the beginning."""
-    return kind.theirs if issubclass(kind, Registered) else PLAIN.get(cast(Any, kind))
+    return kind._theirs if issubclass(kind, Registered) else PLAIN.get(cast(Any, kind))
 
 
 def _make(kind: _Module, how: _How) -> _Module:
     if kind not in _made:
-        body: dict[str, Any] = {"theirs": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        body: dict[str, Any] = {"_theirs": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
         if how.forward:
             body["forward"] = with_products(kind.forward if how.forward == "theirs" else cast(Any, how.forward))
         if (weight := how.weight) is not None:

@@ -105,12 +105,10 @@ def test_every_convertible_class() -> None:
     assert [type(m) for m in model.values()] == classes
 
 
-@pytest.mark.parametrize("case", ["filtered", "subclass", "lazy", "weight norm"])
+@pytest.mark.parametrize("case", ["filtered", "subclass", "lazy"])
 def test_a_last_layer_that_cannot_convert_is_the_one_left(case: str) -> None:
     model = mlp()
-    if case == "weight norm":
-        nn.utils.parametrizations.weight_norm(model[4])
-    elif case != "filtered":
+    if case != "filtered":
         model[4] = {"subclass": Odd, "lazy": lambda _, out: nn.LazyLinear(out)}[case](4, 3)
     report = bk.convert_(model, "fa", last_layer="usf", filter_fn=lambda m, name: case != "filtered" or name != "4")
     assert [model[i].feedback.name for i in (0, 2)] == ["fa", "fa"]
@@ -264,17 +262,30 @@ def _integer_linear() -> nn.Module:
     return layer
 
 
-def _pruned() -> nn.Module:
-    from torch.nn.utils import prune
+def _generated() -> nn.Module:
+    # As a hypernetwork does.
+    layer = nn.Linear(4, 4)
+    del layer._parameters["weight"]
+    layer.weight = torch.ones(4, 4)
+    return layer
 
-    return prune.l1_unstructured(nn.Linear(4, 4), "weight", 3)
+
+class Dense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 4))
 
 
 LEFT = {
-    "subclass": (lambda: Odd(4, 4), "subclass of Linear"),
-    "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "subclass of Linear"),
-    "spectral norm by hook": (lambda: nn.utils.spectral_norm(nn.Conv2d(2, 2, 1)), "computed before each call"),
-    "pruned": (_pruned, "computed before each call"),
+    "subclass": (
+        lambda: Odd(4, 4),
+        "subclass of Linear: its forward may differ; to allow it: bioplaus_kernels.register(test_convert.Odd)",
+    ),
+    "linear map": (
+        Dense,
+        "has no feedback rule; if it is a linear map, to allow it: bioplaus_kernels.register(test_convert.Dense, torch",
+    ),
+    "generated": (_generated, "its weight is no Parameter"),
     "lazy": (lambda: nn.LazyLinear(4), "not known before the first call"),
     "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), "complex64 weight"),
     "integer": (_integer_linear, "int8 weight"),

@@ -4,10 +4,7 @@ With `usf` B is a function of the product's W alone, so that patching torch's ow
 model: y = x Wᵀ has the gradient of W, and x Bᵀ that of x.
 """
 
-import copy
-import io
 import math
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -57,9 +54,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch, model: nn.Module, example: Any) -> 
         for d in (1, 2, 3):
             patch.setattr(F, f"conv{d}d", fed(getattr(F, f"conv{d}d"), conv_scale))
         patch.setattr(torch, "addmm", lambda b, x, w: fed_linear(x, w.t(), b))
-        patch.setattr(
-            Tensor, "__matmul__", lambda a, b: (fed_matmul if isinstance(a, nn.Parameter) else matmul)(a, b)
-        )
+        patch.setattr(Tensor, "__matmul__", lambda a, b: (fed_matmul if isinstance(a, nn.Parameter) else matmul)(a, b))
         return gradients(model, example)
 
 
@@ -215,10 +210,22 @@ def test_a_librarys_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     double = lambda t: t.double() if t.is_floating_point() else t  # noqa: E731
     example = torch.utils._pytree.tree_map_only(Tensor, double, example)
     report = bk.convert_(model, "usf", example=example)
-    open("/tmp/w/rows.txt","a").write(name+"\n"+"".join(f"  {row}\n" for row in report.rows if row.outcome != "proven" and any(p.ndim > 1 for p in model.get_submodule(row.name).parameters())))
+    open("/tmp/w/rows.txt", "a").write(
+        name
+        + "\n"
+        + "".join(
+            f"  {row}\n"
+            for row in report.rows
+            if row.outcome != "proven" and any(p.ndim > 1 for p in model.get_submodule(row.name).parameters())
+        )
+    )
     expected = by_hand(monkeypatch, plain, example)
     exact = gradients(plain, example)
     found = gradients(model, example)
-    for parameter, f, e in zip((n for n, p in model.named_parameters() if p.requires_grad), found, expected, strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-7, atol=1e-9 * float(e.abs().max()) + 1e-14, msg=lambda m, p=parameter: f"{p}: {m}")
+    for parameter, f, e in zip(
+        (n for n, p in model.named_parameters() if p.requires_grad), found, expected, strict=True
+    ):
+        torch.testing.assert_close(
+            f, e, rtol=1e-7, atol=1e-9 * float(e.abs().max()) + 1e-14, msg=lambda m, p=parameter: f"{p}: {m}"
+        )
     assert not all(torch.allclose(f, e, rtol=1e-3) for f, e in zip(found, exact, strict=True))
