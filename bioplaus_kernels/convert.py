@@ -1,6 +1,7 @@
 """Swap the layers of an existing model, in place, and say what became of each."""
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -69,6 +70,11 @@ def convert_(
     if example is not None:
         checks.instance(
             "example", example, (Tensor, tuple, Mapping), "a tensor, a tuple of arguments or a dict of keywords"
+        )
+    opacus: Any = sys.modules.get("opacus.grad_sample")
+    if opacus is not None and any(isinstance(m, opacus.AbstractGradSampleModule) for m in model.modules()):
+        checks.fail(
+            "model", "one without Opacus's GradSampleModule, which knows torch.nn's own layers", _type(model), TypeError
         )
     if torch.is_inference_mode_enabled():
         raise RuntimeError("convert_: what is made in torch.inference_mode cannot be trained; call it outside")

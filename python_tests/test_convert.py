@@ -1,6 +1,7 @@
 """convert_: what converts, what is left, and what stays as it was."""
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -236,6 +237,43 @@ def test_none_restores_exactly(rule: str) -> None:
         assert vars(ours).keys() == vars(theirs).keys()
     x = torch.randn(2, 6, requires_grad=True)
     assert_equal(gradients(model["net"], x), gradients(plain["net"], x))
+
+
+def test_a_rule_for_each_class_or_by_a_function() -> None:
+    model = nn.ModuleDict({"conv": nn.Conv2d(2, 2, 3), "first": nn.Linear(4, 4), "up": nn.ConvTranspose1d(2, 2, 1)})
+    model["last"] = nn.Linear(4, 4)
+    # Xiao et al.'s code: a linear layer's feedback is of U(±1/√in).
+    rules = {nn.Linear: bk.FeedbackAlignment(scale="torch"), nn.modules.conv._ConvNd: "usf", nn.ConvTranspose1d: None}
+    report = bk.convert_(model, rules, last_layer="frsf")
+    assert report.converted == ["conv", "first", "last"] and type(model["up"]) is nn.ConvTranspose1d
+    assert [model[n].feedback for n in report.converted] == [bk.SignSymmetry(), rules[nn.Linear], bk.FixedMagnitude()]
+    assert model["first"].rms() == 1 / math.sqrt(3 * 4)
+    # The nearest of its classes; one that has none is left as it is.
+    report = bk.convert_(model, {nn.Module: "fa", nn.Conv2d: "kp", nn.Linear: "brsf"})
+    assert [m.feedback.name for m in model.values()] == ["kp", "brsf", "fa", "brsf"]
+    report = bk.convert_(model, {nn.Conv2d: None})
+    assert report.restored == ["conv"] and {r.reason for r in report.rows if r.outcome == "left"} == {
+        "no rule for its class"
+    }
+    assert model["first"].feedback.name == "brsf"
+
+    bk.convert_(model, lambda module, name: "usf" if name == "first" else None)
+    assert [n for n, m in model.items() if isinstance(m, bk.nn.FeedbackLayer)] == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("feedback", "error", "message"),
+    [
+        ({"Linear": "fa"}, TypeError, "feedback: expected classes of modules as the keys of a dictionary, got str"),
+        ({nn.Linear: "wrong"}, ValueError, "feedback: "),
+        (lambda module, name: 3, TypeError, "feedback: "),
+        (bk.SignSymmetry, TypeError, "feedback: "),
+    ],
+)
+def test_wrong_rules_for_classes(feedback: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        bk.convert_(model := mlp(), feedback)
+    assert type(model[0]) is nn.Linear
 
 
 def test_backprop_leaves_our_layers_alone() -> None:

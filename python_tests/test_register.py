@@ -1,19 +1,24 @@
-"""Layers of other libraries: what is converted, that it is proven, and its gradients against products patched by hand.
+"""Layers of other libraries and of users: converted, proven, and with the gradients of products patched by hand.
 
-With `usf` B is a function of the product's W alone, so that patching torch's own products, by name, is an oracle for any
-model: y = x Wᵀ has the gradient of W, and x Bᵀ that of x.
+With `usf` B is a function of the product's W alone, so that patching torch's products, by name, is an oracle for any
+model: x Wᵀ of a detached x has W's gradient, x Bᵀ that of x.
 """
 
+import copy
+import io
 import math
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import assert_same, with_feedback
 from torch import Tensor, nn
 
 import bioplaus_kernels as bk
+from bioplaus_kernels.register import Registered, _made, _registered
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -47,8 +52,8 @@ def conv_scale(w: Tensor) -> float:
 
 
 def by_hand(monkeypatch: pytest.MonkeyPatch, model: nn.Module, example: Any) -> list[Tensor]:
-    linear, addmm, matmul = F.linear, torch.addmm, Tensor.__matmul__
-    fed_linear, fed_matmul = fed(linear, linear_scale), fed(matmul, linear_scale, at=0)
+    matmul = Tensor.__matmul__
+    fed_linear, fed_matmul = fed(F.linear, linear_scale), fed(matmul, linear_scale, at=0)
     with monkeypatch.context() as patch:
         patch.setattr(F, "linear", fed_linear)
         for d in (1, 2, 3):
@@ -141,18 +146,18 @@ def timms_layers() -> Any:
     return model, (torch.randn(2, 4, 32, 32),)
 
 
-def graph(name: str, *args: Any, **config: Any) -> Any:
-    convolutions = pytest.importorskip("torch_geometric").nn
+class Graph(nn.Module):
+    def __init__(self, convolution: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.first, self.second = convolution(8, 8), convolution(8, 8)
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = (getattr(convolutions, name)(8, 8, *args, **config) for _ in range(2))
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x, edges)), edges)
 
-        def forward(self, x: Tensor, edges: Tensor) -> Tensor:
-            return self.second(torch.tanh(self.first(x, edges)), edges)
 
-    return Net(), (torch.randn(4, 8), torch.tensor([[0, 1, 2, 3, 1], [1, 2, 3, 0, 0]]))
+def graph(name: str) -> Any:
+    model = Graph(getattr(pytest.importorskip("torch_geometric").nn, name))
+    return model, (torch.randn(4, 8), torch.tensor([[0, 1, 2, 3, 1], [1, 2, 3, 0, 0]]))
 
 
 def lora(base: Callable[[], Any], target: str) -> Any:
@@ -183,7 +188,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "Mamba-2": lambda: mamba("Mamba2", state_size=4, num_heads=2, head_dim=8, n_groups=1, chunk_size=4),
     "Falcon-Mamba": lambda: mamba("FalconMamba", state_size=4),
     "Jamba": lambda: mamba(
-        "Jamba", num_attention_heads=2, num_key_value_heads=1, intermediate_size=8, num_experts=1, mamba_d_state=4, use_cache=False
+        "Jamba", num_attention_heads=2, num_key_value_heads=1, intermediate_size=8, num_experts=1, mamba_d_state=4,
+        use_cache=False
     ),
     "WavLM": wavlm,
     "BiT": bit,
@@ -193,7 +199,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "ResNet-v2": resnetv2,
     "NFNet": lambda: timm("test_nfnet"),
     "timm's layers": timms_layers,
-    "timm Swin v2": lambda: timm("swinv2_tiny_window8_256", 32, img_size=32, embed_dim=8, depths=(2,), num_heads=(2,), window_size=4),
+    "timm Swin v2": lambda: timm(
+        "swinv2_tiny_window8_256", img_size=32, embed_dim=8, depths=(2,), num_heads=(2,), window_size=4
+    ),
     "BEiT": lambda: timm("beit_base_patch16_224", img_size=32, embed_dim=8, depth=2, num_heads=2),
     "EVA": lambda: timm("eva02_tiny_patch14_224", 28, img_size=28, embed_dim=16, depth=2, num_heads=2),
     **{name: lambda name=name: graph(name) for name in ("GCNConv", "GATConv", "SAGEConv", "TransformerConv")},
@@ -201,31 +209,314 @@ MODELS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_librarys_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def build(name: str, dtype: torch.dtype = torch.float64) -> Any:
     torch.manual_seed(0)
-    (model, example), plain = MODELS[name](), MODELS[name]()[0]
-    model, plain = model.double().train(), plain.double().train()
-    plain.load_state_dict(model.state_dict())
-    double = lambda t: t.double() if t.is_floating_point() else t  # noqa: E731
-    example = torch.utils._pytree.tree_map_only(Tensor, double, example)
-    report = bk.convert_(model, "usf", example=example)
-    open("/tmp/w/rows.txt", "a").write(
-        name
-        + "\n"
-        + "".join(
-            f"  {row}\n"
-            for row in report.rows
-            if row.outcome != "proven" and any(p.ndim > 1 for p in model.get_submodule(row.name).parameters())
-        )
+    model, example = MODELS[name]()
+    return model.to(dtype).train(), torch.utils._pytree.tree_map_only(
+        Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, example
     )
-    expected = by_hand(monkeypatch, plain, example)
-    exact = gradients(plain, example)
-    found = gradients(model, example)
-    for parameter, f, e in zip(
-        (n for n, p in model.named_parameters() if p.requires_grad), found, expected, strict=True
-    ):
-        torch.testing.assert_close(
-            f, e, rtol=1e-7, atol=1e-9 * float(e.abs().max()) + 1e-14, msg=lambda m, p=parameter: f"{p}: {m}"
-        )
-    assert not all(torch.allclose(f, e, rtol=1e-3) for f, e in zip(found, exact, strict=True))
+
+
+def is_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() > 1 and not isinstance(module, nn.Embedding)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_matrix_is_proven_and_has_the_gradients_by_hand(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (model, example), (plain, _) = build(name), build(name)
+    before = list(model.state_dict())
+    report = bk.convert_(model, "usf", example=example)
+    first = "its input needs no gradient"
+    for row in report.rows:
+        if is_matrix(model.get_submodule(row.name)):
+            assert row.outcome == "proven" or first in row.reason, row
+    assert report.proven and report.names("read", "called and read", "unused") == []
+    assert [key for key in model.state_dict() if "feedback" not in key] == before
+
+    expected, exact, found = by_hand(monkeypatch, plain, example), gradients(plain, example), gradients(model, example)
+    names = [n for n, p in plain.named_parameters() if p.requires_grad]
+    for parameter, f, e in zip(names, found, expected, strict=True):
+        assert (f - e).abs().max() <= 1e-8 * max(e.abs().max(), 1e-6), parameter
+    assert any((f - e).norm() > 0.1 * e.norm() for f, e in zip(found, exact, strict=True))
+
+    with bk.metrics.backprop(model):
+        for f, e in zip(gradients(model, example), exact, strict=True):
+            torch.testing.assert_close(f, e)
+    assert bk.convert_(model, None).restored == report.converted
+    for ours, theirs in zip(model.modules(), plain.modules(), strict=True):
+        # Of torch.nn.utils.parametrize each module has a class of its own.
+        assert type(ours) is type(theirs) or type(ours).__mro__[1:] == type(theirs).__mro__[1:]
+        assert not isinstance(ours, bk.nn.FeedbackLayer | Registered)
+    assert repr(model) == repr(plain) and list(model.state_dict()) == before
+    assert all(map(torch.equal, gradients(model, example), exact))
+
+
+ONE_OF_EACH = ["GPT-2", "timm's layers", "Swin", "WavLM", "Mamba", "GCNConv", "weight_norm"]
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp", "wm", "fa_signed_init", "frsf"])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_what_a_rule_keeps(name: str, rule: str) -> None:
+    model, example = build(name)
+    bk.convert_(model, rule, example=example)
+    expected = gradients(model, example)
+    other = build(name)[0]
+    bk.convert_(other, rule, seed=5)
+    other.load_state_dict(model.state_dict())
+    again = copy.deepcopy(model)
+    for copied in (other, again):
+        assert all(map(torch.equal, gradients(copied, example), expected))
+    for layer in (m for m in model.modules() if isinstance(m, bk.nn.FeedbackLayer)):
+        w, b = layer.weight_of(), layer.feedback_matrix()
+        assert w.shape == b.shape
+        if rule == "fa_signed_init":
+            assert torch.equal(w.sign(), b.sign())
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "timm's layers", "Swin"])
+def test_pickles(name: str) -> None:
+    model, example = build(name)
+    bk.convert_(model, "fa")
+    loaded = pickle.loads(pickle.dumps(model))
+    assert [type(m) for m in loaded.modules()] == [type(m) for m in model.modules()]
+    assert all(map(torch.equal, gradients(loaded, example), gradients(model, example)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["GCNConv", "weight_norm", *(pytest.param(n, marks=pytest.mark.slow) for n in ("timm's layers", "Swin", "Mamba"))],
+)
+def test_compiles_to_one_graph(name: str) -> None:
+    model, example = build(name)
+    bk.convert_(model, "fa")
+    expected = gradients(model, example)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for f, e in zip(gradients(compiled, example), expected, strict=True):
+        torch.testing.assert_close(f, e)
+
+
+@pytest.mark.slow
+def test_torchs_attention_within_another_forward_compiles() -> None:
+    model, _ = build("WavLM")
+    attention = model.encoder.layers[0].attention
+    bk.convert_(attention, "fa")
+    example = (torch.randn(1, 6, 8, dtype=torch.float64, requires_grad=True),)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda h: attention(h)[0], backend="aot_eager", fullgraph=True)
+    grads = [torch.autograd.grad(f(*example).square().sum(), example) for f in (lambda h: attention(h)[0], compiled)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("name", ["timm's layers", "Swin"])
+def test_an_exported_program_computes_and_has_no_gradient(name: str) -> None:
+    model, example = build(name)
+    bk.convert_(model, "usf")
+    program = torch.export.export(model, example).module()
+    torch.testing.assert_close(program(*example), model(*example))
+    assert not program(*example).requires_grad
+
+
+# A user's own.
+
+
+class Scaled(nn.Linear):
+    """Its forward is its own."""
+
+    def forward(self, input: Tensor, gain: float = 3.0) -> Tensor:
+        return super().forward(torch.tanh(input)) * gain
+
+
+class Centred(nn.Conv1d):
+    """Its weight is computed."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight - self.weight.mean(), self.bias)
+
+
+class Transposed(nn.Module):
+    """A linear map of another library."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(rows, columns))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input.matmul(self.weight)
+
+
+class Deconvolution(nn.ConvTranspose1d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv_transpose1d(input, weight=self.weight, bias=self.bias, stride=self.stride) + 1
+
+
+class Reads(nn.Module):
+    """The weights of children, in other ways than a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 5), nn.Linear(5, 4, bias=False), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(torch.addmm(self.a.bias, x, self.a.weight.T))
+        y = (self.b.weight.float().to(y.dtype) @ y.t()).mT
+        return F.linear(torch.tanh(y), bias=self.c.bias, weight=self.c.weight)
+
+
+class Inherits(nn.Linear):
+    """All that computes is torch.nn's."""
+
+    def extra_repr(self) -> str:
+        return "mine"
+
+
+def doubled(module: Any, input: Tensor) -> Tensor:
+    return F.linear(input, module.weight, module.bias) * 2
+
+
+def centred(module: Any) -> Tensor:
+    return module.weight - module.weight.mean()
+
+
+def transposed(module: Any) -> Tensor:
+    return module.weight.t()
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """What a test registers."""
+    yield
+    _registered.clear()
+    _made.clear()
+
+
+users = pytest.mark.usefixtures("forgotten")
+# A layer, how it is registered, its input, and what it computes of the W that its product has.
+USERS: dict[str, tuple[Callable[[], Any], tuple[Any, ...], tuple[int, ...], Callable[..., Tensor]]] = {
+    "subclass": (lambda: Scaled(6, 5), (Scaled,), (3, 6), lambda x, w, c: F.linear(torch.tanh(x), w, c) * 3),
+    "another forward": (lambda: Scaled(6, 5), (Scaled, doubled), (3, 6), lambda x, w, c: F.linear(x, w, c) * 2),
+    "the parent's forward": (lambda: Scaled(6, 5), (Scaled, nn.Linear), (3, 6), F.linear),
+    "computed": (lambda: Centred(2, 3, 2), (Centred, None, centred), (3, 2, 5), F.conv1d),
+    "another library's": (lambda: Transposed(6, 5), (Transposed, nn.Linear, transposed), (2, 3, 6), F.linear),
+    "transposed convolution": (
+        lambda: Deconvolution(2, 3, 2, stride=2),
+        (Deconvolution,),
+        (3, 2, 5),
+        lambda x, w, c: F.conv_transpose1d(x, w, c, stride=2) + 1,
+    ),
+}
+
+
+@users
+@pytest.mark.parametrize("rule", ["usf", "fa", "kp", "frsf"])
+@pytest.mark.parametrize("case", USERS)
+def test_a_users_layer(case: str, rule: str) -> None:
+    build, (cls, *how), shape, f = USERS[case]
+    layer, x = build().double(), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    plain = copy.deepcopy(layer)
+    assert bk.convert_(layer, rule).left == [""]
+    assert bk.register(cls, *how[:1], **({"weight": how[1]} if len(how) > 1 else {})) is cls
+    assert bk.convert_(layer, rule, example=x).proven == [""]
+    bias = getattr(layer, "bias", None)
+    ours, theirs = layer(x), with_feedback(f, x, layer.weight_of(), layer.feedback_matrix(), bias)
+    direction = torch.randn_like(ours)
+    wanted = [p for p in (x, layer.weight, bias) if p is not None]
+    for o, t in zip(*(torch.autograd.grad(y, wanted, direction) for y in (ours, theirs)), strict=True):
+        assert_same(o, t)
+    assert isinstance(layer, cls) and type(layer).__name__ == cls.__name__
+    assert torch.equal(copy.deepcopy(layer)(x), pickle.loads(pickle.dumps(layer))(x))
+    bk.convert_(layer, None)
+    assert type(layer) is cls and torch.equal(layer(x), plain(x))
+
+
+@users
+def test_a_users_parent() -> None:
+    model, x = Reads(), torch.randn(2, 6, requires_grad=True)
+    assert bk.convert_(model, "usf", example=x).left == ["a", "b", "c"]
+    bk.register(Reads)
+    report = bk.convert_(model, "usf", example=x)
+    assert report.proven == ["a", "b", "c"] and type(model) is not Reads and isinstance(model, Reads)
+
+    layers = {n: bk.nn.Linear(m.in_features, m.out_features, feedback="usf") for n, m in model.named_children()}
+    for name, layer in layers.items():
+        layer.weight, layer.bias = model.get_submodule(name).weight, model.get_submodule(name).bias
+
+    def by_hand(x: Tensor) -> Tensor:
+        return layers["c"](torch.tanh(layers["b"](torch.tanh(layers["a"](x)))))
+
+    wanted = [x, *model.parameters()]
+    for o, t in zip(*(torch.autograd.grad(f(x).square().sum(), wanted) for f in (model, by_hand)), strict=True):
+        torch.testing.assert_close(o, t)
+    bk.convert_(model, None)
+    assert type(model) is Reads
+
+
+@users
+def test_a_parents_forward_can_be_another() -> None:
+    bk.register(Reads, lambda m, x: m.c(torch.tanh(m.b(torch.tanh(m.a(x))))))
+    model, x = Reads(), torch.randn(2, 6, requires_grad=True)
+    y = model(x)
+    assert bk.convert_(model, "fa", example=x).proven == ["a", "b", "c"]
+    torch.testing.assert_close(model(x), y)
+
+
+def test_a_subclass_that_computes_what_torch_nn_does_needs_no_register() -> None:
+    model = nn.Sequential(Inherits(4, 4), nn.Tanh(), nn.utils.parametrizations.weight_norm(Inherits(4, 4)))
+    x = torch.randn(2, 4, requires_grad=True)
+    assert bk.convert_(model, "fa", example=x).proven == ["0", "2"]
+    assert isinstance(model[0], Inherits) and "mine, feedback=" in str(model[0])
+    nn.utils.parametrize.remove_parametrizations(model[2], "weight")
+    assert bk.check(model, x).proven == ["0", "2"]
+    bk.convert_(model, None)
+    assert type(model[0]) is type(model[2]) is Inherits
+
+
+@users
+def test_as_a_decorator_and_in_a_file() -> None:
+    layer = bk.register(Scaled)(4, 3)
+    bk.convert_(layer, "fa")
+    torch.save(layer, file := io.BytesIO())
+    _registered.clear(), _made.clear()
+    file.seek(0)
+    with pytest.raises(TypeError, match=r"test_register.Scaled: bioplaus_kernels.register it first"):
+        torch.load(file, weights_only=False)
+
+
+def test_lazy_layers_of_others_are_left() -> None:
+    linear = pytest.importorskip("torch_geometric").nn.Linear(-1, 3)
+    row = bk.convert_(linear, "usf").rows[0]
+    assert row.outcome == "left" and row.reason == "its shape is not known before the first call"
+
+
+@users
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((3,), r"cls: expected a class of modules, got 3"),
+        ((dict,), r"cls: expected a class of modules, got .*dict"),
+        ((nn.Linear,), r"cls: expected a class that does not convert by itself, got Linear"),
+        ((bk.nn.Linear,), r"cls: expected a class that does not convert by itself, got Linear"),
+        ((Scaled, 3), r"how: expected a function of the module and its inputs, .* got 3"),
+        ((Scaled, nn.Conv2d), r"how: expected torch.nn.Linear or a layer of torch.nn above Scaled, got Conv2d"),
+        ((Reads, nn.ReLU), r"how: expected torch.nn.Linear or a layer of torch.nn above Reads, got ReLU"),
+    ],
+)
+def test_errors(arguments: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        bk.register(*arguments)
+    with pytest.raises(TypeError, match="weight: expected a function of the module or None"):
+        bk.register(Scaled, weight=3)
+    with pytest.raises(TypeError, match="weight: expected None where Reads is no layer"):
+        bk.register(Reads, weight=transposed)
+
+
+def test_opacus_and_a_model_with_feedback_are_refused() -> None:
+    opacus = pytest.importorskip("opacus")
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    with pytest.raises(TypeError, match=r"model: expected one without Opacus's GradSampleModule"):
+        bk.convert_(opacus.GradSampleModule(model), "usf")
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    bk.convert_(model, "usf")
+    with pytest.raises(NotImplementedError, match="that Opacus doesn't currently support"):
+        opacus.GradSampleModule(model)

@@ -1,7 +1,5 @@
 """Linear with a feedback rule."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,9 +9,7 @@ from .base import FeedbackLayer
 
 
 class LinearProduct(FeedbackLayer):
-    """What makes a linear map of any class with a weight and a bias one with a rule."""
-
-    bias: Any
+    """What makes a linear map of any class, with a `bias` or none, one with a rule."""
 
     def fans(self, name: str = "weight") -> Fans:
         return linear_fans(self.weight_of(name))
@@ -22,7 +18,8 @@ class LinearProduct(FeedbackLayer):
         if self.is_plain(input):
             return super().forward(input)
         weight, op = self.used()
-        return linear_with(input, weight, self.bias, op)
+        # Another library's may have none.
+        return linear_with(input, weight, getattr(self, "bias", None), op)
 
 
 class Linear(LinearProduct, torch.nn.Linear):
