@@ -270,6 +270,7 @@ def test_what_a_rule_keeps(name: str, rule: str) -> None:
     for layer in (m for m in model.modules() if isinstance(m, bk.nn.FeedbackLayer)):
         w, b = layer.weight_of(), layer.feedback_matrix()
         assert w.shape == b.shape
+        assert all(t.is_contiguous() for t in layer.state_dict().values() if t.dim() == 2)
         if rule == "fa_signed_init":
             assert torch.equal(w.sign(), b.sign())
 
