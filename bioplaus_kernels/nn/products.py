@@ -51,22 +51,33 @@ class Products(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _ATTENTION(*args, **kwargs)
+        product = _PRODUCTS.get(func)
         # Without gradients it is the forward of a Function.
-        if torch.is_grad_enabled() or captured():
-            if func is F.multi_head_attention_forward:
-                with self:
-                    return _ATTENTION(*args, **kwargs)
-            if (product := _PRODUCTS.get(func)) is not None:
-                result = product(self, *args, **kwargs)
-                if result is not None:
-                    return result
+        if product is not None and (torch.is_grad_enabled() or captured()):
+            result = product(self, *args, **kwargs)
+            if result is not None:
+                return result
         result = func(*args, **kwargs)
-        sources = [self.known.get(id(t)) for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        if sources and None not in sources and isinstance(result, Tensor):
-            owners = [source[1] for source in sources if source is not None and source[1] is not None]
+        if isinstance(result, Tensor):
+            self._note(result, args, kwargs)
+        return result
+
+    def _note(self, result: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sources = []
+        for tensor in (*args, *kwargs.values()):
+            if isinstance(tensor, Tensor):
+                if id(tensor) not in self.known:
+                    # Also where it was written in place.
+                    self.known.pop(id(result), None)
+                    return
+                sources.append(self.known[id(tensor)][1])
+        if sources:
+            owners = [source for source in sources if source is not None]
             one = owners and all(owner is owners[0] for owner in owners)
             self.known[id(result)] = result, owners[0] if one else None
-        return result
 
     def used(self, input: Tensor, weight: Tensor, transposed: bool = False) -> tuple[Tensor, Operands] | None:
         """W and B of input Wᵀ where `weight`, transposed or not, is a W of a layer whose B acts in this call."""
