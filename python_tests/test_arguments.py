@@ -232,6 +232,14 @@ add(
     filter_fn="function?",
     seed="integer",
 )
+
+
+class Own(torch.nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+add("register", bk.register, {"cls": Own}, cls="module", how="function?", weight="function?")
 add("check", bk.check, {"model": mlp()}, model="module")
 CASES[-1].call = lambda model: bk.check(model, x(2, 4))
 

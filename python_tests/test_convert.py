@@ -242,12 +242,12 @@ def test_none_restores_exactly(rule: str) -> None:
 def test_a_rule_for_each_class_or_by_a_function() -> None:
     model = nn.ModuleDict({"conv": nn.Conv2d(2, 2, 3), "first": nn.Linear(4, 4), "up": nn.ConvTranspose1d(2, 2, 1)})
     model["last"] = nn.Linear(4, 4)
-    # Xiao et al.'s code: a linear layer's feedback is of U(±1/√in).
     rules = {nn.Linear: bk.FeedbackAlignment(scale="torch"), nn.modules.conv._ConvNd: "usf", nn.ConvTranspose1d: None}
     report = bk.convert_(model, rules, last_layer="frsf")
     assert report.converted == ["conv", "first", "last"] and type(model["up"]) is nn.ConvTranspose1d
     assert [model[n].feedback for n in report.converted] == [bk.SignSymmetry(), rules[nn.Linear], bk.FixedMagnitude()]
-    assert model["first"].rms() == 1 / math.sqrt(3 * 4)
+    # As Xiao et al.'s code draws it, of U(±1/√in).
+    assert model["first"].rms() == 1 / math.sqrt(3 * 4) and model["first"].feedback_matrix().abs().max() <= 1 / 2
     # The nearest of its classes; one that has none is left as it is.
     report = bk.convert_(model, {nn.Module: "fa", nn.Conv2d: "kp", nn.Linear: "brsf"})
     assert [m.feedback.name for m in model.values()] == ["kp", "brsf", "fa", "brsf"]
