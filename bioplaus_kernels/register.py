@@ -66,6 +66,7 @@ _PARENT = _How(forward="theirs")
 # By name, so that nothing is imported.
 _KNOWN = {
     "transformers.pytorch_utils.Conv1D": _How(torch.nn.Linear, weight=_transposed),
+    "transformers.models.falcon.modeling_falcon.FalconLinear": _How(torch.nn.Linear),
     "torch_geometric.nn.dense.linear.Linear": _How(torch.nn.Linear),
     "timm.layers.linear.Linear": _How(torch.nn.Linear),
     "timm.layers.conv2d_same.Conv2dSame": _How(torch.nn.Conv2d, "theirs"),
