@@ -69,10 +69,14 @@ class Inherits(nn.Linear):
 
 
 class Merged(Reads):
-    """A product of two weights."""
+    """The sum of two layers' weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b, self.c = nn.Linear(6, 5), nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c(F.linear(x, self.b.weight @ self.a.weight))
+        return self.c(F.linear(x, self.a.weight + self.b.weight))
 
 
 class InPlace(Reads):
