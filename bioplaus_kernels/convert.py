@@ -22,7 +22,7 @@ from .nn.state import StatefulLayer
 from .proof import UNSEEN, Report, Row, forget, note, prove, prove_later, unwrapped
 from .register import ALLOWS, OWN, PAIRS, PLAIN, layer_of, name_of, ours_of, plain_of
 
-Rules = Rule | str | None
+Given = Rule | str | None
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
@@ -32,9 +32,9 @@ _READ = "its weight is read without a call of the layer"
 
 def convert_(
     model: torch.nn.Module,
-    feedback: Rules | Mapping[type, Rules] | Callable[[torch.nn.Module, str], Rules],
+    feedback: Given | Mapping[type, Given] | Callable[[torch.nn.Module, str], Given],
     *,
-    last_layer: Rules = None,
+    last_layer: Given = None,
     filter_fn: Callable[[torch.nn.Module, str], bool] | None = None,
     seed: int = 0,
     example: Any = None,
@@ -147,11 +147,12 @@ def _with(row: Row, why: str) -> Row:
 def _modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, str]]:
     # Every module that holds weights itself: its name, and why it cannot convert ("" if it can).
     rows = []
-    parts: dict[torch.nn.Module, str] = {}
+    parts: dict[torch.nn.Module | None, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.MultiheadAttention):
             reads = layer_of(_kind(module)) is None
-            parts[module.out_proj] = f"{_type(module)} uses its weight without calling it" if reads else ""
+            projection = getattr(module, "out_proj", None)
+            parts[projection] = f"{_type(module)} uses its weight without calling it" if reads else ""
         if parts.get(module) == "" or isinstance(module, ParametrizationList):
             continue
         if module._parameters or is_parametrized(module) or _is_quantised(module):
