@@ -208,6 +208,17 @@ def test_attention_of_a_users_own() -> None:
 
 
 @users
+def test_they_compile_to_one_graph() -> None:
+    bk.register(Reads), bk.register(Scaled)
+    model, x = nn.Sequential(Scaled(6, 6), Reads()), torch.randn(2, 6, requires_grad=True)
+    bk.convert_(model, "fa", example=x)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    grads = [torch.autograd.grad(f(x).sum(), [x, *model.parameters()]) for f in (compiled, model)]
+    torch.testing.assert_close(*grads)
+
+
+@users
 def test_a_parents_forward_can_be_another() -> None:
     bk.register(Reads, lambda m, x: m.c(torch.tanh(m.b(torch.tanh(m.a(x))))))
     model, x = Reads(), torch.randn(2, 6, requires_grad=True)
