@@ -23,6 +23,7 @@ from .feedback import (
 )
 from .nn import align_, frozen_signs, mirror_
 from .proof import Report
+from .register import register
 from .targetprop import TargetProp
 from .untie import untie_
 
@@ -60,6 +61,7 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "register",
     "targetprop",
     "untie_",
 ]

@@ -1,6 +1,7 @@
 """Swap the layers of an existing model, in place, and say what became of each."""
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,51 +18,36 @@ from .backends.reference import checks
 from .feedback import RULES, Key, Rule, as_rule, derived_key
 from .nn.base import FeedbackLayer
 from .nn.held import supported
+from .nn.state import StatefulLayer
 from .proof import UNSEEN, Report, Row, forget, note, prove, prove_later, unwrapped
+from .register import ALLOWS, OWN, PAIRS, PLAIN, layer_of, name_of, ours_of, plain_of
 
-_PAIRS: dict[type[torch.nn.Module], type[FeedbackLayer]] = {
-    getattr(torch.nn, name): getattr(nn, name)
-    for name in (
-        "Linear",
-        "Conv1d",
-        "Conv2d",
-        "Conv3d",
-        "ConvTranspose1d",
-        "ConvTranspose2d",
-        "ConvTranspose3d",
-        "MultiheadAttention",
-    )
-}
-_PLAIN = {ours: theirs for theirs, ours in _PAIRS.items()}
-_OWN = tuple(getattr(nn, name) for name in nn.__all__ if name.startswith("LocallyConnected"))
+Given = Rule | str | None
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 _AUXILIARY = re.compile(r"^(.*?\.)??aux[^.]*", re.IGNORECASE)
 _READ = "its weight is read without a call of the layer"
 
-# Modules known to use the weights of these children without calling them; example= finds all.
-_BYPASSING = {
-    "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
-    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": ("qkv", "proj"),
-}
-
 
 def convert_(
     model: torch.nn.Module,
-    feedback: Rule | str | None,
+    feedback: Given | Mapping[type, Given] | Callable[[torch.nn.Module, str], Given],
     *,
-    last_layer: Rule | str | None = None,
+    last_layer: Given = None,
     filter_fn: Callable[[torch.nn.Module, str], bool] | None = None,
     seed: int = 0,
     example: Any = None,
 ) -> Report:
     """Give every convertible layer of `model` the rule `feedback`, in place, and report what became of each module.
 
-    A module converts where its type is exactly a torch.nn class that `bioplaus_kernels.nn` has, or that class of ours;
-    only its class changes, so hooks, parameters, tied modules, device, dtype and optimizers stay. None (and "backprop")
-    restores plain torch.nn, whose B is W; a layer that was wrapped or parametrized since keeps our class.
+    A module converts where its forward is that of a torch.nn class that `bioplaus_kernels.nn` has, or where its class
+    is known or was given to `register`; only its class changes, so hooks, parameters, tied modules, device, dtype and
+    optimizers stay. None (and "backprop") restores the class it had, whose B is W; a layer that was wrapped since keeps
+    ours.
 
+    feedback: one rule for all; a dictionary of rules by class, of which the nearest of a module's classes counts, and
+    one that has none is left; or a function of (module, name) that returns a rule.
     last_layer: rule of the model's last layer, which is the last module with a weight matrix in `named_modules()`
     order that is no embedding and in no auxiliary head (aux…), and left where it cannot convert. None means `feedback`.
     filter_fn: called with (module, name); False leaves the module as it is.
@@ -79,22 +65,28 @@ def convert_(
     seed = checks.integer("seed", seed)
     if filter_fn is not None:
         checks.function("filter_fn", filter_fn, "a function of (module, name) or None")
-    rule = as_rule(feedback)
-    last_rule = rule if last_layer is None else as_rule(last_layer, "last_layer")
+    rule_for = _rules(feedback)
+    last_rule = None if last_layer is None else as_rule(last_layer, "last_layer")
     if example is not None:
         checks.instance(
             "example", example, (Tensor, tuple, Mapping), "a tensor, a tuple of arguments or a dict of keywords"
+        )
+    opacus: Any = sys.modules.get("opacus.grad_sample")
+    if opacus is not None and any(isinstance(m, opacus.AbstractGradSampleModule) for m in model.modules()):
+        checks.fail(
+            "model", "one without Opacus's GradSampleModule, which knows torch.nn's own layers", _type(model), TypeError
         )
     if torch.is_inference_mode_enabled():
         raise RuntimeError("convert_: what is made in torch.inference_mode cannot be trained; call it outside")
 
     modules = _modules(model)
-    eligible = [m for name, m, why in modules if not why and (filter_fn is None or filter_fn(m, name))]
-    plan = dict.fromkeys(eligible, rule)
-    last, notes = _last_layer(modules) if last_layer is not None else (None, {})
-    if last in plan:
-        plan[last] = last_rule
+    eligible = [(name, m) for name, m, why in modules if not why and (filter_fn is None or filter_fn(m, name))]
+    given = {m: rule_for(m, name) for name, m in eligible}
+    last, notes = _last_layer(modules) if last_rule is not None else (None, {})
+    if last in given:
+        given[last] = last_rule
         del notes[last]
+    plan = {m: rule for m, rule in given.items() if rule is not None}
     for name, module, _ in modules:
         if module in plan:
             _refuse_sharded(name, module, plan[module])
@@ -107,8 +99,10 @@ def convert_(
             row = _apply(name, module, plan[module], seed, names, owners)
         else:
             current = module.feedback.name if isinstance(module, FeedbackLayer) else "backprop"
-            row = Row(name, _type(module), "left", current, why or "filter_fn")
+            other = "no rule for its class" if module in given else "filter_fn"
+            row = Row(name, _type(module), "left", current, why or other)
         report.rows.append(_with(row, notes.get(module, "")))
+    _mark_parents(model)
     _spare_broadcasts(model)
     forget(model)
     if report.converted:
@@ -131,6 +125,19 @@ def _prove(model: torch.nn.Module, report: Report, example: Any) -> None:
             module = model.get_submodule(row.name)
             _apply(row.name, module, as_rule(None), 0, {}, {})
             report.rows[i] = replace(row, type=_type(module), outcome="left", rule="backprop")
+    _mark_parents(model)
+
+
+def _rules(feedback: Any) -> Callable[[torch.nn.Module, str], Rule | None]:
+    if isinstance(feedback, Mapping):
+        rules = {kind: as_rule(rule) for kind, rule in feedback.items()}
+        for kind in rules:
+            checks.instance("feedback", kind, type, "classes of modules as the keys of a dictionary")
+        return lambda module, _: next((rules[kind] for kind in type(module).__mro__ if kind in rules), None)
+    if callable(feedback) and not isinstance(feedback, type | Rule):
+        return lambda module, name: as_rule(feedback(module, name))
+    rule = as_rule(feedback)
+    return lambda *_: rule
 
 
 def _with(row: Row, why: str) -> Row:
@@ -140,18 +147,16 @@ def _with(row: Row, why: str) -> Row:
 def _modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, str]]:
     # Every module that holds weights itself: its name, and why it cannot convert ("" if it can).
     rows = []
-    bypassed: dict[torch.nn.Module, str] = {}
-    parts = set()
+    parts: dict[torch.nn.Module | None, str] = {}
     for name, module in model.named_modules():
-        full = f"{type(module).__module__}.{type(module).__qualname__}"
-        for child in _BYPASSING.get(full, ()):
-            bypassed[module.get_submodule(child)] = f"{type(module).__name__} uses its weight without calling it"
-        if isinstance(module, torch.nn.MultiheadAttention) and (type(module) in _PAIRS or _kind(module) in _PLAIN):
-            parts.add(module.out_proj)
-        if module in parts or isinstance(module, ParametrizationList):
+        if isinstance(module, torch.nn.MultiheadAttention):
+            reads = layer_of(_kind(module)) is None
+            projection = getattr(module, "out_proj", None)
+            parts[projection] = f"{_type(module)} uses its weight without calling it" if reads else ""
+        if parts.get(module) == "" or isinstance(module, ParametrizationList):
             continue
         if module._parameters or is_parametrized(module) or _is_quantised(module):
-            rows.append((name, module, bypassed.get(module) or _obstacle(module)))
+            rows.append((name, module, parts.get(module) or _obstacle(module)))
     return rows
 
 
@@ -160,35 +165,63 @@ def _is_quantised(module: torch.nn.Module) -> bool:
     return callable(getattr(type(module), "weight", None)) or "_all_weight_values" in module._modules
 
 
-def _kind(module: torch.nn.Module) -> type:
-    # Of a layer of ours what it was before torch.nn.utils.parametrize.
-    ours = isinstance(module, FeedbackLayer) and is_parametrized(module)
-    return type(module).__bases__[0] if ours else type(module)
+def _kind(module: torch.nn.Module) -> type[torch.nn.Module]:
+    # What it was before torch.nn.utils.parametrize.
+    return type(module).__bases__[0] if is_parametrized(module) else type(module)
+
+
+def _become(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
+    # `kind`, and on it again what torch.nn.utils.parametrize has put into the class.
+    if is_parametrized(module):
+        own = {n: v for n, v in vars(type(module)).items() if n not in ("__dict__", "__weakref__", "__signature__")}
+        meta: Any = type(kind)
+        kind = meta(type(module).__name__, (kind,), own)
+    module.__class__ = kind
+
+
+def _mark_parents(model: torch.nn.Module) -> None:
+    # Who reads the weights of children runs in our class while one of them has a rule.
+    for module in model.modules():
+        kind = type(module)
+        if isinstance(module, FeedbackLayer) or "forward" in vars(module):
+            continue
+        fed = any(isinstance(child, FeedbackLayer) and child.uses_feedback for child in module.children())
+        ours = ours_of(kind) if fed else plain_of(kind)
+        if ours is not None and not issubclass(ours, FeedbackLayer):
+            module.__class__ = ours
 
 
 def _obstacle(module: Any) -> str:
     kind = _kind(module)
-    ours = isinstance(module, FeedbackLayer)
-    if kind in _PAIRS or kind in _PLAIN or kind in _OWN:
-        attention = isinstance(module, torch.nn.MultiheadAttention)
-        if attention and type(module.out_proj) not in (NonDynamicallyQuantizableLinear, nn.Linear):
-            return f"its out_proj is a {_type(module.out_proj)}: its forward may differ"
-        holder, weight = (module.out_proj, "in_proj_weight") if attention else (module, "weight")
-        if not ours and (weight not in module._parameters or "weight" not in holder._parameters):
-            return "its weight is computed before each call, not a Parameter"
-        if not ours and ("forward" in vars(module) or "forward" in vars(holder)):
-            return "its forward is the instance's own, as a wrapper's: convert_ first, then wrap"
-        return next(filter(None, (_unfit(w) for n, w in module._parameters.items() if n.endswith("weight"))), "")
-    if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
+    ours = layer_of(kind)
+    layer = next((k for k in (*PAIRS, *PLAIN, *OWN) if isinstance(module, k)), None)
+    if any(map(torch.nn.parameter.is_lazy, module._parameters.values())):
         return "its shape is not known before the first call"
     if _is_quantised(module):
         return "quantised: convert_ does not train it"
-    for theirs in (*_PAIRS, *_PLAIN, *_OWN):
-        if isinstance(module, theirs):
-            if hasattr(module, "unshard"):
-                return "sharded by itself: convert_ first, then fully_shard"
-            return f"subclass of {theirs.__name__}: its forward may differ"
-    return "has no feedback rule"
+    if layer is not None and hasattr(module, "unshard"):
+        return "sharded by itself: convert_ first, then fully_shard"
+    if ours is None:
+        if layer is not None:
+            return f"subclass of {layer.__name__}: its forward may differ; {ALLOWS}({name_of(kind)})"
+        weight = module._parameters.get("weight")
+        is_matrix = weight is not None and weight.dim() == 2 and not isinstance(module, torch.nn.Embedding)
+        theirs = is_matrix and not kind.__module__.startswith("torch.")
+        linear = f"; if it is a linear map, {ALLOWS}({name_of(kind)}, torch.nn.Linear)" if theirs else ""
+        return f"has no feedback rule{linear}"
+    attention = isinstance(module, torch.nn.MultiheadAttention)
+    if attention and type(module.out_proj) not in (NonDynamicallyQuantizableLinear, nn.Linear):
+        return f"its out_proj is a {_type(module.out_proj)}: its forward may differ"
+    if not isinstance(module, FeedbackLayer):
+        holder, weight = (module.out_proj, "in_proj_weight") if attention else (module, "weight")
+        if weight not in module._parameters or "weight" not in holder._parameters:
+            # By torch.nn.utils, or by a function given to `register`.
+            computed = is_parametrized(module, "weight") or any(n.startswith("weight_") for n in module._parameters)
+            if attention or not (computed or ours.weight_of is not StatefulLayer.weight_of):
+                return "its weight is no Parameter, and who computes it is not known"
+        if "forward" in vars(module) or "forward" in vars(holder):
+            return "its forward is the instance's own, as a wrapper's: convert_ first, then wrap"
+    return next(filter(None, (_unfit(w) for n, w in module._parameters.items() if n.endswith("weight"))), "")
 
 
 def _unfit(weight: Tensor | None) -> str:
@@ -243,18 +276,19 @@ def _apply(
     def key(weight: str) -> Key:
         return derived_key(seed, path(weight))
 
-    # Who wrapped the layer, or computes its weight, refers to our class.
-    stays = "forward" in vars(module) or _kind(module) is not type(module)
+    # Who wrapped the layer refers to our class.
+    stays = "forward" in vars(module)
 
     with _unchanged_by_errors(name, module):
-        if not rule.transports_weight:
-            module.__class__ = _PAIRS.get(type(module), type(module))
+        if not isinstance(module, FeedbackLayer):
+            _become(module, cast(type[torch.nn.Module], layer_of(_kind(module))))
         module.install_feedback(rule, key)
-        if rule.transports_weight and type(module) in _PLAIN and not stays:
+        theirs = plain_of(_kind(module))
+        if rule.transports_weight and theirs is not None and not stays:
             for plain in (module, *module.children()):
                 for attribute in ("_feedback", "_held"):
                     vars(plain).pop(attribute, None)
-            module.__class__ = _PLAIN[type(module)]
+            _become(module, theirs)
     if rule.transports_weight:
         return Row(name, _type(module), "restored", rule.name, "in our class, which its wrapper calls" if stays else "")
     for weight in module.weights():
@@ -334,7 +368,7 @@ def check(model: torch.nn.Module, *inputs: Any, **keywords: Any) -> Report:
             report.rows.append(
                 Row(name, _type(module), found[name][0], _short(cast(Rule, module.feedback)), found[name][1])
             )
-        elif isinstance(module, (*_PAIRS, *_PLAIN, *_OWN)):
+        elif isinstance(module, (*PAIRS, *PLAIN, *OWN)) or layer_of(_kind(module)) is not None:
             read = any(id(p) in reached for p in module.parameters(recurse=False))
             outcome, why = ("called", "") if module in called else ("read", _READ) if read else ("unused", "")
             report.rows.append(Row(name, _type(module), outcome, "backprop", why))

@@ -72,7 +72,7 @@ def weights(model: torch.nn.Module) -> dict[str, Comparison]:
     # W and B of one draw, where a parametrization is random.
     with kept(model), cached():
         return {
-            unwrapped(f"{prefix}.{name}").removeprefix("."): compare(getattr(layer, name), layer.feedback_matrix(name))
+            unwrapped(f"{prefix}.{name}").removeprefix("."): compare(layer.weight_of(name), layer.feedback_matrix(name))
             for prefix, layer in model.named_modules()
             if isinstance(layer, FeedbackLayer) and layer.uses_feedback
             for name in layer.weights()

@@ -23,6 +23,7 @@ from .functional._conv import _Conv
 from .functional._linear import _Linear
 from .functional._locally_connected import _LocallyConnected, _LocallyConnectedTranspose
 from .nn.base import FeedbackLayer
+from .register import ALLOWS, Registered, name_of, ours_of
 
 _FUNCTIONS = (_Linear, _Conv, _LocallyConnected, _LocallyConnectedTranspose)
 # Among the edges of a node of theirs.
@@ -250,9 +251,11 @@ def evidence(model: torch.nn.Module, watch: Watch, outputs: Any) -> dict[str, Fi
         if layer in watch.checkpointed and layer not in watch.called:
             return "converted", _IDLE
         if reader and not others and layer not in watch.compiled:
-            parent = name.rpartition(".")[0]
-            where = f"{parent or '(root)'} ({type(model.get_submodule(parent)).__name__})"
-            why = f"its weight goes into {reader} without a call of the layer; see {where}"
+            place = name if isinstance(layer, Registered) else name.rpartition(".")[0]
+            kind = type(model.get_submodule(place))
+            where = f"{place or '(root)'} ({kind.__name__})"
+            allows = "" if ours_of(kind) else f"; {ALLOWS}({name_of(kind)})"
+            why = f"its weight goes into {reader} without a call of the layer; see {where}{allows}"
             return "called and read" if called else "read", why
         if layer in acting:
             return "proven", f"its weight is {others[0]}'s too" if others else ""

@@ -257,6 +257,15 @@ add(
     example=[NONE, 3, 1.5, BOOL, STR, LIST, ARRAY, OBJECT],
     filter_fn="function?",
 )
+
+
+
+class Own(torch.nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+add("register", bk.register, {"cls": Own}, cls="module", how="function?", weight="function?")
 add("check", bk.check, {"model": mlp()}, model="module")
 CASES[-1].call = lambda model: bk.check(model, x(2, 4))
 

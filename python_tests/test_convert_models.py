@@ -46,26 +46,6 @@ def test_resnet18_trains() -> None:
     assert not torch.allclose(model.conv1.weight.grad, expected.conv1.weight.grad)
 
 
-def swin() -> nn.Module:
-    return torchvision.models.SwinTransformer(
-        patch_size=[4, 4], embed_dim=8, depths=[2], num_heads=[2], window_size=[2, 2], num_classes=3
-    )
-
-
-def test_swins_bypassed_weights_are_named() -> None:
-    model = swin()
-    bypassed = [n for n, _ in model.named_modules() if n.endswith(("attn.qkv", "attn.proj"))]
-    assert bypassed
-    report = bk.convert_(model, "usf")
-    reasons = {row.name: row.reason for row in report.rows if row.outcome == "left"}
-    for name in bypassed:
-        assert reasons[name] == "ShiftedWindowAttention uses its weight without calling it"
-        assert type(model.get_submodule(name)) is nn.Linear
-    checked = bk.check(model, torch.randn(1, 3, 16, 16))
-    assert checked.names("read") == bypassed and checked.names("unused") == []
-    assert set(report.converted) == {*checked.proven, "features.0.0"}
-
-
 def vit(**kwargs: Any) -> nn.Module:
     return torchvision.models.VisionTransformer(16, 8, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8, **kwargs)
 

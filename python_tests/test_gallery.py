@@ -1,4 +1,4 @@
-"""Every block of docs/algorithms.md, locally-connected.md, pitfalls.md and rules.md runs as it is printed."""
+"""Every block of the pages below, in docs/, runs as it is printed."""
 
 import re
 from pathlib import Path
@@ -23,6 +23,7 @@ def sections(page: str) -> tuple[list[str], dict[str, list[str]]]:
 
 SETUP, BLOCKS = sections("algorithms.md")
 PITFALLS_SETUP, PITFALLS = sections("pitfalls.md")
+REGISTER_SETUP, REGISTER = sections("register.md")
 
 
 def test_every_algorithm_is_there_in_ten_lines() -> None:
@@ -58,6 +59,14 @@ def test_a_pitfall_is_as_it_says(section: str) -> None:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("section", REGISTER)
+def test_a_class_is_registered(section: str) -> None:
+    assert REGISTER_SETUP and REGISTER[section], "no code"
+    names: dict[str, object] = {"__name__": __name__}
+    for block in REGISTER_SETUP + REGISTER[section]:
+        exec(compile(block, f"register.md: {section}", "exec"), names)
 
 
 def test_the_rules_of_a_users_own_train() -> None:

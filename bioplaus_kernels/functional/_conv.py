@@ -188,15 +188,15 @@ def _conv(
         try:
             return _CONV[d - 1](input, weight, bias, stride, padding, dilation, groups)
         except Exception:
-            _, padding, dilation, groups = _geometry(d, weight, stride, padding, dilation, groups)
+            _, padding, dilation, groups = geometry(d, weight, stride, padding, dilation, groups)
             explain_conv(d, input, weight, bias, padding, dilation, groups)
             raise
-    stride, padding, dilation, groups = _geometry(d, weight, stride, padding, dilation, groups)
+    stride, padding, dilation, groups = geometry(d, weight, stride, padding, dilation, groups)
     op = resolve(feedback, weight, conv_fans(weight, weight.shape[0]), key)
     return conv_with(d, input, weight, bias, stride, padding, dilation, groups, op)
 
 
-def _geometry(
+def geometry(
     d: int, weight: Tensor, stride: Ints, padding: Ints | str, dilation: Ints, groups: int
 ) -> tuple[list[int], list[int] | str, list[int], int]:
     checks.rank("weight", weight, d + 2)
@@ -328,14 +328,14 @@ def _conv_transpose(
         try:
             return _TRANSPOSE[d - 1](input, weight, bias, *given)
         except Exception:
-            _explain_transpose(d, input, weight, bias, *_transpose_geometry(d, weight, *given))
+            _explain_transpose(d, input, weight, bias, *transpose_geometry(d, weight, *given))
             raise
-    stride, padding, output_padding, groups, dilation = _transpose_geometry(d, weight, *given)
+    stride, padding, output_padding, groups, dilation = transpose_geometry(d, weight, *given)
     op = resolve(feedback, weight, conv_fans(weight, weight.shape[1] * groups), key)
     return conv_transpose_with(d, input, weight, bias, stride, padding, output_padding, groups, dilation, op)
 
 
-def _transpose_geometry(
+def transpose_geometry(
     d: int, weight: Tensor, stride: Ints, padding: Ints, output_padding: Ints, groups: int, dilation: Ints
 ) -> tuple[list[int], list[int], list[int], int, list[int]]:
     checks.rank("weight", weight, d + 2)

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ class FeedbackLayer(StatefulLayer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # torch.nn's arguments and ours, where the constructor is the one below: for help() and skip_init.
-        plain = next(c for c in cls.__mro__ if c.__module__.startswith("torch.nn.modules."))
+        theirs = [c for c in cls.__mro__ if not issubclass(c, StatefulLayer)]
+        plain = next(c for c in theirs if c.__module__.startswith("torch.nn.modules."))
         if cls.__init__ is FeedbackLayer.__init__ and plain is not torch.nn.Module:
             own = [p for p in inspect.signature(plain).parameters.values() if p.kind is not p.VAR_KEYWORD]
             ours = inspect.Parameter("feedback", inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -67,9 +68,7 @@ class FeedbackLayer(StatefulLayer):
         A gradient that W takes goes to a trained B too.
         """
         if weight is None:
-            weight = self._parameters.get(name)
-        if weight is None:
-            weight = cast(Tensor, getattr(self, name))
+            weight = self.weight_of(name)
         if not self.uses_feedback:
             return weight, BACKPROP
         if weight.shape != self._held[name].shape:
@@ -123,7 +122,7 @@ class FeedbackLayer(StatefulLayer):
     @torch.no_grad()
     def feedback_matrix(self, name: str = "weight") -> Tensor:
         """B of weight `name`, as the next backward would use it, in the weight's shape and dtype."""
-        weight = getattr(self, name)
+        weight = self.weight_of(name)
         if not self.uses_feedback:
             return weight.detach().clone()
         return formed(self._feedback.operands(weight, self._state(name, weight)), weight)
@@ -173,7 +172,7 @@ def frozen_signs(model: torch.nn.Module) -> Iterator[None]:
         raise RuntimeError(f"frozen_signs: the signs of {nested} are frozen already")
     try:
         for layer in layers:
-            signs = {name: ops.pack_signs(getattr(layer, name).detach()) for name in layer.weights()}
+            signs = {name: ops.pack_signs(layer.weight_of(name).detach()) for name in layer.weights()}
             layer._frozen = FrozenSigns(signs)
         yield
     finally:
@@ -211,7 +210,7 @@ def mirror_(
         raise ValueError("model: expected a layer with the rule 'wm', got none")
     for layer in layers:
         for name in layer.weights():
-            weight, b = getattr(layer, name), getattr(layer, layer._held[name].kept["weight"])
+            weight, b = layer.weight_of(name), getattr(layer, layer._held[name].kept["weight"])
             if generator is not None and generator.device.type != weight.device.type:
                 checks.fail("generator", f"one on {weight.device}, as the weights are", f"one on {generator.device}")
             # (positions, rows, columns): only locally-connected weights, of d dimensions, have more than one position.

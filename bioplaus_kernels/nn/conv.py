@@ -18,7 +18,7 @@ class _Conv(FeedbackLayer):
     out_channels: int
 
     def fans(self, name: str = "weight") -> Fans:
-        return conv_fans(self.weight, self.out_channels)
+        return conv_fans(self.weight_of(name), self.out_channels)
 
 
 class _ConvForward(_Conv, torch.nn.modules.conv._ConvNd):

@@ -89,6 +89,9 @@ def kept_by(rule: Stateful, weight: Tensor) -> dict[str, Tensor]:
             checks.fail(where, f"a tensor as {name!r}", type(tensor).__name__, TypeError)
         if not tensor.is_meta and readable(tensor) and _shares(tensor, weight):
             kept[name] = in_form_of(tensor, tensor.detach().clone())
+        if tensor.dim() == 2 and not tensor.is_contiguous():
+            # Like a W that another library keeps transposed; FSDP shards no such Parameter.
+            kept[name] = in_form_of(tensor, kept[name].detach().contiguous())
     return kept
 
 

@@ -49,6 +49,11 @@ class StatefulLayer(torch.nn.Module):
         """Names of the weights that have a B."""
         return ["weight"]
 
+    def weight_of(self, name: str = "weight") -> Tensor:
+        """W of weight `name`, as the product has it: (out, in) of a linear map."""
+        weight = self._parameters.get(name)
+        return getattr(self, name) if weight is None else weight
+
     @property
     def uses_feedback(self) -> bool:
         """Whether B is anything but W."""
@@ -158,9 +163,7 @@ class StatefulLayer(torch.nn.Module):
         registered[attribute] = tensor
 
     def _weight(self, name: str) -> Tensor:
-        # Without what a parametrization would compute.
-        weight = self._parameters.get(name)
-        return (getattr(self, name) if weight is None else weight).detach()
+        return self.weight_of(name).detach()
 
     def _record(self, held: Held) -> Tensor:
         record = self._buffers[held.record]
@@ -455,6 +458,11 @@ class StatefulLayer(torch.nn.Module):
             for name in self._held:
                 self._write(name)
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        # A class of another library may save only what it knows.
+        for held in self._held.values():
+            for attribute in (held.record, *held.kept.values()):
+                tensor: Tensor = getattr(self, attribute)
+                destination.setdefault(prefix + attribute, tensor if keep_vars else tensor.detach())
 
     def _load_from_state_dict(
         self,

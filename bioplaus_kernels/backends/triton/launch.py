@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.library import triton_op
 from triton.runtime.jit import JITFunction
 
+from ..._flops import count
+
 
 class Tile(NamedTuple):
     """`rows` of dY (or samples), `columns` of B (or outputs), `depth` of the sum, and how they are run."""
@@ -71,6 +73,7 @@ def product(reference: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         function.__signature__ = inspect.signature(reference)  # type: ignore[attr-defined]
         op = triton_op(f"bioplaus_triton::{reference.__name__}", function, mutates_args={})
+        count("bioplaus_triton", reference.__name__)
 
         @functools.wraps(reference)
         def call(*args: Any) -> Tensor:
