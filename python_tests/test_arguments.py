@@ -259,7 +259,6 @@ add(
 )
 
 
-
 class Own(torch.nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * 2
