@@ -30,6 +30,13 @@ _PAIRS: dict[type[torch.nn.Module], type[FeedbackLayer]] = {
         "ConvTranspose2d",
         "ConvTranspose3d",
         "MultiheadAttention",
+        "Bilinear",
+        "RNN",
+        "LSTM",
+        "GRU",
+        "RNNCell",
+        "LSTMCell",
+        "GRUCell",
     )
 }
 _PLAIN = {ours: theirs for theirs, ours in _PAIRS.items()}
@@ -173,12 +180,14 @@ def _obstacle(module: Any) -> str:
         attention = isinstance(module, torch.nn.MultiheadAttention)
         if attention and type(module.out_proj) not in (NonDynamicallyQuantizableLinear, nn.Linear):
             return f"its out_proj is a {_type(module.out_proj)}: its forward may differ"
-        holder, weight = (module.out_proj, "in_proj_weight") if attention else (module, "weight")
-        if not ours and (weight not in module._parameters or "weight" not in holder._parameters):
+        names, parts = _PAIRS.get(kind, kind).weights(module), [module.out_proj] if attention else []
+        if not ours and not (
+            module._parameters.keys() >= {*names} and all("weight" in part._parameters for part in parts)
+        ):
             return "its weight is computed before each call, not a Parameter"
-        if not ours and ("forward" in vars(module) or "forward" in vars(holder)):
+        if not ours and any("forward" in vars(m) for m in (module, *parts)):
             return "its forward is the instance's own, as a wrapper's: convert_ first, then wrap"
-        return next(filter(None, (_unfit(w) for n, w in module._parameters.items() if n.endswith("weight"))), "")
+        return next(filter(None, (_unfit(module._parameters.get(name)) for name in names)), "")
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
         return "its shape is not known before the first call"
     if _is_quantised(module):

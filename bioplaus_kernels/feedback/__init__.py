@@ -30,7 +30,7 @@ from .rules import (
     as_rule,
     fill,
 )
-from .scale import Entries, Fans, Scale, conv_fans, lc_fans, linear_fans, root_mean_square, weight_rms
+from .scale import Entries, Fans, Scale, bilinear_fans, conv_fans, lc_fans, linear_fans, root_mean_square, weight_rms
 
 
 class Plan(tuple[object, ...]):
@@ -63,6 +63,7 @@ __all__ = [
     "Stateful",
     "WeightMirror",
     "as_rule",
+    "bilinear_fans",
     "conv_fans",
     "decode",
     "derived_key",

@@ -7,6 +7,7 @@ Arguments that do not fit raise ValueError or TypeError; double backward and tor
 
 from types import FunctionType
 
+from ._bilinear import bilinear, bilinear_with
 from ._common import (
     CUT,
     Arguments,
@@ -42,6 +43,7 @@ from ._locally_connected import (
     locally_connected_with,
     pad_pairs,
 )
+from ._recurrent import carries, recurrent_with
 
 __all__ = [
     "CUT",
@@ -50,7 +52,10 @@ __all__ = [
     "Grads",
     "Ints",
     "Padding",
+    "bilinear",
+    "bilinear_with",
     "captured",
+    "carries",
     "conv1d",
     "conv2d",
     "conv3d",
@@ -73,6 +78,7 @@ __all__ = [
     "needs_feedback",
     "no_key",
     "pad_pairs",
+    "recurrent_with",
     "resolve",
 ]
 

@@ -2,6 +2,7 @@
 
 from .attention import MultiheadAttention
 from .base import FeedbackLayer, frozen_signs, mirror_
+from .bilinear import Bilinear
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .linear import Linear
 from .locally_connected import (
@@ -12,8 +13,13 @@ from .locally_connected import (
     LocallyConnectedTranspose2d,
     LocallyConnectedTranspose3d,
 )
+from .recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Bilinear",
     "Conv1d",
     "Conv2d",
     "Conv3d",
@@ -21,6 +27,8 @@ __all__ = [
     "ConvTranspose2d",
     "ConvTranspose3d",
     "FeedbackLayer",
+    "GRUCell",
+    "LSTMCell",
     "Linear",
     "LocallyConnected1d",
     "LocallyConnected2d",
@@ -29,6 +37,7 @@ __all__ = [
     "LocallyConnectedTranspose2d",
     "LocallyConnectedTranspose3d",
     "MultiheadAttention",
+    "RNNCell",
     "frozen_signs",
     "mirror_",
 ]

@@ -4,9 +4,11 @@ from .feedback_mm import feedback_mm
 from .feedback_weight import feedback_weight
 from .lc import lc_backward_input, lc_backward_weight, lc_forward
 from .pack_signs import pack_signs, unpack_signs
+from .recurrent import MODES, recurrent_backward, recurrent_forward
 from .redraw_key import redraw_key
 
 __all__ = [
+    "MODES",
     "OPS",
     "feedback_mm",
     "feedback_weight",
@@ -14,6 +16,8 @@ __all__ = [
     "lc_backward_weight",
     "lc_forward",
     "pack_signs",
+    "recurrent_backward",
+    "recurrent_forward",
     "redraw_key",
     "unpack_signs",
 ]
@@ -29,5 +33,7 @@ OPS = {
         lc_forward,
         lc_backward_input,
         lc_backward_weight,
+        recurrent_forward,
+        recurrent_backward,
     )
 }
