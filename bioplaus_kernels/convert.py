@@ -97,10 +97,10 @@ def convert_(
 
     modules = _modules(model)
     eligible = [m for name, m, why in modules if not why and (filter_fn is None or filter_fn(m, name))]
-    plan = dict.fromkeys(eligible, rule)
+    plan = {m: rule.among(_weights(m)) for m in eligible}
     last, notes = _last_layer(modules) if last_layer is not None else (None, {})
     if last in plan:
-        plan[last] = last_rule
+        plan[last] = last_rule.among(_weights(last))
         del notes[last]
     for name, module, _ in modules:
         if module in plan:
@@ -180,7 +180,7 @@ def _obstacle(module: Any) -> str:
         attention = isinstance(module, torch.nn.MultiheadAttention)
         if attention and type(module.out_proj) not in (NonDynamicallyQuantizableLinear, nn.Linear):
             return f"its out_proj is a {_type(module.out_proj)}: its forward may differ"
-        names, parts = _PAIRS.get(kind, kind).weights(module), [module.out_proj] if attention else []
+        names, parts = _weights(module), [module.out_proj] if attention else []
         if not ours and not (
             module._parameters.keys() >= {*names} and all("weight" in part._parameters for part in parts)
         ):
@@ -200,6 +200,11 @@ def _obstacle(module: Any) -> str:
     return "has no feedback rule"
 
 
+def _weights(module: Any) -> list[str]:
+    kind = _kind(module)
+    return cast(list[str], _PAIRS.get(kind, kind).weights(module))
+
+
 def _unfit(weight: Tensor | None) -> str:
     if weight is None:
         return ""
@@ -215,8 +220,8 @@ def _is_sharded(weight: object) -> bool:
 
 
 def _refuse_sharded(name: str, module: Any, rule: Rule) -> None:
-    for _, weight in module.named_parameters():
-        if _is_sharded(weight) and rule.state(torch.empty(weight.shape, dtype=weight.dtype, device="meta")):
+    for weight_name, weight in module.named_parameters():
+        if _is_sharded(weight) and rule.of(weight_name).state(torch.empty(weight.shape, dtype=weight.dtype, device="meta")):
             raise ValueError(
                 f"{name or '(root)'}: {rule.name!r} keeps a tensor for each weight, and this one is sharded already: "
                 "convert_ first, then fully_shard"
@@ -266,15 +271,15 @@ def _apply(
             module.__class__ = _PLAIN[type(module)]
     if rule.transports_weight:
         return Row(name, _type(module), "restored", rule.name, "in our class, which its wrapper calls" if stays else "")
-    for weight in module.weights():
-        module._held[weight].path = path(weight)
+    for weight, held in module._held.items():
+        held.path = path(weight)
     # An attention's output projection is a layer of its own.
     for layer in (m for m in (module, *module.children()) if isinstance(m, FeedbackLayer)):
-        for weight in layer.weights():
+        for weight, held in layer._held.items():
             if (parameter := layer._parameters.get(weight)) is None:
                 continue
             owner, its = owners.setdefault(id(parameter), (layer, weight))
-            if owner is not layer and owner.feedback == rule:
+            if owner is not layer and owner._held[its].rule == held.rule:
                 layer.share_feedback(weight, owner, its)
     reason = ""
     if trained := [held.trained for held in module._held.values() if held.trained]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import with_feedback
-from small import LAYERS, assert_equal, build, call, gradients
+from small import LAYERS, ONE_WEIGHT, assert_equal, build, call, gradients
 from torch import Tensor, nn
 
 import bioplaus_kernels as bk
@@ -82,7 +82,7 @@ layers = pytest.mark.parametrize("layer", LAYERS)
 
 
 @own_rules
-@pytest.mark.parametrize("layer", [name for name in LAYERS if name != "MultiheadAttention"])
+@pytest.mark.parametrize("layer", ONE_WEIGHT)
 def test_gradients(layer: str, rule: bk.Rule) -> None:
     module, x = build(layer, rule)
     b = module.feedback_matrix()
@@ -155,7 +155,10 @@ def test_autocast(layer: str, rule: bk.Rule) -> None:
 
 
 @own_rules
-@pytest.mark.parametrize("layer", ["Linear", "Conv2d", "ConvTranspose1d", "LocallyConnected1d", "MultiheadAttention"])
+@pytest.mark.parametrize(
+    "layer",
+    ["Linear", "Conv2d", "ConvTranspose1d", "LocallyConnected1d", "MultiheadAttention", "Bilinear", "LSTM", "GRUCell"],
+)
 def test_compiles_to_one_graph(layer: str, rule: bk.Rule) -> None:
     module, x = build(layer, rule)
     torch._dynamo.reset()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import LAYERS, RULES, build, call
+from small import LAYERS, ONE_WEIGHT, RULES, build, call
 from torch import Tensor, nn
 
 import bioplaus_kernels as bk
@@ -87,7 +87,6 @@ def b_bytes(rule: str, weight: Tensor) -> int:
     }[rule]
 
 
-ONE_WEIGHT = [name for name in LAYERS if name != "MultiheadAttention"]
 
 
 @pytest.mark.parametrize("rule", RULES)

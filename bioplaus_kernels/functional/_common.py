@@ -192,7 +192,7 @@ def resolve(feedback: Feedback, weight: Tensor, fans: Fans, key: Tensor | None =
             checks.fail("feedback", f"a tensor on {weight.device}", feedback.device)
         no_key(key)
         return CUT if captured() else stored(feedback.detach())
-    rule = as_rule(feedback)
+    rule = as_rule(feedback).of("weight")
     if rule.transports_weight:
         no_key(key)
         return BACKPROP
@@ -220,7 +220,7 @@ def no_key(key: Tensor | None) -> None:
 
 def is_backprop(feedback: Feedback) -> bool:
     """Whether `feedback` means B = W."""
-    return not isinstance(feedback, Tensor) and as_rule(feedback).transports_weight
+    return not isinstance(feedback, Tensor) and as_rule(feedback).of("weight").transports_weight
 
 
 # The layers' hot path checks only what torch lets pass: where torch or an op raises, `explain*` raises instead if it

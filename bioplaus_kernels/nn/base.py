@@ -44,7 +44,7 @@ class FeedbackLayer(StatefulLayer):
     def __init__(self, *args: Any, feedback: Rule | str | None = None, **kwargs: Any) -> None:
         rule = as_rule(feedback)
         super().__init__(*args, **kwargs)
-        self.install_feedback(rule)
+        self.install_feedback(rule.among(self.weights()))
 
     @property
     def feedback(self) -> Rule:
@@ -66,7 +66,7 @@ class FeedbackLayer(StatefulLayer):
 
     def rms(self, name: str = "weight") -> float:
         """The root mean square of B's entries; 1 for scale="match" and "initial"."""
-        return self._feedback.rms(self.fans(name))
+        return self._feedback.of(name).rms(self.fans(name))
 
     def used(
         self, name: str = "weight", weight: Tensor | None = None, *, feedback: bool = True
@@ -79,17 +79,20 @@ class FeedbackLayer(StatefulLayer):
             weight = self._parameters.get(name)
         if weight is None:
             weight = cast(Tensor, getattr(self, name))
-        if not self.uses_feedback:
+        if not self.uses_feedback or name not in self._held:
             return weight, BACKPROP
         if weight.shape != self._held[name].shape:
             self._resized(name, weight)
         if captured():
             return weight, CUT
-        op = self._feedback.operands(weight, self._state(name, weight)) if feedback else BACKPROP
+        op = self._rule(name).operands(weight, self._state(name, weight)) if feedback else BACKPROP
         trained = self._held[name].trained
         if trained and weight.requires_grad and torch.is_grad_enabled():
             weight = _Both.apply(weight, self._parameters[trained])
         return weight, op
+
+    def _rule(self, name: str) -> Rule:
+        return cast(Rule, self._held[name].rule)
 
     def _resized(self, name: str, weight: Tensor) -> None:
         # By structured pruning, or transformers' resize_token_embeddings.
@@ -99,7 +102,7 @@ class FeedbackLayer(StatefulLayer):
                 f"{self.called(name)}: its weight has shape {tuple(weight.shape)}, and its feedback that of "
                 f"{tuple(held.shape)} before: convert_ the model again after pruning or resizing"
             )
-        held.constants, held.shape = held.constants | self._constants(self._feedback, name), weight.shape
+        held.constants, held.shape = held.constants | self._constants(held.rule, name), weight.shape
 
     def _replicate_for_data_parallel(self) -> Any:
         # What a proof puts in their place is the original's.
@@ -120,9 +123,9 @@ class FeedbackLayer(StatefulLayer):
     def feedback_matrix(self, name: str = "weight") -> Tensor:
         """B of weight `name`, as the next backward would use it, in the weight's shape and dtype."""
         weight = getattr(self, name)
-        if not self.uses_feedback:
+        if not self.uses_feedback or name not in self._held:
             return weight.detach().clone()
-        return formed(self._feedback.operands(weight, self._state(name, weight)), weight)
+        return formed(self._rule(name).operands(weight, self._state(name, weight)), weight)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
@@ -169,7 +172,8 @@ def frozen_signs(model: torch.nn.Module) -> Iterator[None]:
         raise RuntimeError(f"frozen_signs: the signs of {nested} are frozen already")
     try:
         for layer in layers:
-            signs = {name: ops.pack_signs(getattr(layer, name).detach()) for name in layer.weights()}
+            named = [name for name in layer._held if layer._rule(name).sign_of_weight]
+            signs = {name: ops.pack_signs(getattr(layer, name).detach()) for name in named}
             layer._frozen = FrozenSigns(signs)
         yield
     finally:
@@ -206,7 +210,7 @@ def mirror_(
     if not layers:
         raise ValueError("model: expected a layer with the rule 'wm', got none")
     for layer in layers:
-        for name in layer.weights():
+        for name in (n for n in layer._held if layer._rule(n).mirrors):
             weight, b = getattr(layer, name), getattr(layer, layer._held[name].kept["weight"])
             if generator is not None and generator.device.type != weight.device.type:
                 checks.fail("generator", f"one on {weight.device}, as the weights are", f"one on {generator.device}")
