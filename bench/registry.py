@@ -74,7 +74,7 @@ def register(op: str) -> Callable[[Callable[[], Iterator[Case]]], Callable[[], I
 
 def cases(ops: list[str] | None = None, quick: bool = False, headline: bool = False) -> list[Case]:
     """The registered cases, of `ops` only if given; raises ValueError for an unknown op."""
-    from . import convolution, feedback_mm, feedback_weight, layers, locally_connected, steps  # noqa: F401
+    from . import convolution, feedback_mm, feedback_weight, layers, locally_connected, recurrent, steps  # noqa: F401
 
     if unknown := set(ops or ()) - set(_REGISTRY):
         raise ValueError(f"--op: expected one of {', '.join(_REGISTRY)}, got {', '.join(sorted(unknown))}")

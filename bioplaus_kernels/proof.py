@@ -30,7 +30,8 @@ from .nn.base import FeedbackLayer
 _FUNCTIONS: dict[type, tuple[tuple[int, ...], tuple[int, ...]]] = {
     **dict.fromkeys((_Linear, _Conv, _LocallyConnected, _LocallyConnectedTranspose), ((0,), (1,))),
     _Bilinear: ((0, 2), (1,)),
-    _Recurrent: ((0, 4), (1, 2)),
+    # The gradient of its input, what the input-to-hidden weights made, goes through B from later steps.
+    _Recurrent: ((), (1, 2)),
 }
 # What torch.compile, activation checkpointing and FSDP put into names; draws do not depend on who wraps a model when.
 _WRAPPERS = re.compile(r"_(orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)\.")
@@ -216,7 +217,8 @@ class _Walk:
             name, edges = node.name(), [next_node for next_node, _ in node.next_functions]
             if (function := getattr(type(node), "_forward_cls", None)) in _FUNCTIONS:
                 inputs, weights = _FUNCTIONS[function]
-                self.functions.append((node, any(edges[i] is not None for i in inputs)))
+                acts = getattr(node, "carries", False) or any(edges[i] is not None for i in inputs)
+                self.functions.append((node, acts))
                 edges = [None if i in weights else e for i, e in enumerate(edges)]
             elif name in _OPAQUE:
                 self.opaque.update(e for e in edges if e is not None and not e.next_functions)

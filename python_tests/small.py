@@ -52,12 +52,14 @@ LAYERS: dict[str, tuple[Callable[..., torch.nn.Module], tuple[int, ...]]] = {
         case.shape,
     )
     for case in RICH
-} | {
+}
+# Layers with one weight, called "weight", and one input.
+ONE_WEIGHT = list(LAYERS)
+LAYERS |= {
     "MultiheadAttention": (_attention, (2, 3, 8)),
     "Bilinear": (lambda rule, **kwargs: bk.nn.Bilinear(5, 5, 3, feedback=rule, **kwargs), (2, 4, 5)),
 }
-# Layers with one weight, called "weight".
-ONE_WEIGHT = [name for name in LAYERS if name != "MultiheadAttention"]
+NOT_RECURRENT = list(LAYERS)
 _SEQUENCES: dict[str, dict[str, Any]] = {
     "RNN": {"nonlinearity": "relu", "batch_first": True},
     "LSTM": {"num_layers": 2, "bidirectional": True, "proj_size": 3},

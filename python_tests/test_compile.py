@@ -35,7 +35,9 @@ MODELS = {
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
+def fresh_dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # torch's own switch for what is a torch.nn.LSTM, RNN or GRU.
+    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import bioplaus_kernels as bk
+from bioplaus_kernels.feedback.record import weight_of
 
 
 def pairs(layer: torch.nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -20,7 +21,7 @@ def pairs(layer: torch.nn.Module) -> list[tuple[Tensor, Tensor]]:
     for module in layer.modules():
         for name, b in module.named_parameters(recurse=False):
             if name.endswith("feedback_weight"):
-                found.append((getattr(module, name.replace("feedback_weight", "weight")), b))
+                found.append((getattr(module, weight_of(name, "weight")), b))
     return found
 
 

@@ -136,7 +136,7 @@ class _Cell(_Recurrent):
             checks.fail("input", "2 dimensions, or 1 unbatched", f"shape {tuple(input.shape)}")
         x = input if batched else input.unsqueeze(0)
         if not given:
-            given = [x.new_zeros(len(x), size)] * (1 + lstm)
+            given = [x.new_zeros(*input.shape[:-1], size)] * (1 + lstm)
         elif len(given) != 1 + lstm or any(s.shape != (*input.shape[:-1], size) for s in given):
             wanted = f"{1 + lstm} of shape {(*input.shape[:-1], size)}"
             checks.fail("hx", wanted, f"shapes {[tuple(s.shape) for s in given]}")

@@ -1,6 +1,6 @@
 """The networks a recipe trains, as plain models that ``bioplaus_kernels.convert_`` then converts.
 
-`bartunov`, `xiao`, `lenet` and `retinanet` hold them by source; classifiers are built here by name.
+`bartunov`, `xiao`, `lenet`, `recurrent` and `retinanet` hold them by source; classifiers are built here by name.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torchvision
 from torch import nn
 
-from recipes.models import bartunov, lenet, xiao
+from recipes.models import bartunov, lenet, recurrent, xiao
 from recipes.models.retinanet import retinanet, small_retinanet
 
 __all__ = [
     *("DETECTORS", "MODELS", "build", "check_name", "input_for"),
-    *("bartunov", "lenet", "retinanet", "small_retinanet", "xiao"),
+    *("bartunov", "lenet", "recurrent", "retinanet", "small_retinanet", "xiao"),
 ]
 
 
@@ -34,6 +34,7 @@ MODELS = {
     "lenet": Model(lenet.lenet5, 28),
     "lenet-mnist": Model(lenet.biotorch_mnist, 32),
     "lenet-cifar": Model(lenet.biotorch_cifar, 32),
+    "lstm-rows": Model(recurrent.Rows, 1),
     "alexnet-bn": Model(xiao.alexnet_bn, 63),
 }
 for _net, _spec in bartunov.SPECS.items():
