@@ -63,9 +63,7 @@ class _Loop(torch.nn.Module):
         self.mode, self.units, self.dtype = layer.mode, layer.hidden_size, dtype
         for part in ("ih", "hh"):
             weight, bias = (getattr(layer, f"{kind}_{part}_l0") for kind in ("weight", "bias"))
-            linear = bk.nn.Linear(
-                weight.shape[1], len(weight), feedback=bk.FeedbackAlignment(stored=True), dtype=dtype
-            )
+            linear = bk.nn.Linear(weight.shape[1], len(weight), feedback=bk.FeedbackAlignment(stored=True), dtype=dtype)
             with torch.no_grad():
                 linear.weight.copy_(weight)
                 linear.bias.copy_(bias)

@@ -202,7 +202,7 @@ def _obstacle(module: Any) -> str:
 
 def _weights(module: Any) -> list[str]:
     kind = _kind(module)
-    return cast(list[str], _PAIRS.get(kind, kind).weights(module))
+    return _PAIRS.get(kind, kind).weights(module)
 
 
 def _unfit(weight: Tensor | None) -> str:
@@ -221,7 +221,9 @@ def _is_sharded(weight: object) -> bool:
 
 def _refuse_sharded(name: str, module: Any, rule: Rule) -> None:
     for weight_name, weight in module.named_parameters():
-        if _is_sharded(weight) and rule.of(weight_name).state(torch.empty(weight.shape, dtype=weight.dtype, device="meta")):
+        if _is_sharded(weight) and rule.of(weight_name).state(
+            torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        ):
             raise ValueError(
                 f"{name or '(root)'}: {rule.name!r} keeps a tensor for each weight, and this one is sharded already: "
                 "convert_ first, then fully_shard"

@@ -104,7 +104,9 @@ def _fake_recurrent_backward(grad_output: Tensor, *rest: Any) -> tuple[Tensor, .
     _, _, output, _, _, hidden, cell, _, projection, _, mode, _, wanted = rest
     size, units = hidden.shape[1], (hidden if projection is None else projection).shape[1]
     width = reference.MODES[mode] * units
-    weights = [output.new_empty(s if w else 0) for s, w in zip([(width, size), width, (size, units)], wanted)]
+    there = (wanted[0], wanted[1], wanted[2] and projection is not None)
+    sizes: tuple[Any, ...] = ((width, size), (width,), (size, units))
+    weights = [output.new_empty(s if is_there else 0) for s, is_there in zip(sizes, there, strict=True)]
     return (
         output.new_empty(*output.shape[:-1], width),
         output.new_empty(hidden.shape),
@@ -124,9 +126,7 @@ def _on_one_device(name: str) -> Callable[..., Any]:
 
     def checked(*args: Any, **named: Any) -> Any:
         # Of a packed sequence, which is on the CPU everywhere.
-        tensors = [
-            (n, x) for n, x in zip(names, args, strict=False) if isinstance(x, Tensor) and n != "batch_sizes"
-        ]
+        tensors = [(n, x) for n, x in zip(names, args, strict=False) if isinstance(x, Tensor) and n != "batch_sizes"]
         (first, one), *others = tensors
         for other, x in others:
             if x.device != one.device:

@@ -1,9 +1,10 @@
 // Recurrent layers: the loop over time of torch.nn's RNN, LSTM and GRU, one layer in one direction, in ATen's own
-// operators, so that it is the same on every device. The input's product is made before it, of all steps at once; in the
-// loop are the hidden state's product and what is pointwise. A packed sequence is the same loop over steps of fewer rows.
+// operators, so that it is the same on every device. The input's product is made before it, of all steps at once; in
+// the loop are the hidden state's product and what is pointwise. A packed sequence is the same loop over steps of fewer
+// rows.
 //
-// The backward forms what multiplies each gate's gradient for all steps at once, before its loop, which is left with one
-// product, by B in the weight's place, and three or four pointwise operators a step. The weights' gradients are one
+// The backward forms what multiplies each gate's gradient for all steps at once, before its loop, which is left with
+// one product, by B in the weight's place, and three or four pointwise operators a step. The weights' gradients are one
 // product each after it.
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
@@ -263,7 +264,8 @@ using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Backward recurrent_backward(const Tensor& grad_output, const Tensor& grad_hidden, const Optional& grad_cell,
                             const Tensor& output, const Tensor& gates, const Tensor& cells, const Tensor& hidden,
                             const Optional& cell, const Optional& feedback, const Optional& projection,
-                            const Optional& batch_sizes, c10::string_view mode, bool reverse, const c10::List<bool>& wanted) {
+                            const Optional& batch_sizes, c10::string_view mode, bool reverse,
+                            const c10::List<bool>& wanted) {
   const Plain plain;
   const Layer l(output, hidden, cell, projection, batch_sizes, mode, reverse);
   const int64_t u = l.units;
@@ -287,8 +289,8 @@ Backward recurrent_backward(const Tensor& grad_output, const Tensor& grad_hidden
   Tensor states = wanted[0] || gru ? l.before(y, hidden) : Tensor();
   Tensor dh = grad_hidden.clone(at::MemoryFormat::Contiguous), dc, forget, slope, dp;
 
-  // What multiplies each gate's gradient, and then the gradients themselves. GRU's are n's of the hidden state, r, z and
-  // n's of the input, so that the hidden state's and the input's lie together each.
+  // What multiplies each gate's gradient, and then the gradients themselves. GRU's are n's of the hidden state, r, z
+  // and n's of the input, so that the hidden state's and the input's lie together each.
   Tensor d = at::empty({l.rows, lstm || gru ? 4 : 1, u}, output.options());
   Tensor g = lstm || gru ? gates.view({l.rows, 4, u}) : Tensor();
   const auto gate = [&](int64_t k) { return g.select(1, k); };
@@ -357,7 +359,7 @@ Backward recurrent_backward(const Tensor& grad_output, const Tensor& grad_hidden
   if (wanted[1]) {
     grad_bias = in_order(h_part.sum(0));
   }
-  if (wanted[2]) {
+  if (wanted[2] && dp.defined()) {
     grad_projection = dp.t().mm(at::tanh(l.matrix(cells)).mul_(gate(3)));
   }
   const Tensor grad_input = gru ? flat.narrow(1, u, l.width).contiguous() : flat;

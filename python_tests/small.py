@@ -61,13 +61,15 @@ LAYERS |= {
 }
 NOT_RECURRENT = list(LAYERS)
 _SEQUENCES: dict[str, dict[str, Any]] = {
-    "RNN": {"nonlinearity": "relu", "batch_first": True},
+    "RNN": {"nonlinearity": "relu"},
     "LSTM": {"num_layers": 2, "bidirectional": True, "proj_size": 3},
     "GRU": {"num_layers": 2, "bidirectional": True, "bias": False},
 }
 LAYERS |= {
     name: (
-        lambda rule, name=name, given=given, **kwargs: getattr(bk.nn, name)(5, 4, feedback=rule, **given, **kwargs),
+        lambda rule, name=name, given=given, **kwargs: getattr(bk.nn, name)(
+            5, 4, feedback=rule, batch_first=True, **given, **kwargs
+        ),
         (3, 2, 5),
     )
     for name, given in _SEQUENCES.items()

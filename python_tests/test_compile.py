@@ -35,11 +35,11 @@ MODELS = {
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # torch's own switch for what is a torch.nn.LSTM, RNN or GRU.
-    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)
+def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
-    yield
+    # torch's own switch for what is a torch.nn.LSTM, RNN or GRU.
+    with torch._dynamo.config.patch(allow_rnn=True):
+        yield
     torch._dynamo.reset()
 
 

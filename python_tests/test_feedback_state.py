@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from small import LAYERS, ONE_WEIGHT, RULES, assert_equal, build, gradients
+from small import ONE_WEIGHT, RULES, assert_equal, build, gradients
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 

@@ -106,8 +106,6 @@ def angle(a: Tensor, b: Tensor) -> float:
     return math.degrees(math.acos(F.cosine_similarity(a.flatten(), b.flatten(), 0).item()))
 
 
-
-
 @pytest.mark.parametrize("name", [*ONE_WEIGHT, "MultiheadAttention"])
 def test_the_mirror_finds_w(name: str) -> None:
     layer, _ = build(name, bk.WeightMirror(scale=0.3))

@@ -160,17 +160,17 @@ def test_autocast(layer: str, rule: bk.Rule) -> None:
     "layer",
     ["Linear", "Conv2d", "ConvTranspose1d", "LocallyConnected1d", "MultiheadAttention", "Bilinear", "LSTM", "GRUCell"],
 )
-def test_compiles_to_one_graph(layer: str, rule: bk.Rule, monkeypatch: pytest.MonkeyPatch) -> None:
-    # torch's own switch for what is a torch.nn.LSTM, RNN or GRU.
-    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)
+def test_compiles_to_one_graph(layer: str, rule: bk.Rule) -> None:
     module, x = build(layer, rule)
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: call(module, x), fullgraph=True, backend="aot_eager")
     parameters = [p for p in module.parameters() if p.requires_grad]
     direction = torch.randn(call(module, x).shape)
-    ours, eager = (
-        torch.autograd.grad(f(x), (x, *parameters), direction) for f in (compiled, lambda x: call(module, x))
-    )
+    # torch's own switch for what is a torch.nn.LSTM, RNN or GRU.
+    with torch._dynamo.config.patch(allow_rnn=True):
+        ours, eager = (
+            torch.autograd.grad(f(x), (x, *parameters), direction) for f in (compiled, lambda x: call(module, x))
+        )
     for a, e in zip(ours, eager, strict=True):
         torch.testing.assert_close(a, e)
 

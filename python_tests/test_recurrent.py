@@ -241,7 +241,7 @@ def test_one_rule_for_input_and_another_for_hidden() -> None:
     assert not [n for n in model.state_dict() if n.startswith("a.ih_l0_feedback")]
     check(bk.nn.LSTM(5, 4, dtype=torch.float64, feedback=bk.InputHidden(None, "fa")), False, True)
     check(bk.nn.GRU(5, 4, dtype=torch.float64, feedback=bk.InputHidden("fa", None)), True, True)
-    with pytest.raises(ValueError, match="hidden: expected one of .*got 'fb'"):
+    with pytest.raises(ValueError, match=r"hidden: expected one of .*got 'fb'"):
         bk.InputHidden("fa", "fb")
     bk.convert_(model, None)
     assert_equal([p.detach() for p in model.parameters()], [t.detach() for t in before.values()])
@@ -314,7 +314,9 @@ def test_what_is_saved_and_formed(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.clear()
     layer = bk.nn.LSTM(5, 4, feedback="fa")
     saved: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.untyped_storage().data_ptr()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.untyped_storage().data_ptr()) or t, lambda t: t
+    ):
         layer(x)
     assert not {p.untyped_storage().data_ptr() for p in layer.parameters() if p.dim() > 1} & {*saved}
 

@@ -87,8 +87,6 @@ def b_bytes(rule: str, weight: Tensor) -> int:
     }[rule]
 
 
-
-
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", ONE_WEIGHT)
 def test_exact_bytes(name: str, rule: str) -> None:

@@ -130,9 +130,7 @@ def matrix(op: Operands, weight: Tensor | None, size: torch.Size, dtype: torch.d
     role, signs, magnitude, key, entries, scale, rescale = op
     if role == "magnitude":
         weight, magnitude = None, weight
-    b = ops.feedback_weight(
-        *without_factors((weight, signs, magnitude, key, entries, scale), size), size, dtype=dtype
-    )
+    b = ops.feedback_weight(*without_factors((weight, signs, magnitude, key, entries, scale), size), size, dtype=dtype)
     return b if rescale is None else b * rescale
 
 

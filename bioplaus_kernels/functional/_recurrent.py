@@ -48,7 +48,8 @@ class _Recurrent(torch.autograd.Function):
         output, gates, cells, hidden, cell, batch_sizes = saved[:6]
         mode, reverse, like = ctx.given
         needs = ctx.needs_input_grad
-        b = b_projection = None
+        b: Any = None
+        b_projection: Any = None
         if ctx.carries:
             b = joined(ctx.op, saved[6:11], like[1][1], output.dtype)
         if like[2] is not None:

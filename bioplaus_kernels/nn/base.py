@@ -102,7 +102,7 @@ class FeedbackLayer(StatefulLayer):
                 f"{self.called(name)}: its weight has shape {tuple(weight.shape)}, and its feedback that of "
                 f"{tuple(held.shape)} before: convert_ the model again after pruning or resizing"
             )
-        held.constants, held.shape = held.constants | self._constants(held.rule, name), weight.shape
+        held.constants, held.shape = held.constants | self._constants(self._rule(name), name), weight.shape
 
     def _replicate_for_data_parallel(self) -> Any:
         # What a proof puts in their place is the original's.

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..backends.reference import checks
 from ..feedback import BACKPROP, Fans, linear_fans
-from ..functional import captured, carries, linear_with, recurrent_with
+from ..functional import captured, carries, explain, linear_with, recurrent_with
 from .base import FeedbackLayer
 
 
@@ -49,14 +49,16 @@ class _Sequence(_Recurrent):
     def forward(self, input: Any, hx: Any = None) -> Any:
         own: Any = self
         packed = isinstance(input, PackedSequence)
-        data, batch_sizes = (input.data, input.batch_sizes) if packed else (input, None)
+        data: Tensor = input.data if packed else input
+        batch_sizes: Any = input.batch_sizes if packed else None
         lstm = self.mode == "LSTM"
         given = [] if hx is None else list(hx) if lstm else [hx]
         # A gradient goes through the states of any step but the first.
         if not self.uses_feedback or self._plain([data, *given, *self.parameters()]):
-            return super().forward(input, hx)  # type: ignore[misc]
+            return super().forward(input, hx)
         if captured():
-            return tree_map_only(Tensor, Tensor.detach, super().forward(input, hx))  # type: ignore[misc]
+            return tree_map_only(Tensor, Tensor.detach, super().forward(input, hx))
+        explain(data, next(self.parameters()), None)
         batched = packed or data.dim() == 3
         if not batched and data.dim() != 2:
             checks.fail("input", "3 dimensions, or 2 unbatched", f"shape {tuple(data.shape)}")
@@ -92,12 +94,12 @@ class _Sequence(_Recurrent):
         found = [torch.stack(s) for s in zip(*lasts, strict=True)]
         if packed:
             found = [_permuted(s, input.unsorted_indices) for s in found]
-            x = PackedSequence(x, batch_sizes, input.sorted_indices, input.unsorted_indices)
+            y: Any = PackedSequence(x, batch_sizes, input.sorted_indices, input.unsorted_indices)
         else:
-            x = x.transpose(0, 1) if own.batch_first else x
+            y = x.transpose(0, 1) if own.batch_first else x
         if not batched:
-            x, found = x.squeeze(0 if own.batch_first else 1), [s.squeeze(1) for s in found]
-        return x, tuple(found) if lstm else found[0]
+            y, found = y.squeeze(0 if own.batch_first else 1), [s.squeeze(1) for s in found]
+        return y, tuple(found) if lstm else found[0]
 
 
 def _permuted(states: Tensor, order: Tensor | None) -> Tensor:
@@ -128,9 +130,9 @@ class _Cell(_Recurrent):
         lstm = self.mode == "LSTM"
         given = [] if hx is None else list(hx) if lstm else [hx]
         if not self.uses_feedback or self._plain([input, *given]):
-            return super().forward(input, hx)  # type: ignore[misc]
+            return super().forward(input, hx)
         if captured():
-            return tree_map_only(Tensor, Tensor.detach, super().forward(input, hx))  # type: ignore[misc]
+            return tree_map_only(Tensor, Tensor.detach, super().forward(input, hx))
         batched, size = input.dim() == 2, cast(Any, self).hidden_size
         if input.dim() not in (1, 2):
             checks.fail("input", "2 dimensions, or 1 unbatched", f"shape {tuple(input.shape)}")

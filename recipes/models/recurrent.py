@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Rows(nn.Module):
-    """An LSTM whose steps are the rows of the image, and a linear layer of its last state; torch.nn's initialisation."""
+    """An LSTM with the image's rows as steps, and a linear layer of its last state; torch.nn's initialisation."""
 
     def __init__(self, channels: int, size: int, classes: int, units: int = 128) -> None:
         super().__init__()

@@ -1,5 +1,8 @@
 """Plain-torch backend: the specification of every op, on any device and dtype."""
 
+from collections.abc import Callable
+from typing import Any
+
 from .feedback_mm import feedback_mm
 from .feedback_weight import feedback_weight
 from .lc import lc_backward_input, lc_backward_weight, lc_forward
@@ -22,7 +25,7 @@ __all__ = [
     "unpack_signs",
 ]
 
-OPS = {
+OPS: dict[str, Callable[..., Any]] = {
     op.__name__: op
     for op in (
         feedback_mm,

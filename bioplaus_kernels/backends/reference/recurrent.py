@@ -121,7 +121,9 @@ def recurrent_backward(
         n = step.stop - step.start
         known = 0 if last is None else min(n, last.stop - last.start)
 
-        def before(states: Tensor, initial: Tensor, last: slice | None = last, n: int = n, known: int = known) -> Tensor:
+        def before(
+            states: Tensor, initial: Tensor, last: slice | None = last, n: int = n, known: int = known
+        ) -> Tensor:
             return initial[:n] if last is None else torch.cat((states[last][:known], initial[known:n]))
 
         h, d = before(y, hidden), dh[:n] + dy[step]
@@ -153,7 +155,8 @@ def recurrent_backward(
         sums[0] += to_h.t() @ h
         sums[1] += to_h.sum(0)
         dh[:n] = carried if feedback is None else carried + to_h @ feedback
-    found = [s if want else y.new_empty(0) for s, want in zip(sums, wanted, strict=True)]
+    there = (True, True, projection is not None)
+    found = [s if want and is_there else y.new_empty(0) for s, want, is_there in zip(sums, wanted, there, strict=True)]
     return dx.view(*lead, width), dh, y.new_empty(0) if dc is None else dc, found[0], found[1], found[2]
 
 
