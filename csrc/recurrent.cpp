@@ -49,9 +49,9 @@ struct Step {
 // Shapes that fit each other, and the steps in the order in which the state goes through them.
 class Layer {
  public:
-  Layer(const Tensor& like, const Tensor& hidden, const Optional& cell, const Optional& projection,
+  Layer(const char* name, const Tensor& like, const Tensor& hidden, const Optional& cell, const Optional& projection,
         const Optional& batch_sizes, c10::string_view mode_name, bool reverse)
-      : like_(like), reverse_(reverse) {
+      : name_(name), like_(like), reverse_(reverse) {
     mode = to_mode(mode_name);
     dims_ = batch_sizes ? 2 : 3;
     TORCH_CHECK_VALUE(hidden.dim() == 2, "hidden: expected 2 dimensions, got shape ", tuple(hidden.sizes()));
@@ -115,9 +115,10 @@ class Layer {
 
  private:
   void make_steps(const Optional& batch_sizes) {
-    to_dtype("input", like_.scalar_type());
-    check_memory("input", like_);
-    TORCH_CHECK_VALUE(like_.dim() == dims_, "input: expected ", dims_, " dimensions, got shape ", tuple(like_.sizes()));
+    to_dtype(name_, like_.scalar_type());
+    check_memory(name_, like_);
+    TORCH_CHECK_VALUE(like_.dim() == dims_, name_, ": expected ", dims_, " dimensions, got shape ",
+                      tuple(like_.sizes()));
     if (batch_sizes) {
       const Tensor& sizes = *batch_sizes;
       TORCH_CHECK_TYPE(sizes.scalar_type() == at::kLong, "batch_sizes: expected int64, got ",
@@ -150,6 +151,7 @@ class Layer {
     }
   }
 
+  const char* name_;
   const Tensor& like_;
   bool reverse_;
   int64_t dims_;
@@ -191,7 +193,7 @@ Forward recurrent_forward(const Tensor& input, const Tensor& hidden, const Optio
                           const Optional& bias, const Optional& projection, const Optional& batch_sizes,
                           c10::string_view mode, bool reverse) {
   const Plain plain;
-  const Layer l(input, hidden, cell, projection, batch_sizes, mode, reverse);
+  const Layer l("input", input, hidden, cell, projection, batch_sizes, mode, reverse);
   l.check("input", input, l.like_input({l.width}));
   l.check("weight", weight, {l.width, l.outputs});
   l.check("bias", bias, {l.width});
@@ -267,7 +269,7 @@ Backward recurrent_backward(const Tensor& grad_output, const Tensor& grad_hidden
                             const Optional& batch_sizes, c10::string_view mode, bool reverse,
                             const c10::List<bool>& wanted) {
   const Plain plain;
-  const Layer l(output, hidden, cell, projection, batch_sizes, mode, reverse);
+  const Layer l("output", output, hidden, cell, projection, batch_sizes, mode, reverse);
   const int64_t u = l.units;
   const bool lstm = l.mode == Mode::Lstm, gru = l.mode == Mode::Gru;
   l.check("output", output, l.like_input({l.outputs}));

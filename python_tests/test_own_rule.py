@@ -263,8 +263,18 @@ def test_errors() -> None:
 
 # Two processes.
 
+
+class Last(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(36, 12, proj_size=8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0][:, -1]
+
+
 MODEL: Callable[[], nn.Module] = lambda: nn.Sequential(  # noqa: E731
-    nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(144, 12), nn.Tanh(), nn.Linear(12, 3)
+    nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(2), Last(), nn.Tanh(), nn.Linear(8, 3)
 )
 
 

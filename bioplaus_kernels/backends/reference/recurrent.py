@@ -28,7 +28,7 @@ def recurrent_forward(
     LSTM cell (N, H), are the first states; weight (G H, R) is hidden-to-hidden with bias (G H); projection (R, H), of
     LSTM alone, else R = H. reverse goes through the steps from the last one on. Sources: torch.nn's formulas.
     """
-    steps = _check(input, hidden, cell, projection, batch_sizes, mode, reverse)
+    steps = _check("input", input, hidden, cell, projection, batch_sizes, mode, reverse)
     units = hidden.shape[1] if projection is None else projection.shape[1]
     lead, width = input.shape[:-1], MODES[mode] * units
     _given(input, input=(input, (*lead, width)), weight=(weight, (width, hidden.shape[1])), bias=(bias, (width,)))
@@ -92,7 +92,7 @@ def recurrent_backward(
     feedback (G H, R) is B in the weight's place, and projection (R, H) B in the projection's; without feedback nothing
     goes through the hidden-to-hidden weights. What there is no gradient of is an empty tensor.
     """
-    steps = _check(output, hidden, cell, projection, batch_sizes, mode, reverse)
+    steps = _check("output", output, hidden, cell, projection, batch_sizes, mode, reverse)
     units, width = _units(hidden, projection), MODES[mode] * _units(hidden, projection)
     lead, batch, size = output.shape[:-1], hidden.shape[0], hidden.shape[1]
     gated = mode in ("LSTM", "GRU")
@@ -165,6 +165,7 @@ def _units(hidden: Tensor, projection: Tensor | None) -> int:
 
 
 def _check(
+    name: str,
     like: Tensor,
     hidden: Tensor,
     cell: Tensor | None,
@@ -175,7 +176,7 @@ def _check(
 ) -> list[slice]:
     # The rows of each step, in the order in which the state goes through them.
     checks.one_of("mode", mode, MODES)
-    checks.floating("input", like)
+    checks.floating(name, like)
     checks.rank("hidden", hidden, 2)
     if projection is not None:
         if mode != "LSTM":
@@ -191,7 +192,7 @@ def _check(
         cell=(cell, (batch, units)),
         projection=(projection, (hidden.shape[1], units)),
     )
-    checks.rank("input", like, 3 if batch_sizes is None else 2)
+    checks.rank(name, like, 3 if batch_sizes is None else 2)
     if batch_sizes is None:
         if like.shape[1] != batch:
             size = hidden.shape[1]
