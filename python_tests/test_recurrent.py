@@ -241,6 +241,7 @@ def test_one_rule_for_input_and_another_for_hidden() -> None:
     assert not [n for n in model.state_dict() if n.startswith("a.ih_l0_feedback")]
     check(bk.nn.LSTM(5, 4, dtype=torch.float64, feedback=bk.InputHidden(None, "fa")), False, True)
     check(bk.nn.GRU(5, 4, dtype=torch.float64, feedback=bk.InputHidden("fa", None)), True, True)
+    check(bk.nn.LSTM(5, 4, proj_size=3, dtype=torch.float64, feedback=bk.InputHidden("fa", None)), True, True)
     with pytest.raises(ValueError, match=r"hidden: expected one of .*got 'fb'"):
         bk.InputHidden("fa", "fb")
     bk.convert_(model, None)
@@ -297,6 +298,20 @@ def test_functional_call_and_computed_weights() -> None:
     y, _ = layer(x)
     y.square().sum().backward()
     assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_a_replica_of_data_parallel_has_the_rule() -> None:
+    """Its parameters are plain tensors."""
+    for name in ("LSTM", "GRUCell"):
+        layer = getattr(bk.nn, name)(5, 4, feedback="fa")
+        replica = layer._replicate_for_data_parallel()
+        for key, p in layer._parameters.items():
+            setattr(replica, key, p.view_as(p))
+        x = torch.randn(3, 2, 5) if name == "LSTM" else torch.randn(2, 5, requires_grad=True)
+        found = [
+            torch.autograd.grad(tree_leaves(m(x))[0].square().sum(), [*layer.parameters()]) for m in (layer, replica)
+        ]
+        assert_equal(*map(list, found))
 
 
 def test_what_is_saved_and_formed(monkeypatch: pytest.MonkeyPatch) -> None:

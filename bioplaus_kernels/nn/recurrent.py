@@ -34,7 +34,7 @@ class _Recurrent(FeedbackLayer):
         made = linear_with(x, weight, bias, op)
         weight, op = self.used(f"weight_hh{suffix}", feedback=carries(made, states[0].requires_grad))
         projection, projection_op = None, BACKPROP
-        if f"weight_hr{suffix}" in self._held:
+        if getattr(self, "proj_size", 0):
             projection, projection_op = self.used(f"weight_hr{suffix}")
         return recurrent_with(
             made, weight, projection, bias_hh, (*states,), batch_sizes, self.mode, reverse, op, projection_op
@@ -53,12 +53,14 @@ class _Sequence(_Recurrent):
         batch_sizes: Any = input.batch_sizes if packed else None
         lstm = self.mode == "LSTM"
         given = [] if hx is None else list(hx) if lstm else [hx]
+        # DataParallel's replicas have no parameters.
+        trained = [*self.parameters()] or [getattr(self, name) for name in own._flat_weights_names]
         # A gradient goes through the states of any step but the first.
-        if not self.uses_feedback or self._plain([data, *given, *self.parameters()]):
+        if not self.uses_feedback or self._plain([data, *given, *trained]):
             return super().forward(input, hx)
         if captured():
             return tree_map_only(Tensor, Tensor.detach, super().forward(input, hx))
-        explain(data, next(self.parameters()), None)
+        explain(data, trained[0], None)
         batched = packed or data.dim() == 3
         if not batched and data.dim() != 2:
             checks.fail("input", "3 dimensions, or 2 unbatched", f"shape {tuple(data.shape)}")
