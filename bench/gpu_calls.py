@@ -133,6 +133,48 @@ def _lc_error(op: str, arguments: tuple[Any, ...], result: Tensor) -> float:
     return relative_gate(result.cpu(), exact, torchs)
 
 
+def recurrent() -> Iterator[Call]:
+    """The loop over time, forward and back: each mode, dense and packed."""
+    sizes = torch.tensor([4] * 5 + [2, 1], device="cpu")
+    for mode, gates in reference.MODES.items():
+        for dtype in DTYPES:
+            h = 24
+            x, w, b = (torch.randn(s).to(dtype) for s in ((int(sizes.sum()), gates * h), (gates * h, h), (gates * h,)))
+            first = torch.randn(4, h).to(dtype)
+            cell = first + 1 if mode == "LSTM" else None
+            for packed in (None, sizes):
+                given = x if packed is not None else x[:20].view(5, 4, -1)
+                forward = (given, first, cell, w / 8, b, None, packed, mode, True)
+                output, _, _, made, cells = ops.recurrent_forward(*forward)
+                back = (
+                    output,
+                    first,
+                    cell,
+                    output,
+                    made,
+                    cells,
+                    first,
+                    cell,
+                    w / 8,
+                    None,
+                    packed,
+                    mode,
+                    True,
+                    [True] * 3,
+                )
+                for name, arguments in (("recurrent_forward", forward), ("recurrent_backward", back)):
+                    # The first of what the op returns.
+                    run = partial(lambda op, *a: getattr(ops, op)(*a)[0], name, *arguments)
+                    label = f"{name} {mode} {'dense' if packed is None else 'packed'} {str(dtype)[6:]}"
+                    yield Call(label, run, partial(_first_error, name, arguments))
+
+
+def _first_error(op: str, arguments: tuple[Any, ...], result: Tensor) -> float:
+    plain = reference.OPS[op]
+    exact, torchs = plain(*_cpu(arguments, torch.float64))[0], plain(*_cpu(arguments))[0]
+    return relative_gate(result.cpu(), exact, torchs)
+
+
 def calls(backend: str) -> Iterator[Call]:
     """All that `backend` has kernels for, made on torch's default device; in its `use`. The ops take turns."""
     sources = [products(backend)]
@@ -140,4 +182,6 @@ def calls(backend: str) -> Iterator[Call]:
         sources.append(elementwise())
     if not lacks("lc_forward", backend):
         sources.append(locally_connected())
+    if not lacks("recurrent_forward", backend):
+        sources.append(recurrent())
     return (call for turn in zip_longest(*sources) for call in turn if call is not None)

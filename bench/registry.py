@@ -82,6 +82,7 @@ def cases(ops: list[str] | None = None, quick: bool = False, headline: bool = Fa
         layers,
         locally_connected,
         low_rank,
+        recurrent,
         steps,
         untied_nets,
     )

@@ -86,7 +86,7 @@ def convert_(
     if last in given:
         given[last] = last_rule
         del notes[last]
-    plan = {m: rule for m, rule in given.items() if rule is not None}
+    plan = {m: rule.among(_weights(m)) for m, rule in given.items() if rule is not None}
     for name, module, _ in modules:
         if module in plan:
             _refuse_sharded(name, module, plan[module])
@@ -212,16 +212,22 @@ def _obstacle(module: Any) -> str:
     attention = isinstance(module, torch.nn.MultiheadAttention)
     if attention and type(module.out_proj) not in (NonDynamicallyQuantizableLinear, nn.Linear):
         return f"its out_proj is a {_type(module.out_proj)}: its forward may differ"
+    names = _weights(module)
     if not isinstance(module, FeedbackLayer):
-        holder, weight = (module.out_proj, "in_proj_weight") if attention else (module, "weight")
-        if weight not in module._parameters or "weight" not in holder._parameters:
+        parts = [module.out_proj] if attention else []
+        if not (module._parameters.keys() >= {*names} and all("weight" in part._parameters for part in parts)):
             # By torch.nn.utils, or by a function given to `register`.
             computed = is_parametrized(module, "weight") or any(n.startswith("weight_") for n in module._parameters)
-            if attention or not (computed or ours.weight_of is not StatefulLayer.weight_of):
+            if names != ["weight"] or not (computed or ours.weight_of is not StatefulLayer.weight_of):
                 return "its weight is no Parameter, and who computes it is not known"
-        if "forward" in vars(module) or "forward" in vars(holder):
+        if any("forward" in vars(m) for m in (module, *parts)):
             return "its forward is the instance's own, as a wrapper's: convert_ first, then wrap"
-    return next(filter(None, (_unfit(w) for n, w in module._parameters.items() if n.endswith("weight"))), "")
+    own = (w for n, w in module._parameters.items() if n in names or n.endswith("weight"))
+    return next(filter(None, map(_unfit, own)), "")
+
+
+def _weights(module: Any) -> list[str]:
+    return cast(Any, layer_of(_kind(module))).weights(module)
 
 
 def _unfit(weight: Tensor | None) -> str:
@@ -239,8 +245,10 @@ def _is_sharded(weight: object) -> bool:
 
 
 def _refuse_sharded(name: str, module: Any, rule: Rule) -> None:
-    for _, weight in module.named_parameters():
-        if _is_sharded(weight) and rule.state(torch.empty(weight.shape, dtype=weight.dtype, device="meta")):
+    for weight_name, weight in module.named_parameters():
+        if _is_sharded(weight) and rule.of(weight_name).state(
+            torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        ):
             raise ValueError(
                 f"{name or '(root)'}: {rule.name!r} keeps a tensor for each weight, and this one is sharded already: "
                 "convert_ first, then fully_shard"
@@ -291,15 +299,15 @@ def _apply(
             _become(module, theirs)
     if rule.transports_weight:
         return Row(name, _type(module), "restored", rule.name, "in our class, which its wrapper calls" if stays else "")
-    for weight in module.weights():
-        module._held[weight].path = path(weight)
+    for weight, held in module._held.items():
+        held.path = path(weight)
     # An attention's output projection is a layer of its own.
     for layer in (m for m in (module, *module.children()) if isinstance(m, FeedbackLayer)):
-        for weight in layer.weights():
+        for weight, held in layer._held.items():
             if (parameter := layer._parameters.get(weight)) is None:
                 continue
             owner, its = owners.setdefault(id(parameter), (layer, weight))
-            if owner is not layer and owner.feedback == rule:
+            if owner is not layer and owner._held[its].rule == held.rule:
                 layer.share_feedback(weight, owner, its)
     reason = ""
     if trained := [held.trained for held in module._held.values() if held.trained]:

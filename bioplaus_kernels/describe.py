@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .direct import DirectFeedback
 from .feedback import Record, decode
-from .feedback.record import readable
+from .feedback.record import readable, weight_of
 from .nn.base import FeedbackLayer
 
 _SUFFIX = "feedback_state"
@@ -117,20 +117,16 @@ def _tensors(found: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 def _read(name: str, data: Tensor) -> tuple[str, str, str]:
     if not readable(data):
-        return _weight(name, _SUFFIX), "unknown: on the meta device, or sharded", "-"
+        return weight_of(name, "state"), "unknown: on the meta device, or sharded", "-"
     if name.endswith("feedback_key"):
-        return _weight(name, "feedback_key"), "unknown: saved by version 0.1", f"key {data.flatten().tolist()[1:2]}"
+        return weight_of(name, "key"), "unknown: saved by version 0.1", f"key {data.flatten().tolist()[1:2]}"
     try:
         record = decode(data)
     except ValueError as error:
-        return _weight(name, _SUFFIX), f"unknown: {error}", "-"
+        return weight_of(name, "state"), f"unknown: {error}", "-"
     if record is None:
-        return _weight(name, _SUFFIX), "unknown: no record of a layer's feedback", "-"
-    return _row(_weight(name, _SUFFIX), record)
-
-
-def _weight(name: str, suffix: str) -> str:
-    return f"{name.removesuffix(suffix)}weight"
+        return weight_of(name, "state"), "unknown: no record of a layer's feedback", "-"
+    return _row(weight_of(name, "state"), record)
 
 
 def _row(name: str, record: Record) -> tuple[str, str, str]:

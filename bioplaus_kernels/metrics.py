@@ -24,7 +24,8 @@ from .targetprop import TargetProp
 Row = dict[str, float]
 # Numbers a chunk: their float64 copies stay in a cache.
 _CHUNK = 1 << 17
-_HOOKED = re.compile("(.*weight)_(orig|g|v)")
+_HOOKED = re.compile(r"(.*weight(?:_(?:ih|hh|hr).*)?)_(orig|g|v)")
+_WEIGHT = re.compile(r"(.*\.)?(.*weight|weight_(ih|hh|hr).*)")
 
 
 class Comparison(NamedTuple):
@@ -119,7 +120,7 @@ def _trained(model: torch.nn.Module) -> dict[str, list[torch.nn.Parameter]]:
 
     def add(name: str, parts: Iterable[torch.nn.Parameter]) -> None:
         new = [p for p in parts if p.requires_grad and p not in seen]
-        if new and name.endswith("weight") and not name.endswith("feedback_weight"):
+        if new and _WEIGHT.fullmatch(name) and not name.endswith("feedback_weight"):
             found[name] = new
             seen.update(new)
 

@@ -12,7 +12,7 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Any, ParamSpec, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -24,12 +24,13 @@ from .backends.reference.lc import memory_format, output_size
 from .backends.reference.pack_signs import packed_shape
 
 P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def _bind(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def _bind(function: Callable[P, R]) -> Callable[P, R]:
     if native.library is None:
         return function
-    return cast(Callable[P, Tensor], getattr(torch.ops.bioplaus, function.__name__).default)
+    return cast(Callable[P, R], getattr(torch.ops.bioplaus, function.__name__).default)
 
 
 pack_signs = _bind(reference.pack_signs)
@@ -41,6 +42,8 @@ feedback_conv = _bind(reference.feedback_conv)
 lc_forward = _bind(reference.lc_forward)
 lc_backward_input = _bind(reference.lc_backward_input)
 lc_backward_weight = _bind(reference.lc_backward_weight)
+recurrent_forward = _bind(reference.recurrent_forward)
+recurrent_backward = _bind(reference.recurrent_backward)
 
 
 # What an op's result is like, in the order of the reference's arguments.
@@ -91,22 +94,51 @@ def _fake_lc_backward_weight(grad_output: Tensor, input: Tensor, kernel_size: Se
     return grad_output.new_empty(*out, o, *kernel_size, input.shape[1] // geometry[-1])
 
 
+def _fake_recurrent_forward(input: Tensor, hidden: Tensor, cell: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    _, _, projection, _, mode, _ = rest
+    units, lead = (hidden if projection is None else projection).shape[1], input.shape[:-1]
+    none = input.new_empty(0)
+    return (
+        input.new_empty(*lead, hidden.shape[1]),
+        input.new_empty(hidden.shape),
+        none if cell is None else input.new_empty(cell.shape),
+        input.new_empty(*lead, 4, units) if mode in ("LSTM", "GRU") else input.new_empty(0),
+        input.new_empty(0) if cell is None else input.new_empty(*lead, units),
+    )
+
+
+def _fake_recurrent_backward(grad_output: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _, _, output, _, _, hidden, cell, _, projection, _, mode, _, wanted = rest
+    size, units = hidden.shape[1], (hidden if projection is None else projection).shape[1]
+    width = reference.MODES[mode] * units
+    there = (wanted[0], wanted[1], wanted[2] and projection is not None)
+    sizes: tuple[Any, ...] = ((width, size), (width,), (size, units))
+    weights = [output.new_empty(s if is_there else 0) for s, is_there in zip(sizes, there, strict=True)]
+    return (
+        output.new_empty(*output.shape[:-1], width),
+        output.new_empty(hidden.shape),
+        output.new_empty(0 if cell is None else cell.shape),
+        *weights,
+    )
+
+
 def _like(x: Tensor, size: Sequence[int]) -> Tensor:
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-def _on_one_device(name: str) -> Callable[..., Tensor]:
+def _on_one_device(name: str) -> Callable[..., Any]:
     # One operand on the meta device is enough for the dispatcher to call a fake; its result would be memory that nobody
     # writes.
     fake, names = globals()[f"_fake_{name}"], tuple(inspect.signature(reference.OPS[name]).parameters)
 
-    def checked(*args: Any, **named: Any) -> Tensor:
-        tensors = [(n, x) for n, x in zip(names, args, strict=False) if isinstance(x, Tensor)]
+    def checked(*args: Any, **named: Any) -> Any:
+        # Of a packed sequence, which is on the CPU everywhere.
+        tensors = [(n, x) for n, x in zip(names, args, strict=False) if isinstance(x, Tensor) and n != "batch_sizes"]
         (first, one), *others = tensors
         for other, x in others:
             if x.device != one.device:
                 raise ValueError(f"{other}: expected a tensor on {one.device}, as {first}, got one on {x.device}")
-        return cast(Tensor, fake(*args, **named))
+        return fake(*args, **named)
 
     return checked
 

@@ -19,15 +19,21 @@ from torch.utils._pytree import tree_map_only
 
 from ._restore import buffers
 from .backends.reference import checks
+from .functional._bilinear import _Bilinear
 from .functional._conv import _Conv
 from .functional._linear import _Linear
 from .functional._locally_connected import _LocallyConnected, _LocallyConnectedTranspose
+from .functional._recurrent import _Recurrent
 from .nn.base import FeedbackLayer
 from .register import ALLOWS, Registered, name_of, ours_of
 
-_FUNCTIONS = (_Linear, _Conv, _LocallyConnected, _LocallyConnectedTranspose)
-# Among the edges of a node of theirs.
-_INPUT, _WEIGHT = 0, 1
+# Among the edges of a node of theirs, those to the inputs whose gradient B makes, and those to the weights.
+_FUNCTIONS: dict[type, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    **dict.fromkeys((_Linear, _Conv, _LocallyConnected, _LocallyConnectedTranspose), ((0,), (1,))),
+    _Bilinear: ((0, 2), (1,)),
+    # The gradient of its input, what the input-to-hidden weights made, goes through B from later steps.
+    _Recurrent: ((), (1, 2)),
+}
 # What torch.compile, activation checkpointing and FSDP put into names; draws do not depend on who wraps a model when.
 _WRAPPERS = re.compile(r"_(orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)\.")
 UNSEEN = "not proven yet"
@@ -199,7 +205,8 @@ def _tensors(outputs: Any) -> list[Tensor]:
 class _Walk:
     # From the outputs, without our Functions' edges to W.
     def __init__(self, tensors: list[Tensor]) -> None:
-        self.functions: list[Node] = []
+        # And whether a gradient goes through B.
+        self.functions: list[tuple[Node, bool]] = []
         # Node: the name of a node that reads it.
         self.read: dict[Node, str] = {}
         self.opaque: set[Node] = set()
@@ -210,9 +217,11 @@ class _Walk:
                 continue
             self.read[node] = reader
             name, edges = node.name(), [next_node for next_node, _ in node.next_functions]
-            if getattr(type(node), "_forward_cls", None) in _FUNCTIONS:
-                self.functions.append(node)
-                edges[_WEIGHT] = None
+            if (function := getattr(type(node), "_forward_cls", None)) in _FUNCTIONS:
+                inputs, weights = _FUNCTIONS[function]
+                acts = getattr(node, "carries", False) or any(edges[i] is not None for i in inputs)
+                self.functions.append((node, acts))
+                edges = [None if i in weights else e for i, e in enumerate(edges)]
             elif name in _OPAQUE:
                 self.opaque.update(e for e in edges if e is not None and not e.next_functions)
                 edges = [e for e in edges if e not in self.opaque]
@@ -233,9 +242,9 @@ def evidence(model: torch.nn.Module, watch: Watch, outputs: Any) -> dict[str, Fi
     walk = _Walk(tensors)
     acting: set[torch.nn.Module] = set()
     idle: set[torch.nn.Module] = set()
-    for node in walk.functions:
+    for node, acts in walk.functions:
         if i := bisect_right(watch.starts, node._sequence_nr()):
-            (acting if node.next_functions[_INPUT][0] is not None else idle).add(watch.called[i - 1])
+            (acting if acts else idle).add(watch.called[i - 1])
     owners: dict[int, dict[str, None]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():

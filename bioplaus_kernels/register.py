@@ -29,6 +29,13 @@ PAIRS: dict[_Module, type[FeedbackLayer]] = {
         "ConvTranspose2d",
         "ConvTranspose3d",
         "MultiheadAttention",
+        "Bilinear",
+        "RNN",
+        "LSTM",
+        "GRU",
+        "RNNCell",
+        "LSTMCell",
+        "GRUCell",
     )
 }
 PLAIN = {ours: theirs for theirs, ours in PAIRS.items()}

@@ -46,4 +46,16 @@ TORCH_LIBRARY(bioplaus, m) {
       "lc_backward_weight(Tensor grad_output, Tensor input, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, "
       "SymInt[] dilation, SymInt groups) -> Tensor",
       {at::Tag::pt2_compliant_tag});
+
+  // The loop over time of a recurrent layer, and back through it: the output, the last states, what the backward reads
+  // (gates and cells); the gradients of the input, the first states, the weight, the bias and the projection.
+  m.def(
+      "recurrent_forward(Tensor input, Tensor hidden, Tensor? cell, Tensor weight, Tensor? bias, Tensor? projection, "
+      "Tensor? batch_sizes, str mode, bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "recurrent_backward(Tensor grad_output, Tensor grad_hidden, Tensor? grad_cell, Tensor output, Tensor gates, "
+      "Tensor cells, Tensor hidden, Tensor? cell, Tensor? feedback, Tensor? projection, Tensor? batch_sizes, str mode, "
+      "bool reverse, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
 }

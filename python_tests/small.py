@@ -54,10 +54,41 @@ LAYERS: dict[str, tuple[Callable[..., torch.nn.Module], tuple[int, ...]]] = {
         case.shape,
     )
     for case in RICH
-} | {"MultiheadAttention": (_attention, (2, 3, 8))}
+}
+# Layers with one weight, called "weight", and one input.
+ONE_WEIGHT = list(LAYERS)
+LAYERS |= {
+    "MultiheadAttention": (_attention, (2, 3, 8)),
+    "Bilinear": (lambda rule, **kwargs: bk.nn.Bilinear(5, 5, 3, feedback=rule, **kwargs), (2, 4, 5)),
+}
+NOT_RECURRENT = list(LAYERS)
+_SEQUENCES: dict[str, dict[str, Any]] = {
+    "RNN": {"nonlinearity": "relu"},
+    "LSTM": {"num_layers": 2, "bidirectional": True, "proj_size": 3},
+    "GRU": {"num_layers": 2, "bidirectional": True, "bias": False},
+}
+LAYERS |= {
+    name: (
+        lambda rule, name=name, given=given, **kwargs: getattr(bk.nn, name)(
+            5, 4, feedback=rule, batch_first=True, **given, **kwargs
+        ),
+        (3, 2, 5),
+    )
+    for name, given in _SEQUENCES.items()
+}
+LAYERS |= {
+    f"{name}Cell": (
+        lambda rule, name=name, **kwargs: getattr(bk.nn, f"{name}Cell")(5, 4, feedback=rule, **kwargs),
+        (2, 5),
+    )
+    for name in _SEQUENCES
+}
 
 # One of each family.
-FEW = ["Linear", "Conv2d", "ConvTranspose1d", "LocallyConnected2d", "LocallyConnectedTranspose1d", "MultiheadAttention"]
+FEW = [
+    *("Linear", "Conv2d", "ConvTranspose1d", "LocallyConnected2d", "LocallyConnectedTranspose1d"),
+    *("MultiheadAttention", "Bilinear", "LSTM", "GRUCell"),
+]
 
 
 def build(name: str, rule: Any, **kwargs: Any) -> tuple[torch.nn.Module, Tensor]:
@@ -69,8 +100,16 @@ def build(name: str, rule: Any, **kwargs: Any) -> tuple[torch.nn.Module, Tensor]
 
 
 def call(layer: torch.nn.Module, x: Tensor) -> Tensor:
-    """The layer's output, self-attention for an attention layer."""
-    return layer(x, x, x, need_weights=False)[0] if isinstance(layer, torch.nn.MultiheadAttention) else layer(x)
+    """The layer's output, of x for each input, and after a step of a recurrent layer for each state that it takes."""
+    if isinstance(layer, torch.nn.MultiheadAttention):
+        return layer(x, x, x, need_weights=False)[0]
+    if isinstance(layer, torch.nn.modules.rnn.RNNCellBase):
+        first = layer(x)
+        second = layer(x, first)
+        return second if isinstance(second, Tensor) else torch.cat(second, -1)
+    if isinstance(layer, torch.nn.RNNBase):
+        return layer(x)[0]
+    return layer(x, x) if isinstance(layer, torch.nn.Bilinear) else layer(x)
 
 
 def gradients(layer: Callable[[Tensor], Tensor], x: Tensor, *parameters: Tensor) -> list[Tensor]:

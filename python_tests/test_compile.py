@@ -37,7 +37,9 @@ MODELS = {
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
-    yield
+    # torch's own switch for what is a torch.nn.LSTM, RNN or GRU.
+    with torch._dynamo.config.patch(allow_rnn=True):
+        yield
     torch._dynamo.reset()
 
 

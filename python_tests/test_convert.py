@@ -329,8 +329,11 @@ LEFT = {
     "integer": (_integer_linear, "int8 weight"),
     "attention": (_attention_with_odd_projection, "out_proj is a Odd"),
     "embedding": (lambda: nn.Embedding(4, 4), "no feedback rule"),
-    "recurrent": (lambda: nn.LSTM(4, 4), "no feedback rule"),
-    "bilinear": (lambda: nn.Bilinear(4, 4, 4), "no feedback rule"),
+    "parametrized recurrent": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.LSTM(4, 4), "weight_hh_l0"),
+        "subclass of LSTM",
+    ),
+    "recurrent with a computed weight": (lambda: nn.utils.weight_norm(nn.GRU(4, 4), "weight_hh_l0"), "computed before"),
 }
 
 

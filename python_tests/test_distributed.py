@@ -185,7 +185,11 @@ def test_activation_checkpointing(name: str, rule: str, use_reentrant: bool) -> 
             p.grad = None
         (run(x) * run(2 * x)).sum().backward()
         results.append([p.grad.clone() for p in (x, *trained)])
-    assert_equal(*results)
+    if use_reentrant and name in ("LSTM", "GRUCell", "Bilinear"):
+        # The forward without a gradient is torch's own kernel, and gradients of two inputs add in another order.
+        torch.testing.assert_close(*results)
+    else:
+        assert_equal(*results)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -257,8 +257,10 @@ def test_under_autocast(layer: str) -> None:
 
     captured = capture("export", False, Cast(), x)
     y = captured(x)
-    assert y.dtype == torch.bfloat16 and not y.requires_grad
-    torch.testing.assert_close(y, Cast()(x).detach(), rtol=2e-2, atol=2e-2)
+    # torch's own function of these two is not one that autocast casts whole.
+    wanted = torch.float32 if layer in ("Bilinear", "GRUCell") else torch.bfloat16
+    assert y.dtype == wanted and not y.requires_grad
+    torch.testing.assert_close(y, Cast()(x).detach().to(wanted), rtol=2e-2, atol=2e-2)
 
 
 def test_a_compiled_layer_is_not_cut_by_an_export_before_it() -> None:

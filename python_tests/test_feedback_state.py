@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from small import LAYERS, RULES, assert_equal, build, gradients
+from small import ONE_WEIGHT, RULES, assert_equal, build, gradients
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -53,7 +53,7 @@ def matrices(model: nn.Sequential) -> list[Tensor]:
 
 
 @every_rule
-@pytest.mark.parametrize("layer", [name for name in LAYERS if name != "MultiheadAttention"])
+@pytest.mark.parametrize("layer", ONE_WEIGHT)
 def test_plain_weights_assigned_to_a_layer_on_meta(layer: str, rule: str) -> None:
     full, x = build(layer, None)
     with torch.device("meta"):
@@ -292,7 +292,7 @@ class _Noise(nn.Module):
         return weight + torch.randn_like(weight)
 
 
-@pytest.mark.parametrize("layer", [name for name in LAYERS if name != "MultiheadAttention"])
+@pytest.mark.parametrize("layer", ONE_WEIGHT)
 @pytest.mark.parametrize("rule", [bk.SignConcordance(1.0), bk.SignSymmetry(scale="match"), "usf", "brsf"])
 def test_one_weight_a_call(rule: Any, layer: str) -> None:
     module, x = build(layer, rule)

@@ -16,6 +16,9 @@ G, W, X = torch.randn(3, 4), torch.randn(4, 5), torch.randn(2, 1, 4)
 SIGNS = reference.pack_signs(W)
 BLOCK, SPATIAL = torch.randn(4, 2, 1, 1), torch.randn(2, 2, 4)
 GEOMETRY = ([1], [0, 0], [1], 1)
+# An LSTM of two units, projected to three, over a packed sequence.
+SIZES, Y, W2 = torch.tensor([3, 2]), torch.randn(5, 8), torch.randn(8, 3)
+STATES = torch.randn(3, 3), torch.randn(3, 2)
 FLOAT = {"dtype": torch.float32}
 # op, arguments: every tensor that it can take
 CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
@@ -36,6 +39,15 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
         {},
     ),
     ("lc_backward_weight", (SPATIAL, X, [1], *GEOMETRY), {}),
+    ("recurrent_forward", (Y, *STATES, W2, torch.randn(8), torch.randn(3, 2), SIZES, "LSTM", False), {}),
+    (
+        "recurrent_backward",
+        (
+            *(torch.randn(5, 3), *STATES, torch.randn(5, 3), torch.randn(5, 4, 2), torch.randn(5, 2), *STATES, W2),
+            *(torch.randn(3, 2), SIZES, "LSTM", False, [True] * 3),
+        ),
+        {},
+    ),
 ]
 
 

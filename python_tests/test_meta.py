@@ -119,7 +119,39 @@ def test_operands_without_data_are_not_mixed_with_others(name: str) -> None:
             (torch.randn(2, 2, 4), block, None, None, key, "uniform", 1.0, block.shape, [4], *geometry)
         ],
         "lc_backward_weight": [(torch.randn(2, 2, 4), x, [1], *geometry)],
+        "recurrent_forward": [
+            (
+                torch.randn(3, 2, 16),
+                w[:2, :4],
+                w[2:, :4],
+                torch.randn(16, 4),
+                torch.randn(16),
+                None,
+                None,
+                "LSTM",
+                False,
+            )
+        ],
     }
+    o = torch.randn(3, 2, 5)
+    calls["recurrent_backward"] = [
+        (
+            o,
+            o[0],
+            None,
+            o,
+            o[0, 0, :0],
+            o[0, 0, :0],
+            o[1],
+            None,
+            torch.randn(5, 5),
+            None,
+            None,
+            "RNN_TANH",
+            False,
+            [True] * 3,
+        )
+    ]
     named = {"dtype": torch.float32} if name == "feedback_weight" else {}
     for arguments in calls[name]:
         getattr(ops, name)(*arguments, **named)

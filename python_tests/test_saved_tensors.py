@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import LAYERS, RULES, build, call
+from small import NOT_RECURRENT, ONE_WEIGHT, RULES, build, call
 from torch import Tensor, nn
 
 import bioplaus_kernels as bk
@@ -86,9 +86,6 @@ def b_bytes(rule: str, weight: Tensor) -> int:
         "low_rank": 3 * (weight.shape[0] + weight[:1].numel()) * weight.element_size(),
         "wm": weight.nbytes,
     }[rule]
-
-
-ONE_WEIGHT = [name for name in LAYERS if name != "MultiheadAttention"]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -179,7 +176,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", NOT_RECURRENT)
 def test_the_first_layer_never_forms_its_feedback(name: str, rule: str, counted: list[str]) -> None:
     layer, x = build(name, RULES[rule])
     weight = layer.in_proj_weight if name == "MultiheadAttention" else layer.weight

@@ -24,7 +24,9 @@ def names(layer: nn.Module) -> list[str]:
 def test_what_is_in_the_state_dict(layer: str, rule: str) -> None:
     module, _ = build(layer, RULES[rule])
     suffixes, dtype = STATE.get(rule, ("state", torch.uint8))
-    prefixes = ("in_proj_", "out_proj.") if layer == "MultiheadAttention" else ("",)
+    prefixes = ["in_proj_", "out_proj."] if layer == "MultiheadAttention" else [""]
+    if layer.startswith(("RNN", "LSTM", "GRU")):
+        prefixes = [f"{weight.removeprefix('weight_')}_" for weight in module.weights()]
     wanted = {f"{prefix}feedback_{kept}" for prefix in prefixes for kept in (*suffixes.split(), "state")}
     assert set(names(module)) == (set() if rule == "backprop" else wanted)
     for name in names(module):

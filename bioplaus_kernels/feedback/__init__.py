@@ -23,6 +23,7 @@ from .rules import (
     BatchMagnitude,
     FeedbackAlignment,
     FixedMagnitude,
+    InputHidden,
     KolenPollack,
     LowRank,
     SignConcordance,
@@ -32,7 +33,7 @@ from .rules import (
     as_rule,
     fill,
 )
-from .scale import Entries, Fans, Scale, conv_fans, lc_fans, linear_fans, root_mean_square, weight_rms
+from .scale import Entries, Fans, Scale, bilinear_fans, conv_fans, lc_fans, linear_fans, root_mean_square, weight_rms
 
 
 class Plan(tuple[object, ...]):
@@ -54,6 +55,7 @@ __all__ = [
     "FixedMagnitude",
     "Frozen",
     "InformationAlignment",
+    "InputHidden",
     "Key",
     "KolenPollack",
     "LowRank",
@@ -69,6 +71,7 @@ __all__ = [
     "SymmetricAlignment",
     "WeightMirror",
     "as_rule",
+    "bilinear_fans",
     "conv_fans",
     "decode",
     "derived_key",

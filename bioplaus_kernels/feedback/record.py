@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -151,8 +152,23 @@ def decode(data: Tensor) -> Record | None:
 
 
 def attribute_of(name: str, kept: str) -> str:
-    """What a layer calls what it keeps for weight `name`: feedback_key, or in_proj_feedback_key for in_proj_weight."""
+    """What a layer calls what it keeps for weight `name`.
+
+    feedback_signs; in_proj_feedback_signs for in_proj_weight, ih_l0_feedback_signs for weight_ih_l0.
+    """
+    if name.startswith("weight_"):
+        return f"{name.removeprefix('weight_')}_feedback_{kept}"
     return f"{name.removesuffix('weight')}feedback_{kept}"
+
+
+_RECURRENT = re.compile(r"(.*\.)?((?:ih|hh|hr)(?:_l\d+(?:_reverse)?)?)_")
+
+
+def weight_of(attribute: str, kept: str) -> str:
+    """The weight for which `attribute`, with what comes before it in a state_dict, is what a layer keeps."""
+    stem = attribute.removesuffix(f"feedback_{kept}")
+    found = _RECURRENT.fullmatch(stem)
+    return f"{found[1] or ''}weight_{found[2]}" if found else f"{stem}weight"
 
 
 def readable(tensor: Tensor | None) -> bool:

@@ -87,6 +87,15 @@ class Stateful:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{n}={v!r}' for n, v in identity(self)[1].items())})"
 
+    def of(self, name: str) -> Any:
+        """The rule of the weight that a layer calls `name`: itself, but of a rule made of others."""
+        return self
+
+    def among(self, names: list[str]) -> Any:
+        """The one rule of the weights `names`, or itself where they have several."""
+        rules = [self.of(name) for name in names]
+        return rules[0] if all(rule == rules[0] for rule in rules) else self
+
     @property
     def seeded(self) -> bool:
         """Whether a call reads the key."""
@@ -236,6 +245,8 @@ _PACKAGE = __name__.partition(".")[0] + "."
 def _plain(kind: type, name: str, value: Any) -> Any:
     if isinstance(value, Enum | torch.dtype):
         return str(value)
+    if isinstance(value, Stateful):
+        return list(identity(value))
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:

@@ -367,6 +367,45 @@ RULES: dict[str, type[Rule]] = {
 }
 
 
+@dataclass(frozen=True)
+class InputHidden(Rule):
+    """Of recurrent layers one rule for the input-to-hidden weights and another for the hidden-to-hidden ones.
+
+    Each is a rule, the name of one, or None for back-propagation; the projection of an LSTM is hidden-to-hidden. Layers
+    that are not recurrent have the first.
+    """
+
+    name: ClassVar[str] = "input_hidden"
+    input: Rule
+    hidden: Rule
+
+    def __init__(self, input: Rule | str | None, hidden: Rule | str | None) -> None:
+        for part, rule in (("input", input), ("hidden", hidden)):
+            object.__setattr__(self, part, as_rule(rule, part))
+
+    def of(self, name: str) -> Rule:
+        return self.hidden if name.startswith(("weight_hh", "weight_hr")) else self.input
+
+    @property
+    def transports_weight(self) -> bool:  # type: ignore[override]
+        return self.input.transports_weight and self.hidden.transports_weight
+
+    @property
+    def sign_of_weight(self) -> bool:  # type: ignore[override]
+        return self.input.sign_of_weight or self.hidden.sign_of_weight
+
+    @property
+    def mirrors(self) -> bool:  # type: ignore[override]
+        return self.input.mirrors or self.hidden.mirrors
+
+    @property
+    def initial(self) -> bool:
+        return self.input.initial or self.hidden.initial
+
+    def operands(self, weight: Tensor, state: State) -> Operands:
+        raise NotImplementedError("a layer takes the operands of each weight's own rule")
+
+
 def as_rule(feedback: "str | Rule | None", argument: str = "feedback") -> Rule:
     """The rule a user's `feedback=` means: a name, a rule, or None for back-propagation."""
     if feedback is None:

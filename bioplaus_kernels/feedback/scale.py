@@ -26,6 +26,12 @@ def linear_fans(weight: Tensor) -> Fans:
     return Fans(weight.shape[1], weight.shape[0], 1.0 / math.sqrt(max(weight.shape[1], 1)))
 
 
+def bilinear_fans(weight: Tensor) -> Fans:
+    """Fans of a bilinear weight (out, in1, in2), linear in the products of one entry of each input."""
+    inputs = weight.shape[1] * weight.shape[2]
+    return Fans(inputs, weight.shape[0] * weight.shape[2], 1.0 / math.sqrt(max(inputs, 1)))
+
+
 def conv_fans(weight: Tensor, out_channels: int) -> Fans:
     """Fans of a convolution weight (c0, c1, *kernel), transposed or not."""
     kernel = math.prod(weight.shape[2:])

@@ -7,6 +7,7 @@ Arguments that do not fit raise ValueError or TypeError; double backward and tor
 
 from types import FunctionType
 
+from ._bilinear import bilinear, bilinear_with
 from ._common import (
     CUT,
     Arguments,
@@ -14,6 +15,7 @@ from ._common import (
     Grads,
     Ints,
     captured,
+    explain,
     formed,
     ints,
     is_backprop,
@@ -42,6 +44,7 @@ from ._locally_connected import (
     locally_connected_with,
     pad_pairs,
 )
+from ._recurrent import carries, recurrent_with
 
 __all__ = [
     "CUT",
@@ -50,7 +53,10 @@ __all__ = [
     "Grads",
     "Ints",
     "Padding",
+    "bilinear",
+    "bilinear_with",
     "captured",
+    "carries",
     "conv1d",
     "conv2d",
     "conv3d",
@@ -59,6 +65,7 @@ __all__ = [
     "conv_transpose3d",
     "conv_transpose_with",
     "conv_with",
+    "explain",
     "explain_conv",
     "formed",
     "ints",
@@ -73,6 +80,7 @@ __all__ = [
     "needs_feedback",
     "no_key",
     "pad_pairs",
+    "recurrent_with",
     "resolve",
 ]
 

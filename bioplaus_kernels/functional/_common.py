@@ -53,14 +53,14 @@ class _Refuse(torch.autograd.Function):
 def once(backward: Callable[..., Grads]) -> Callable[..., Grads]:
     # torch's once_differentiable raises where .backward() reaches its outputs; autograd.grad goes round it in silence.
     @functools.wraps(backward)
-    def wrapper(ctx: Any, grad_output: Tensor) -> Grads:
+    def wrapper(ctx: Any, *grad_outputs: Tensor) -> Grads:
         saved = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return backward(ctx, grad_output, saved)
+            return backward(ctx, *grad_outputs, saved)
         with torch.no_grad():
-            grads = backward(ctx, grad_output, saved)
+            grads = backward(ctx, *grad_outputs, saved)
         given = [grad for grad in grads if grad is not None]
-        sources = (grad_output, *(t for t in saved if t is not None and t.is_floating_point()))
+        sources = (*grad_outputs, *(t for t in saved if t is not None and t.is_floating_point()))
         tied = iter(_Refuse.apply(len(given), *given, *sources))
         return tuple(None if grad is None else next(tied) for grad in grads)
 
@@ -71,12 +71,16 @@ def autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
     # The operands of the forward product: under autocast in its dtype, by torch's own rule, which leaves float64 alone.
     if not autocasts(input):
         return input, weight, bias
-    dtype = torch.get_autocast_dtype(input.device.type)
+    x, w, b = lowered(torch.get_autocast_dtype(input.device.type), input, weight, bias)
+    assert x is not None and w is not None
+    return x, w, b
 
-    def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
-    return cast(input), cast(weight), None if bias is None else cast(bias)
+def lowered(dtype: torch.dtype, *tensors: Tensor | None) -> Grads:
+    # In `dtype`, autocast's, what is floating and no float64.
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
 
 
 # The Functions below take (input, weight, bias, *Operands, *geometry) and save what their backward reads, nothing else.
@@ -118,10 +122,30 @@ def without_factors(feedback: Arguments, shape: torch.Size) -> Arguments:
 
 def formed(op: Operands, weight: Tensor) -> Tensor:
     """B, like `weight`, of the operands of a call."""
-    own = {"sign": weight.detach(), "": None}[op.role]
-    feedback = without_factors((own, *op[1:6]), weight.shape)
-    b = ops.feedback_weight(*feedback, weight.shape, dtype=weight.dtype)
-    return b if op.rescale is None else b * op.rescale
+    return matrix(op, weight.detach() if op.role else None, weight.shape, weight.dtype)
+
+
+def matrix(op: Operands, weight: Tensor | None, size: torch.Size, dtype: torch.dtype) -> Tensor:
+    """B in `dtype`; of `weight`, where it has a role, of a weight of this size where not."""
+    role, signs, magnitude, key, entries, scale, rescale = op
+    if role == "magnitude":
+        weight, magnitude = None, weight
+    b = ops.feedback_weight(*without_factors((weight, signs, magnitude, key, entries, scale), size), size, dtype=dtype)
+    return b if rescale is None else b * rescale
+
+
+# For a Function with more than one weight, or whose B is formed whole: of a call's operands what is no tensor, the
+# tensors to save, and B of both.
+
+
+def parted(op: Operands, weight: Tensor | None) -> tuple[Operands, Grads]:
+    tensors = weight if op.role else None, op.signs, op.magnitude, op.key, op.rescale
+    return op._replace(signs=None, magnitude=None, key=None, rescale=None), tensors
+
+
+def joined(op: Operands, tensors: Grads, size: torch.Size, dtype: torch.dtype) -> Tensor:
+    weight, signs, magnitude, key, rescale = tensors
+    return matrix(op._replace(signs=signs, magnitude=magnitude, key=key, rescale=rescale), weight, size, dtype)
 
 
 def finish(
@@ -166,7 +190,7 @@ def resolve(feedback: Feedback, weight: Tensor, fans: Fans, key: Tensor | None =
             checks.fail("feedback", f"a tensor on {weight.device}", feedback.device)
         no_key(key)
         return CUT if captured() else stored(feedback.detach())
-    rule = as_rule(feedback)
+    rule = as_rule(feedback).of("weight")
     if rule.transports_weight:
         no_key(key)
         return BACKPROP
@@ -194,7 +218,7 @@ def no_key(key: Tensor | None) -> None:
 
 def is_backprop(feedback: Feedback) -> bool:
     """Whether `feedback` means B = W."""
-    return not isinstance(feedback, Tensor) and as_rule(feedback).transports_weight
+    return not isinstance(feedback, Tensor) and as_rule(feedback).of("weight").transports_weight
 
 
 # The layers' hot path checks only what torch lets pass: where torch or an op raises, `explain*` raises instead if it

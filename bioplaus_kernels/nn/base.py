@@ -36,7 +36,7 @@ class FeedbackLayer(StatefulLayer):
     def __init__(self, *args: Any, feedback: Rule | str | None = None, **kwargs: Any) -> None:
         rule = as_rule(feedback)
         super().__init__(*args, **kwargs)
-        self.install_feedback(rule)
+        self.install_feedback(rule.among(self.weights()))
 
     @property
     def feedback(self) -> Rule:
@@ -58,7 +58,7 @@ class FeedbackLayer(StatefulLayer):
 
     def rms(self, name: str = "weight") -> float:
         """The root mean square of B's entries; 1 for scale="match" and "initial"."""
-        return self._feedback.rms(self.fans(name))
+        return self._feedback.of(name).rms(self.fans(name))
 
     def used(
         self, name: str = "weight", weight: Tensor | None = None, *, feedback: bool = True
@@ -69,7 +69,7 @@ class FeedbackLayer(StatefulLayer):
         """
         if weight is None:
             weight = self.weight_of(name)
-        if not self.uses_feedback:
+        if not self.uses_feedback or name not in self._held:
             return weight, BACKPROP
         if weight.shape != self._held[name].shape:
             self._resized(name, weight)
@@ -80,14 +80,17 @@ class FeedbackLayer(StatefulLayer):
         if not feedback and not learns:
             return weight, BACKPROP
         state = self._call_state(name, weight)
-        op = self._feedback.operands(weight, state) if feedback else BACKPROP
+        op = self._rule(name).operands(weight, state) if feedback else BACKPROP
         if learns:
-            weight = self._feedback.learning(weight, cast(Tensor, self._parameters[trained]), state)
+            weight = self._rule(name).learning(weight, cast(Tensor, self._parameters[trained]), state)
         return weight, op
+
+    def _rule(self, name: str) -> Rule:
+        return cast(Rule, self._held[name].rule)
 
     def _call_state(self, name: str, weight: Tensor) -> State:
         state = self._state(name, weight)
-        if self.reads_no_weight and self._feedback.sign_of_weight and "frozen" not in state:
+        if self.reads_no_weight and self._rule(name).sign_of_weight and "frozen" not in state:
             return {**state, "frozen": ops.pack_signs(weight.detach())}
         return state
 
@@ -99,7 +102,7 @@ class FeedbackLayer(StatefulLayer):
                 f"{self.called(name)}: its weight has shape {tuple(weight.shape)}, and its feedback that of "
                 f"{tuple(held.shape)} before: convert_ the model again after pruning or resizing"
             )
-        held.constants, held.shape = held.constants | self._constants(self._feedback, name), weight.shape
+        held.constants, held.shape = held.constants | self._constants(self._rule(name), name), weight.shape
 
     def _replicate_for_data_parallel(self) -> Any:
         # What a proof puts in their place is the original's.
@@ -123,9 +126,9 @@ class FeedbackLayer(StatefulLayer):
     def feedback_matrix(self, name: str = "weight") -> Tensor:
         """B of weight `name`, as the next backward would use it, in the weight's shape and dtype."""
         weight = self.weight_of(name)
-        if not self.uses_feedback:
+        if not self.uses_feedback or name not in self._held:
             return weight.detach().clone()
-        return formed(self._feedback.operands(weight, self._state(name, weight)), weight)
+        return formed(self._rule(name).operands(weight, self._state(name, weight)), weight)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
@@ -172,7 +175,8 @@ def frozen_signs(model: torch.nn.Module) -> Iterator[None]:
         raise RuntimeError(f"frozen_signs: the signs of {nested} are frozen already")
     try:
         for layer in layers:
-            signs = {name: ops.pack_signs(layer.weight_of(name).detach()) for name in layer.weights()}
+            named = [name for name in layer._held if layer._rule(name).sign_of_weight]
+            signs = {name: ops.pack_signs(layer.weight_of(name).detach()) for name in named}
             layer._frozen = FrozenSigns(signs)
         yield
     finally:
@@ -209,7 +213,7 @@ def mirror_(
     if not layers:
         raise ValueError("model: expected a layer with the rule 'wm', got none")
     for layer in layers:
-        for name in layer.weights():
+        for name in (n for n in layer._held if layer._rule(n).mirrors):
             weight, b = layer.weight_of(name), getattr(layer, layer._held[name].kept["weight"])
             if generator is not None and generator.device.type != weight.device.type:
                 checks.fail("generator", f"one on {weight.device}, as the weights are", f"one on {generator.device}")

@@ -32,6 +32,7 @@ def writable() -> Iterator[None]:
 class Held:
     """Of one weight: what is known of its feedback beside the tensors that the layer registers."""
 
+    rule: Stateful
     # What a call gives the rule beside what it keeps: "rms", and "key" if the rule is seeded.
     constants: State
     # The attributes of what the rule keeps, by the rule's names for them.
@@ -106,7 +107,8 @@ def _shares(tensor: Tensor, weight: Tensor) -> bool:
     return readable(weight) and tensor.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
 
 
-def draw(rule: Stateful, held: Held, kept: dict[str, Tensor], weight: Tensor) -> None:
+def draw(held: Held, kept: dict[str, Tensor], weight: Tensor) -> None:
+    rule = held.rule
     if kept:
         if type(rule).draw is Stateful.draw:
             for n, tensor in kept_by(rule, weight).items():

@@ -60,7 +60,7 @@ class Load:
         if self.found is None:
             if not self.piece:
                 error_msgs.append(f"{where}: expected a record of a layer's feedback, got something else")
-        elif why := self.layer._mismatch(self.found):
+        elif why := self.layer._mismatch(self.layer._held[self.name], self.found):
             error_msgs.append(f"{where}: {why}")
 
     def finish(self, missing_keys: list[str], error_msgs: list[str]) -> None:
@@ -78,11 +78,11 @@ class Load:
         if weight.is_meta:
             return
         wanted = layer._kept(held)
-        partial = self.found is not None and layer._feedback.fixed and not wanted.keys() <= self.given.keys()
+        partial = self.found is not None and held.rule.fixed and not wanted.keys() <= self.given.keys()
         if layer._place(name, weight.device) or (partial and not self.piece):
             layer._lose(name, weight)
         elif wanted.keys() <= self.given.keys() and wanted:
-            held.lost, held.sums = False, sums_of(layer._feedback, wanted)
+            held.lost, held.sums = False, sums_of(held.rule, wanted)
             if self.found is not None:
                 try:
                     layer._check_content(name, weight, self.given, self.found.sums)

@@ -64,8 +64,12 @@ class StatefulLayer(torch.nn.Module):
     def install_feedback(self, rule: Any, key: Keys | None = None) -> None:
         """Make `rule` the layer's, with fresh state as in `reset_feedback`: wholly, or an error changes nothing."""
         with writable():
-            names = [] if rule.transports_weight else self.weights()
-            made = {name: self._made(rule, name, self._weight(name), key) for name in names}
+            rules = {name: rule.of(name) for name in self.weights()}
+            made = {
+                name: self._made(own, name, self._weight(name), key)
+                for name, own in rules.items()
+                if not own.transports_weight
+            }
             self.remove_feedback()
             self._feedback, self._held = rule, {}
             for name, (held, tensors) in made.items():
@@ -81,7 +85,8 @@ class StatefulLayer(torch.nn.Module):
         if not supported(weight):
             raise TypeError(f"feedback: {rule.name!r} takes a floating weight, got {name} of {weight.dtype}")
         kept = kept_by(rule, weight)
-        held = Held(self._constants(rule, name), {n: attribute_of(name, n) for n in kept}, attribute_of(name, "state"))
+        attributes = {n: attribute_of(name, n) for n in kept}
+        held = Held(rule, self._constants(rule, name), attributes, attribute_of(name, "state"))
         for n, tensor in kept.items():
             if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad:
                 if getattr(type(rule), "learning", Rule.learning) is Rule.learning:
@@ -91,7 +96,7 @@ class StatefulLayer(torch.nn.Module):
                 held.trained = held.kept[n]
         if rule.keyed:
             held.key = Key.of(drawn_key() if key is None else key(name))
-        draw(rule, held, kept, weight)
+        draw(held, kept, weight)
         return held, {held.kept[n]: tensor for n, tensor in kept.items()}
 
     def _constants(self, rule: Any, name: str) -> State:
@@ -115,7 +120,7 @@ class StatefulLayer(torch.nn.Module):
         """Draw the state again, in place: from `key(weight name)`, or from torch's generator as torch.nn draws."""
         with writable():
             for name, held in self._held.items():
-                if self._feedback.keyed:
+                if held.rule.keyed:
                     held.key = Key.of(drawn_key() if key is None else key(name))
                     if key is None:
                         # Each rank has drawn its own.
@@ -127,13 +132,13 @@ class StatefulLayer(torch.nn.Module):
     def _draw_again(self, name: str, weight: Tensor) -> None:
         self._place(name, weight.device)
         held = self._held[name]
-        draw(self._feedback, held, self._kept(held), weight)
+        draw(held, self._kept(held), weight)
         self._settle(name, weight.device)
 
     def _lose(self, name: str, weight: Tensor) -> None:
         # What is kept is memory that nobody wrote.
-        rule, held = self._feedback, self._held[name]
-        if rule.keyed and not rule.initial and held.key is not None:
+        held = self._held[name]
+        if held.rule.keyed and not held.rule.initial and held.key is not None:
             self._draw_again(name, weight)
         else:
             held.lost = bool(self._kept(held))
@@ -176,12 +181,12 @@ class StatefulLayer(torch.nn.Module):
     def _settle(self, name: str, device: torch.device) -> None:
         # Writes, on `device`, the record, and the key as the ops read it.
         held = self._held[name]
-        if self._feedback.seeded and held.key is not None:
+        if held.rule.seeded and held.key is not None:
             old = held.constants.get("key")
             if old is None or old.device != device or held.given != held.key[:2]:
                 held.constants, held.given = held.constants | {"key": held.key.tensor(device)}, held.key[:2]
-        sums = held.sums | sums_of(self._feedback, self._kept(held), torch.nn.Parameter)
-        record = encode(Record(*self._identity(self._feedback), held.key, sums), device)
+        sums = held.sums | sums_of(held.rule, self._kept(held), torch.nn.Parameter)
+        record = encode(Record(*self._identity(held.rule), held.key, sums), device)
         self._overwrite(held.record, torch.zeros_like(record) if held.lost else record)
         held.seen = self._record(held)
         held.version = held.seen._version
@@ -191,13 +196,13 @@ class StatefulLayer(torch.nn.Module):
         held = self._held[name]
         record = self._record(held)
         if readable(record):
-            sums = sums_of(self._feedback, self._kept(held))
+            sums = sums_of(held.rule, self._kept(held))
             if held.was_written(record):
                 self._read_record(name)
                 held.doubted = sums != held.sums
             elif sums != held.sums and not held.doubted:
                 # Written through .data, the content is what calls have used.
-                held.sums, held.key = sums, held.key if self._feedback.seeded else None
+                held.sums, held.key = sums, held.key if held.rule.seeded else None
             self._settle(name, record.device)
 
     def _overwrite(self, attribute: str, content: Tensor) -> None:
@@ -276,14 +281,14 @@ class StatefulLayer(torch.nn.Module):
     def feedback_record(self, name: str = "weight") -> Record:
         """What identifies the feedback of weight `name`: the rule's class and fields, and the key."""
         held = self._held[name]
-        return Record(*self._identity(self._feedback), held.key, held.sums)
+        return Record(*self._identity(held.rule), held.key, held.sums)
 
-    def _mismatch(self, found: Record) -> str:
-        # Why `found` is not of this layer's rule, if it is not.
-        own = Record(*self._identity(self._feedback), None, {})
+    def _mismatch(self, held: Held, found: Record) -> str:
+        # Why `found` is not of this weight's rule, if it is not.
+        own = Record(*self._identity(held.rule), None, {})
         if (found.rule, found.fields) == (own.rule, own.fields):
             if found.key is None:
-                return "expected a key, got none" if self._feedback.seeded else ""
+                return "expected a key, got none" if held.rule.seeded else ""
             known = 1 <= found.key.version <= LAYOUT_VERSION
             return "" if known else f"expected a layout version up to {LAYOUT_VERSION}, got {found.key.version}"
         return f"expected the state of {own}, got that of {found}: convert_ with this rule to go on with it"
@@ -321,7 +326,7 @@ class StatefulLayer(torch.nn.Module):
         if found is None:
             # What is written in place is never memory that nobody wrote.
             return record is held.seen
-        if why := self._mismatch(found):
+        if why := self._mismatch(held, found):
             raise RuntimeError(f"{self.called(name)}: {why}")
         self._adopt_key(held, found.key)
         held.sums |= {n: found.sums[n] for n in held.sums.keys() & found.sums.keys()}
@@ -329,14 +334,14 @@ class StatefulLayer(torch.nn.Module):
 
     def _adopt_key(self, held: Held, key: Key | None) -> None:
         held.key = key
-        if note := "" if key is None else self._feedback.outdated(key):
+        if note := "" if key is None else held.rule.outdated(key):
             warnings.warn(note, stacklevel=2)
 
     def _check_content(
         self, name: str, weight: Tensor, tensors: dict[str, Tensor | None], sums: dict[str, str]
     ) -> None:
         # Raises RuntimeError where a tensor is not what `sums` say and the key draws nothing near it.
-        held, rule = self._held[name], self._feedback
+        held, rule = self._held[name], self._held[name].rule
         for n, wanted in sums.items():
             tensor = tensors.get(n)
             if tensor is None or wanted == UNKNOWN or sum_of(tensor) in (wanted, UNKNOWN):
@@ -446,10 +451,11 @@ class StatefulLayer(torch.nn.Module):
             attributes = {n: attribute_of(name, n) for n in ("weight", "signs", "scale")}
             kept = {n: a for n, a in attributes.items() if getattr(self, a, None) is not None}
             key = self._buffers.pop(attribute_of(name, "key"), None)
-            held = self._held[name] = Held(self._constants(self._feedback, name), kept, attribute_of(name, "state"))
+            constants = self._constants(self._feedback, name)
+            held = self._held[name] = Held(self._feedback, constants, kept, attribute_of(name, "state"))
             if key is not None:
                 held.key = Key.of(key)
-            held.sums, held.lost = sums_of(self._feedback, self._kept(held)), lost
+            held.sums, held.lost = sums_of(held.rule, self._kept(held)), lost
             held.trained = next((kept[n] for n, t in self._kept(held).items() if t.requires_grad), "")
             self._settle(name, self._weight(name).device)
 

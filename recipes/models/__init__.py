@@ -1,6 +1,7 @@
 """The networks a recipe trains, as plain models that ``bioplaus_kernels.convert_`` then converts.
 
-`bartunov`, `xiao`, `all_tnn`, `lenet` and `retinanet` hold them by source; classifiers are built here by name.
+`bartunov`, `xiao`, `all_tnn`, `lenet`, `recurrent` and `retinanet` hold them by source; classifiers are built here by
+name.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from typing import NamedTuple
 import torchvision
 from torch import nn
 
-from recipes.models import bartunov, lenet, xiao
+from recipes.models import bartunov, lenet, recurrent, xiao
 from recipes.models.all_tnn import all_tnn
 from recipes.models.retinanet import retinanet, small_retinanet
 
 __all__ = [
     *("DETECTORS", "MODELS", "build", "check_name", "input_for"),
-    *("all_tnn", "bartunov", "lenet", "retinanet", "small_retinanet", "xiao"),
+    *("all_tnn", "bartunov", "lenet", "recurrent", "retinanet", "small_retinanet", "xiao"),
 ]
 
 
@@ -35,6 +36,7 @@ MODELS = {
     "lenet": Model(lenet.lenet5, 28),
     "lenet-mnist": Model(lenet.biotorch_mnist, 32),
     "lenet-cifar": Model(lenet.biotorch_cifar, 32),
+    "lstm-rows": Model(recurrent.Rows, 1),
     "alexnet-bn": Model(xiao.alexnet_bn, 63),
     "all-tnn": Model(all_tnn, 148),
     "all-tnn-conv": Model(lambda c, s, n: all_tnn(c, s, n, tied=True), 148),

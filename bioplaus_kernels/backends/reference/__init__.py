@@ -1,13 +1,18 @@
 """Plain-torch backend: the specification of every op, on any device and dtype."""
 
+from collections.abc import Callable
+from typing import Any
+
 from .feedback_conv import feedback_conv
 from .feedback_mm import feedback_mm
 from .feedback_weight import feedback_weight
 from .lc import lc_backward_input, lc_backward_weight, lc_forward
 from .pack_signs import pack_signs, unpack_signs
+from .recurrent import MODES, recurrent_backward, recurrent_forward
 from .redraw_key import redraw_key
 
 __all__ = [
+    "MODES",
     "OPS",
     "feedback_conv",
     "feedback_mm",
@@ -16,11 +21,13 @@ __all__ = [
     "lc_backward_weight",
     "lc_forward",
     "pack_signs",
+    "recurrent_backward",
+    "recurrent_forward",
     "redraw_key",
     "unpack_signs",
 ]
 
-OPS = {
+OPS: dict[str, Callable[..., Any]] = {
     op.__name__: op
     for op in (
         feedback_mm,
@@ -32,5 +39,7 @@ OPS = {
         lc_forward,
         lc_backward_input,
         lc_backward_weight,
+        recurrent_forward,
+        recurrent_backward,
     )
 }
