@@ -331,9 +331,9 @@ LEFT = {
     "embedding": (lambda: nn.Embedding(4, 4), "no feedback rule"),
     "parametrized recurrent": (
         lambda: nn.utils.parametrizations.weight_norm(nn.LSTM(4, 4), "weight_hh_l0"),
-        "subclass of LSTM",
+        "its weight is no Parameter",
     ),
-    "recurrent with a computed weight": (lambda: nn.utils.weight_norm(nn.GRU(4, 4), "weight_hh_l0"), "computed before"),
+    "recurrent with a computed weight": (lambda: nn.utils.weight_norm(nn.GRU(4, 4), "weight_hh_l0"), "is no Parameter"),
 }
 
 
