@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -41,22 +42,37 @@ def buffers(*models: torch.nn.Module | None) -> Iterator[None]:
             module._non_persistent_buffers_set = others
 
 
+def sharded(model: torch.nn.Module) -> list[Any]:
+    """The modules of `model` that `fully_shard` (FSDP2) has sharded, as between two steps.
+
+    What a forward without a backward has left gathered are other Parameters, which no optimizer has.
+    """
+    found: list[Any] = [module for module in model.modules() if hasattr(module, "reshard")]
+    for module in found:
+        module.reshard()
+    return found
+
+
 @contextmanager
 def kept(*models: torch.nn.Module) -> Iterator[None]:
     """`buffers`, and after the block training modes, `.grad` and torch's random state are as before too.
 
-    In the block `.grad` is None. The random state is that of the CPU and of the models' devices.
+    In the block `.grad` is None, and no hook waits for it, which may be an optimizer's step in backward. The random
+    state is that of the CPU and of the models' devices.
     """
+    for model in models:
+        sharded(model)
     modes = {module: module.training for model in models for module in model.modules()}
-    parameters = {p: p.grad for model in models for p in model.parameters()}
+    parameters = {p: (p.grad, p._post_accumulate_grad_hooks) for model in models for p in model.parameters()}
     devices = {p.device for p in parameters if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=devices), buffers(*models):
             for parameter in parameters:
                 parameter.grad = None
+                parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
             yield
     finally:
-        for parameter, grad in parameters.items():
-            parameter.grad = grad
+        for parameter, (grad, hooks) in parameters.items():
+            parameter.grad, parameter._post_accumulate_grad_hooks = grad, hooks
         for module, mode in modes.items():
             module.training = mode

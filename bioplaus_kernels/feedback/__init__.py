@@ -29,6 +29,7 @@ from .rules import (
     WeightMirror,
     as_rule,
     fill,
+    whole,
 )
 from .scale import Entries, Fans, Scale, conv_fans, lc_fans, linear_fans, root_mean_square, weight_rms
 
@@ -76,4 +77,5 @@ __all__ = [
     "root_mean_square",
     "stored",
     "weight_rms",
+    "whole",
 ]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._restore import sharded
 from ..backends.reference import checks
-from ..feedback import BACKPROP, Fans, Operands, Record, Rule, State, as_rule, encode, weight_rms
+from ..feedback import BACKPROP, Fans, Operands, Record, Rule, State, as_rule, encode, fill, weight_rms, whole
 from ..functional import CUT, captured, formed, needs_feedback
 from .held import FrozenSigns
 from .state import StatefulLayer
@@ -118,11 +119,15 @@ class FeedbackLayer(StatefulLayer):
 
     @torch.no_grad()
     def feedback_matrix(self, name: str = "weight") -> Tensor:
-        """B of weight `name`, as the next backward would use it, in the weight's shape and dtype."""
-        weight = getattr(self, name)
+        """B of weight `name`, as the next backward would use it, in the weight's shape and dtype.
+
+        Of a sharded weight (FSDP2) all of B, for which every rank has to call.
+        """
+        weight = whole(getattr(self, name))
         if not self.uses_feedback:
             return weight.detach().clone()
-        return formed(self._feedback.operands(weight, self._state(name, weight)), weight)
+        state = {n: whole(value) for n, value in self._state(name, weight).items()}
+        return formed(self._feedback.operands(weight, state), weight)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
@@ -169,7 +174,7 @@ def frozen_signs(model: torch.nn.Module) -> Iterator[None]:
         raise RuntimeError(f"frozen_signs: the signs of {nested} are frozen already")
     try:
         for layer in layers:
-            signs = {name: ops.pack_signs(getattr(layer, name).detach()) for name in layer.weights()}
+            signs = {name: ops.pack_signs(whole(getattr(layer, name)).detach()) for name in layer.weights()}
             layer._frozen = FrozenSigns(signs)
         yield
     finally:
@@ -202,12 +207,14 @@ def mirror_(
     checks.boolean("normalise", normalise)
     if generator is not None:
         checks.instance("generator", generator, torch.Generator, "a torch.Generator or None")
+    sharded(model)
     layers = [m for m in model.modules() if isinstance(m, FeedbackLayer) and m.feedback.mirrors]
     if not layers:
         raise ValueError("model: expected a layer with the rule 'wm', got none")
     for layer in layers:
         for name in layer.weights():
-            weight, b = getattr(layer, name), getattr(layer, layer._held[name].kept["weight"])
+            weight, kept = whole(getattr(layer, name)), getattr(layer, layer._held[name].kept["weight"])
+            b = whole(kept)
             if generator is not None and generator.device.type != weight.device.type:
                 checks.fail("generator", f"one on {weight.device}, as the weights are", f"one on {generator.device}")
             # (positions, rows, columns): only locally-connected weights, of d dimensions, have more than one position.
@@ -222,3 +229,5 @@ def mirror_(
             b.mul_(1 - decay).add_(seen.reshape(b.shape), alpha=lr)
             if normalise:
                 b.mul_(layer.rms(name) / weight_rms(b))
+            if b is not kept:
+                fill(kept, b)
