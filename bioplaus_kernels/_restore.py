@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 
 @contextmanager
@@ -12,7 +13,8 @@ def buffers(*models: torch.nn.Module | None) -> Iterator[None]:
     """In the block the modules work on copies of their buffers; then they have the tensors that they had before.
 
     So what a forward writes, replaces, registers or deletes leaves no trace, and a graph that saved the tensors finds
-    them unwritten. torch.compile traces it. What a rule keeps stays in place: layers know it by identity.
+    them unwritten. torch.compile traces it. What a rule keeps stays in place: layers know it by identity. What a lazy
+    module has not made yet it makes for good.
     """
     before, seen, left = [], set(), list(models)
     # Module.modules() cannot be traced where a module has set an attribute.
@@ -23,6 +25,7 @@ def buffers(*models: torch.nn.Module | None) -> Iterator[None]:
         seen.add(module)
         left += module._modules.values()
         own = {a for held in vars(module).get("_held", {}).values() for a in (held.record, *held.kept.values())}
+        own |= {n for n, b in module._buffers.items() if b is not None and is_lazy(b)}
         theirs = {n: b for n, b in module._buffers.items() if n not in own}
         before.append((module, own, theirs, set(module._non_persistent_buffers_set)))
     # One copy of what modules share.

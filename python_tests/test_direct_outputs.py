@@ -1,5 +1,6 @@
 """Where direct feedback takes the error, and which samples of it belong to which output of a block."""
 
+import contextlib
 import copy
 import dataclasses
 import gzip
@@ -158,6 +159,13 @@ class Ends(nn.Module):
         (lambda z: z.sigmoid().squeeze(), "sigmoid"),
         (lambda z: torch.log(torch.softmax(z, 1).clamp(1e-6)).double(), "softmax"),
         (lambda z: torch.stack([z.log_softmax(1).float(), z]).transpose(0, 1)[0], "log_softmax"),
+        # Constants and bounds change nothing.
+        (lambda z: 1e-8 + z.softmax(1), "softmax"),
+        (lambda z: (z.softmax(1) + 1e-3).log2(), "softmax"),
+        (lambda z: 0.9 * z.softmax(1) - torch.full((5,), 0.1) / 5, "softmax"),
+        (lambda z: 1 - z.sigmoid() / 2, "sigmoid"),
+        (lambda z: z.softmax(1).masked_fill(torch.arange(5) > 3, 0).clamp_min(1e-3).nan_to_num(), "softmax"),
+        (lambda z: torch.where(torch.arange(5) > 3, 0.0, z.softmax(1)).maximum(torch.tensor(1e-3)), "softmax"),
     ],
 )
 def test_probabilities_are_refused(end: Any, name: str) -> None:
@@ -178,8 +186,55 @@ def plain(module: nn.Module) -> None:
         module.__class__ = type(module).__bases__[1]
 
 
+@pytest.mark.parametrize("samples", [1, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    "end", [nn.Identity(), nn.Tanh(), lambda z: z * 2, lambda z: z - z.logsumexp(1, True).detach()]
+    ("end", "what"),
+    [
+        (lambda z: F.normalize(z.exp(), 1, dim=1), "probabilities"),
+        (lambda z: (z.softmax(1) + (2 * z).softmax(1)) / 2, "probabilities"),
+        (lambda z: z.log_softmax(1).exp(), "probabilities"),
+        (lambda z: z - z.logsumexp(1, True), "logarithms of probabilities"),
+        (lambda z: (1e3 * z) - (1e3 * z).logsumexp(1, True), "logarithms of probabilities"),
+    ],
+)
+def test_probabilities_are_told_by_their_sums(end: Any, what: str, dtype: torch.dtype, samples: int) -> None:
+    model, x = Ends(end).to(dtype), torch.randn(samples, 3, dtype=dtype)
+    with pytest.raises(ValueError, match=f"got numbers that are {what}, by their sums over the classes"):
+        direct.DirectFeedback(model, ["act"], example=x)
+    direct.DirectFeedback(model, ["act"], example=x, logits="fc")
+
+
+def test_the_sums_are_over_the_classes() -> None:
+    head, x = nn.Conv2d(4, 5, 1), torch.randn(2, 3, 6, 6)
+    for dim, refused in ((1, True), (3, False)):
+        ends = Ends(lambda z, dim=dim: F.normalize(z.exp(), 1, dim=dim))
+        ends.a, ends.fc = nn.Conv2d(3, 4, 1), head
+        with pytest.raises(ValueError, match="that are probabilities") if refused else contextlib.nullcontext():
+            direct.DirectFeedback(ends, ["act"], example=x, class_dim=1)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        nn.Identity(),
+        nn.Tanh(),
+        nn.ReLU(),
+        lambda z: z * 2,
+        lambda z: 30 * torch.tanh(z / 30),
+        lambda z: z - z.mean(1, True),
+        lambda z: z * z.sigmoid(),
+        # Logits again.
+        lambda z: z.sigmoid().logit(),
+        lambda z: (z.sigmoid() / (1 - z.sigmoid())).log(),
+        lambda z: z.sigmoid().log() - (1 - z.sigmoid()).log(),
+        # One class has no other to be told from; log 1 = 0.
+        lambda z: z[:, :1] * 0,
+        lambda z: z[:, :1] * 0 + 1,
+        # A head that begins at zero.
+        lambda z: z * 0,
+        lambda z: (z * 0).bfloat16(),
+    ],
 )
 def test_other_ends_are_logits(end: Any) -> None:
     direct.DirectFeedback(Ends(end), ["act"], example=torch.randn(2, 3))
