@@ -4,13 +4,12 @@ import contextlib
 import copy
 import dataclasses
 import gzip
-import os
 import pickle
 from collections import OrderedDict, namedtuple
 from pathlib import Path
 from typing import Any
 
-import fresh
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -804,26 +803,18 @@ def test_copies_and_pickles(case: str) -> None:
     assert not any(isinstance(m, direct._Block) for m in net.modules())
 
 
-def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        found = {}
-        for case, (net, x, loss, y) in cases().items():
-            ranks = nn.parallel.DistributedDataParallel(net)
-            loss(ranks(*(t[rank::2] for t in x)), y[rank::2]).backward()
-            found[case] = grads(net)
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def _every_case(rank: int, world: int) -> dict[str, Any]:
+    found = {}
+    for case, (net, x, loss, y) in cases().items():
+        ranks = nn.parallel.DistributedDataParallel(net)
+        loss(ranks(*(t[rank::world] for t in x)), y[rank::world]).backward()
+        found[case] = grads(net)
+    return found
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
-def test_two_ranks(tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(_worker, (str(tmp_path),), nprocs=2, start_method=fresh.START_METHOD)
-    for found in (torch.load(tmp_path / f"{rank}.pt") for rank in range(2)):
+def test_two_ranks() -> None:
+    for found in processes.run(_every_case):
         for case, g in found.items():
             assert_same(g, wanted(case)[-1])
 
