@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import ops
 from .backends.reference import checks
+from .feedback.record import readable
 from .feedback.scale import UNIT_RMS
 from .functional._common import captured, once
 
@@ -287,21 +288,43 @@ def each_tensor(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 _NORMALISING = {"LogSoftmax": "log_softmax", "Softmax": "softmax", "Sigmoid": "sigmoid", "LogSigmoid": "logsigmoid"}
 # What changes shapes, dtypes or only the scale on which a probability is written.
 _PASSING = (
-    "View|UnsafeView|ReshapeAlias|Squeeze|Unsqueeze|Transpose|Permute|T|Alias|Slice|Select|Stack|Cat|Clone|ToCopy|Log|"
-    "Clamp"
+    "View|UnsafeView|ReshapeAlias|Squeeze|Unsqueeze|Transpose|Permute|T|Alias|Expand|Flip|Slice|Select|Stack|Cat|Clone|"
+    "ToCopy|Log|Log2|Log10|Clamp|ClampMin|ClampMax|NanToNum|MaskedFill"
 )
+# The same, where all but one of their operands are constants: log p − log(1 − p) are logits again.
+_AFFINE = "Add|Sub|Rsub|Mul|Div|Lerp|Where|Maximum|Minimum"
 
 
 def normalised(output: Tensor) -> str:
-    """The function that made probabilities, or their logarithms, of what `output` comes from; "" if none did."""
+    """The function that made probabilities, or their logarithms, of what `output` comes from; "" if none did.
+
+    Shapes, dtypes, logarithms, bounds and sums, products and choices with constants may lie between.
+    """
     node: Any = output.grad_fn
     while node is not None:
         name = re.sub(r"Backward\d*$", "", type(node).__name__)
         if name in _NORMALISING:
             return _NORMALISING[name]
-        if not re.fullmatch(_PASSING, name):
+        operands = [n for n, _ in node.next_functions if n is not None]
+        if not re.fullmatch(_PASSING if len(operands) > 1 else f"{_PASSING}|{_AFFINE}", name):
             break
-        node = node.next_functions[0][0]
+        node = operands[0] if operands else None
+    return ""
+
+
+def probabilities(output: Tensor, class_dim: int) -> str:
+    """What the numbers of `output` are, probabilities of the classes or logarithms of such; "" if neither.
+
+    By their sums over several classes, in float32 and float64: in half types those of some logits are as near to one.
+    """
+    values = output.detach()
+    eps = torch.finfo(values.dtype).eps if values.is_floating_point() else 1.0
+    if not readable(values) or not values.numel() or values.shape[class_dim] < 2 or eps > 1e-6:
+        return ""
+    values = values.double()
+    for what, p in (("probabilities", values), ("logarithms of probabilities", values.exp())):
+        if (p >= 0).all() and ((p.sum(class_dim) - 1).abs() <= 64 * eps).all():
+            return what
     return ""
 
 

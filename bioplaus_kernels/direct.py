@@ -36,9 +36,11 @@ from ._direct import (
     each_tensor,
     normalised,
     numbers,
+    probabilities,
     reaches,
     ways,
 )
+from ._restore import kept
 from .backends.reference import checks
 from .feedback import Entries, Frozen, Key, State, Stateful, derived_key, fill
 from .feedback.scale import UNIT_RMS
@@ -182,8 +184,11 @@ class DirectFeedback(StatefulLayer):
     seed: the draw of B is a function of (seed, sizes, order of `blocks`), the same on every rank and device.
     logits: name of the submodule whose output the logits are; what follows it (log_softmax, a loss) is differentiated
     as usual, and e is the gradient that arrives there. Each call of it is tied to the blocks' calls since the one
-    before. No checkpoint inside the model may recompute it. By default the logits are what the model returns; a model
-    that ends in softmax, log_softmax or sigmoid is refused.
+    before. No checkpoint inside the model may recompute it. By default the logits are what the model returns, and
+    probabilities, or logarithms of such, are refused where they can be told: where softmax, log_softmax, sigmoid or
+    logsigmoid made them, with nothing but shapes, dtypes, logarithms, bounds and arithmetic with constants after it; or
+    where those of the example, in float32 or float64, sum to one over two or more classes. Not told is the rest, such
+    as 1/(1 + exp(−z)) written out, a learned factor behind softmax, or 0.9 p of a p made by hand.
     output: a function that picks the logits from what that submodule, or the model, returns: it is given mappings,
     tuples, lists or dataclasses, and returns a tensor that is in them. Where the model computes its loss itself, only
     logits= ties it to the blocks.
@@ -383,32 +388,23 @@ class DirectFeedback(StatefulLayer):
     def _example(self, example: Any, class_dim: int | None) -> Tensor:
         # Learns what belongs to what, and returns the logits.
         args = example if isinstance(example, tuple) else (example,)
-        modes = {module: module.training for module in self.model.modules()}
         seen: list[tuple[Tensor, list[list[Tensor]]]] = []
 
         def tie(logits: Tensor, hidden: list[list[Tensor]]) -> Tensor:
             if self._logits is None and (function := normalised(logits)):
-                checks.fail(
-                    "model",
-                    "one that returns logits; name the submodule whose output they are by logits=, or that which ends "
-                    "the model, to take the error there all the same",
-                    f"what {function} returns",
-                )
+                self._refuse(f"what {function} returns")
             seen.append((logits, hidden))
             return logits
 
-        self.model.eval()
         try:
-            with torch.enable_grad():
+            with kept(self.model), torch.enable_grad():
+                self.model.eval()
                 self._run(args, {}, tie)
         except Exception:
             # A model can take anything, so its own word comes first where there is a tensor.
             if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(args)):
                 checks.fail("example", "an input of the model, or a tuple of its arguments", repr(example), TypeError)
             raise
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         shapes = [[h.shape for h in calls] for calls in seen[0][1]]
         found = ways(self.blocks, seen[0][0].shape, shapes, class_dim)
         self._stacks = {name: stack for name, (stack, _) in zip(self.blocks, found, strict=True)}
@@ -416,7 +412,18 @@ class DirectFeedback(StatefulLayer):
         self._sizes, self._classes = [size for _, size in found], seen[0][0].shape[self._class_dim]
         for logits, hidden in seen:
             self._check(logits, hidden)
+            if self._logits is None and (what := probabilities(logits, self._class_dim)):
+                self._refuse(f"numbers that are {what}, by their sums over the classes")
         return seen[0][0].detach()
+
+    @staticmethod
+    def _refuse(got: str) -> None:
+        checks.fail(
+            "model",
+            "one that returns logits; name the submodule whose output they are by logits=, or that which ends the "
+            "model, to take the error there all the same",
+            got,
+        )
 
     def _check(self, logits: Tensor, hidden: list[list[Tensor]]) -> None:
         shape, d = logits.shape, self._class_dim

@@ -1,4 +1,8 @@
-"""How far a layer's feedback is from its weights, and what is learned from what back-propagation would."""
+"""How far a layer's feedback is from its weights, and what is learned from what back-propagation would.
+
+Of a model that `fully_shard` (FSDP2) has sharded, every rank calls, and gets the same: what is measured is whole. Every
+measure raises ValueError for a model in FullyShardedDataParallel (FSDP1), and for one on the meta device.
+"""
 
 import csv
 import math
@@ -13,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import cached, is_parametrized
 
-from ._restore import kept
+from ._restore import kept, sharded
 from .backends.reference import checks
 from .direct import DirectFeedback
-from .feedback import as_rule
+from .feedback import as_rule, whole
 from .nn.base import FeedbackLayer
 from .proof import unwrapped
 from .targetprop import TargetProp
@@ -44,10 +48,14 @@ def compare(a: Tensor, b: Tensor) -> Comparison:
     """Compare two tensors of one shape: arccos(a·b / ‖a‖‖b‖), ‖b‖/‖a‖, mean(sign(a) = sign(b)).
 
     One pass over both in float64, some rows at a time, so no copy of their size is made. An angle is exact to 1e-6
-    degrees, and 0 where a = b. Raises ValueError where the shapes differ.
+    degrees, and 0 where a = b. Sharded tensors are gathered. Raises ValueError where the shapes differ, and for a
+    tensor on the meta device.
     """
     checks.tensor("a", a)
     checks.shape("b", b, a.shape)
+    a, b = whole(a), whole(b)
+    if a.is_meta:
+        checks.fail("a", "a tensor with content", "one on the meta device")
     if b.device != a.device:
         checks.fail("b", f"a tensor on {a.device}, as a", f"one on {b.device}")
     flat = a.dim() == 0 or (a.is_contiguous() and b.is_contiguous())
@@ -69,15 +77,40 @@ def weights(model: torch.nn.Module) -> dict[str, Comparison]:
     The angle of a normal W to sign(W) is arccos √(2/π) = 37.07°, that of a uniform W 30°, and of any W to an
     independent B about 90°. B of a seeded rule is formed for the comparison, one layer at a time.
     """
-    checks.module("model", model)
+    _measurable("model", model)
     # W and B of one draw, where a parametrization is random.
+    found = {}
     with kept(model), cached():
-        return {
-            unwrapped(f"{prefix}.{name}").removeprefix("."): compare(layer.weight_of(name), layer.feedback_matrix(name))
-            for prefix, layer in model.named_modules()
-            if isinstance(layer, FeedbackLayer) and layer.uses_feedback
-            for name in layer.weights()
-        }
+        for prefix, layer in model.named_modules():
+            if isinstance(layer, FeedbackLayer) and layer.uses_feedback:
+                with _gathered(model, layer):
+                    for name in layer.weights():
+                        compared = compare(layer.weight_of(name), layer.feedback_matrix(name))
+                        found[unwrapped(f"{prefix}.{name}").removeprefix(".")] = compared
+    return found
+
+
+def _measurable(argument: str, model: torch.nn.Module) -> None:
+    checks.module(argument, model)
+    if any(p.is_meta for p in model.parameters()):
+        checks.fail(argument, "a model with content", "Parameters on the meta device")
+    for module in model.modules():
+        if "_fsdp_wrapped_module" in module._modules:
+            wanted = "a model that no FullyShardedDataParallel (FSDP1) flattens; shard it by fully_shard (FSDP2)"
+            checks.fail(argument, wanted, type(module).__name__)
+
+
+@contextmanager
+def _gathered(model: torch.nn.Module, layer: torch.nn.Module) -> Iterator[None]:
+    # What FSDP2 has sharded of a layer whose weight is computed: not every parametrization takes sharded tensors.
+    owners = [m for m in sharded(model) if layer in m.modules()] if is_parametrized(layer) else []
+    try:
+        for owner in owners:
+            owner.unshard()
+        yield
+    finally:
+        for owner in owners:
+            owner.reshard()
 
 
 @contextmanager
@@ -114,6 +147,7 @@ def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 def _trained(model: torch.nn.Module) -> dict[str, list[torch.nn.Parameter]]:
     # By a weight's name, which no wrapper changes, what is trained of it: the Parameter, or what it is computed from.
+    sharded(model)
     found: dict[str, list[torch.nn.Parameter]] = {}
     inside: set[torch.nn.Module] = set()
     seen: set[torch.nn.Parameter] = set()
@@ -140,7 +174,7 @@ def _trained(model: torch.nn.Module) -> dict[str, list[torch.nn.Parameter]]:
         if is_parametrized(module):
             computed = cast(torch.nn.ModuleDict, module.parametrizations)
             inside.update(computed.modules())
-            with torch.no_grad(), kept(module):
+            with torch.no_grad(), kept(module), _gathered(model, module):
                 shapes = {name: getattr(module, name).shape for name in computed}
             for name, shape in shapes.items():
                 if len(shape) > 1:
@@ -158,8 +192,11 @@ def updates(model: torch.nn.Module, loss: Callable[[], Tensor]) -> dict[str, Com
     What is compared is what training changes: where a weight is computed (weight_norm, orthogonal, pruning), the
     gradients of all Parameters that it is computed from, as one vector under the weight's name. torch.compile's and
     checkpointing's wrappers are not in the names, "module." of DistributedDataParallel is.
+
+    Of an FSDP2 model they are the gradients that training has, means over the ranks, taken by `backward`: whatever else
+    the loss depends on gets a `.grad`. Not between the backwards of one step without gradient synchronisation.
     """
-    checks.module("model", model)
+    _measurable("model", model)
     parameters = _trained(model)
     checks.function("loss", loss, "a function that computes the model's loss")
     if not parameters:
@@ -170,7 +207,7 @@ def updates(model: torch.nn.Module, loss: Callable[[], Tensor]) -> dict[str, Com
             value = loss()
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
                 checks.fail("loss", "a function that returns one number with a gradient", repr(value), TypeError)
-            return _gradients(value, parameters)
+            return _gradients(value, parameters, model)
 
     ours = gradients()
     with backprop(model):
@@ -179,13 +216,19 @@ def updates(model: torch.nn.Module, loss: Callable[[], Tensor]) -> dict[str, Com
 
 
 def _gradients(
-    loss: Tensor, parameters: dict[str, list[torch.nn.Parameter]], retain_graph: bool = False
+    loss: Tensor, parameters: dict[str, list[torch.nn.Parameter]], model: torch.nn.Module
 ) -> dict[str, Tensor]:
     every = [p for parts in parameters.values() for p in parts]
-    grads = torch.autograd.grad(loss, every, retain_graph=retain_graph, allow_unused=True, materialize_grads=True)
-    left = iter(grads)
+    if sharded(model):
+        # The sharded Parameters are in no graph: FSDP2 gives them their gradients in backward.
+        loss.backward()
+        left = iter([torch.zeros_like(p) if p.grad is None else p.grad for p in every])
+        for p in every:
+            p.grad = None
+    else:
+        left = iter(torch.autograd.grad(loss, every, allow_unused=True, materialize_grads=True))
     return {
-        name: next(left) if len(parts) == 1 else torch.cat([next(left).flatten() for _ in parts])
+        name: next(left) if len(parts) == 1 else torch.cat([whole(next(left)).flatten() for _ in parts])
         for name, parts in parameters.items()
     }
 
@@ -209,6 +252,7 @@ def gauss_newton_targets(tp: TargetProp, h: Sequence[Tensor], y: Tensor, damping
     TypeError for a damping that is no number of at least 0, and for h of another length.
     """
     checks.instance("tp", tp, TargetProp, "a TargetProp")
+    _measurable("tp", tp)
     damping = checks.number("damping", damping, "a number of at least 0", lambda v: v >= 0)
     h = checks.tensors("h", h, len(tp.layers) + 1, "activations")
     checks.tensor("y", y)
@@ -238,15 +282,20 @@ def gauss_newton(tp: TargetProp, x: Tensor, y: Tensor, damping: float = 0.0) -> 
     themselves, `compare(h_l − ĥ_l, h_l − theirs)`.
     """
     checks.instance("tp", tp, TargetProp, "a TargetProp")
+    _measurable("tp", tp)
     parameters = {f"layers.{name}": parts for name, parts in _trained(tp.layers[:-1]).items()}
     if not parameters:
         checks.fail("tp", "hidden layers with weights that require a gradient", "none")
     with torch.enable_grad(), _evaluated(tp):
         h = tp.activations(x)
-        ours, exact = (
-            _gradients(tp.forward_loss(h, targets, y), parameters, retain_graph=True)
-            for targets in (tp.targets(h, y), gauss_newton_targets(tp, h, y, damping))
-        )
+        both = tp.targets(h, y), gauss_newton_targets(tp, h, y, damping)
+
+    def gradients(targets: list[Tensor]) -> dict[str, Tensor]:
+        # FSDP2 goes through a graph once.
+        with torch.enable_grad(), _evaluated(tp):
+            return _gradients(tp.forward_loss(tp.activations(x), targets, y), parameters, tp)
+
+    ours, exact = map(gradients, both)
     return {name: compare(g, exact[name]) for name, g in ours.items()}
 
 
@@ -283,9 +332,9 @@ def jacobian_spectrum(layer: torch.nn.Module, inverse: torch.nn.Module, h: Tenso
     return Spectrum(positive.mean().item(), smaller.diagonal(dim1=1, dim2=2).sum(1).mean().item())
 
 
-def _are_modules(layer: object, inverse: object) -> None:
-    checks.module("layer", layer)
-    checks.module("inverse", inverse)
+def _are_modules(layer: torch.nn.Module, inverse: torch.nn.Module) -> None:
+    _measurable("layer", layer)
+    _measurable("inverse", inverse)
 
 
 def _jacobians(out: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -333,7 +382,8 @@ class Monitor:
             monitor.step()
 
     to: a function of the row, or a path, whose file is begun with a header or, where it has that very header, gone on
-        with. measure: what makes a row; by default `row(model, loss)`. steps: how many steps there were before.
+        with; with several ranks, a path on one of them. measure: what makes a row; by default `row(model, loss)`.
+        steps: how many steps there were before.
     """
 
     def __init__(

@@ -2,10 +2,9 @@
 
 import copy
 import io
-import os
 from typing import Any
 
-import fresh
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,40 +122,31 @@ def test_autocast(rule: str, dtype: torch.dtype) -> None:
         assert error < (0.3 if rule == "sdfa" else 0.1), (name, error)
 
 
-def _worker(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    try:
-        results = {}
-        for rule in RULES:
-            torch.manual_seed(rank)
-            net = attached(RULES[rule])
-            ranks = nn.parallel.DistributedDataParallel(net)
-            x, y = batch(8)
-            x = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-            start = copy.deepcopy(net.state_dict())
-            optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1)
-            for _ in range(2):
-                optimizer.zero_grad()
-                out = ranks(x[rank::world], targets=y[rank::world] if "drtp" in rule else None)
-                F.cross_entropy(out, y[rank::world]).backward()
-                optimizer.step()
-            results[rule] = (start, net.state_dict())
-        torch.save((x, y, results), f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def _train(rank: int, world: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    results = {}
+    for rule in RULES:
+        torch.manual_seed(rank)
+        net = attached(RULES[rule])
+        ranks = nn.parallel.DistributedDataParallel(net)
+        x, y = batch(8)
+        x = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+        start = copy.deepcopy(net.state_dict())
+        optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            out = ranks(x[rank::world], targets=y[rank::world] if "drtp" in rule else None)
+            F.cross_entropy(out, y[rank::world]).backward()
+            optimizer.step()
+        results[rule] = (start, net.state_dict())
+    return x, y, results
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def ranks() -> list[Any]:
     """What each of two processes ended with, for every rule."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.start_processes(_worker, (2, str(folder)), nprocs=2, start_method=fresh.START_METHOD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return processes.run(_train)
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 @pytest.mark.parametrize("rule", RULES)
 def test_two_ranks_train_as_one_process(rule: str, ranks: list[Any]) -> None:
     x, y, _ = ranks[0]

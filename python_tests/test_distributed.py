@@ -1,9 +1,8 @@
 """Feedback that several calls or processes must agree on: data-parallel ranks, recomputed forwards, repeated use."""
 
-import os
 from typing import Any
 
-import fresh
+import processes
 import pytest
 import torch
 from small import FEW, RULES, assert_equal, build, call, gradients
@@ -93,27 +92,17 @@ def _propagate(rank: int, world: int) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def _worker(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    try:
-        results: dict[Any, Any] = {case: _train(rank, world, *case) for case in CASES}
-        results["target propagation"] = _propagate(rank, world)
-        torch.save(results, f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def _every_case(rank: int, world: int) -> dict[Any, Any]:
+    results: dict[Any, Any] = {case: _train(rank, world, *case) for case in CASES}
+    return results | {"target propagation": _propagate(rank, world)}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+def ranks() -> list[dict[Any, Any]]:
     """What each of two processes saw, for every case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.start_processes(_worker, (2, str(folder)), nprocs=2, start_method=fresh.START_METHOD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return processes.run(_every_case)
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_two_ranks_stay_in_step(case: tuple[str, bool], ranks: list[dict[Any, Any]]) -> None:
     (rule, _), (ours, theirs) = case, (rank[case] for rank in ranks)

@@ -1,5 +1,6 @@
 """Measures on models that write their buffers, compute their weights, or are wrapped; all comes back as it was."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,13 @@ class Writes(nn.Module):
         self.count += 1
         assert self.shared.count is self.count
         return x - self.mean - self.born * self.grows.sum()
+
+
+class Draws(nn.Module):
+    """Noise in eval mode too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
 
 
 class Wrapper(nn.Module):
@@ -151,6 +159,31 @@ def test_buffers_of_scripted_and_meta_modules() -> None:
     with buffers(scripted):
         scripted[0](torch.randn(4, 3))
     assert not scripted[0].running_mean.any() and scripted[0].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("keep", [buffers, kept])
+def test_a_lazy_module_is_made_for_good(keep: Any) -> None:
+    net = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d(), nn.BatchNorm1d(3))
+    with keep(net):
+        net(torch.randn(4, 2))
+    assert type(net[1]) is nn.BatchNorm1d and net[1].running_mean.shape == (3,)
+    assert net[2].running_mean.abs().sum() == 0
+    net(torch.randn(4, 2))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_example_of_direct_feedback_leaves_no_trace(fails: bool) -> None:
+    net = model(Writes())
+    net[3] = nn.Sequential(nn.Dropout(), Draws())
+    loss_of(net)().backward()
+    net[2] = Writes()
+    if fails:
+        net[6] = nn.Linear(3, 4)
+    x = torch.randn(2, 6)
+    before = state(net)
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        bk.DirectFeedback(net, ["3", "5"], "dfa", example=x).restore()
+    unchanged(net, before)
 
 
 PARAMETRIZED: dict[str, Callable[[nn.Module], object]] = {

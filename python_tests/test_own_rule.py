@@ -2,7 +2,6 @@
 
 import copy
 import io
-import os
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,8 +9,8 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
-import fresh
 import numpy as np
+import processes
 import pytest
 import torch
 from oracle import with_feedback
@@ -319,22 +318,14 @@ def _freed(rank: int, world: int) -> str:
     return ""
 
 
-def _worker(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    try:
-        cases = [(name, wrap) for name in OWN | STORED for wrap in ("ddp", "fsdp2")]
-        found = {(name, wrap): _train((OWN | STORED)[name], wrap, rank, world) for name, wrap in cases}
-        torch.save((found, _freed(rank, world)), f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def _every_case(rank: int, world: int) -> tuple[dict[Any, list[Tensor]], str]:
+    cases = [(name, wrap) for name in OWN | STORED for wrap in ("ddp", "fsdp2")]
+    found = {(name, wrap): _train((OWN | STORED)[name], wrap, rank, world) for name, wrap in cases}
+    return found, _freed(rank, world)
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
-def test_two_ranks_train_as_one_process(tmp_path: Any) -> None:
-    torch.multiprocessing.start_processes(_worker, (2, str(tmp_path)), nprocs=2, start_method=fresh.START_METHOD)
-    (ours, said), (theirs, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+def test_two_ranks_train_as_one_process() -> None:
+    (ours, said), (theirs, _) = processes.run(_every_case)
     assert said.startswith("weight: expected a tensor with memory, got one whose storage has been freed")
     for (name, wrap), found in ours.items():
         assert_equal(found, theirs[name, wrap])

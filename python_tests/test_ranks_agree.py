@@ -1,10 +1,9 @@
 """Data-parallel ranks have one B for each weight, whatever a script did before, or every one of them says so."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
-import fresh
+import processes
 import pytest
 import torch
 from torch import Tensor, nn
@@ -98,21 +97,13 @@ def _run(make: Callable[[], nn.Module]) -> str | list[Tensor]:
     return [inner[i].feedback_matrix() for i in (0, 2)] + [inner[i].weight.detach() for i in (0, 2)]
 
 
-def _worker(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    try:
-        torch.save({name: _run(make) for name, make in (GOOD | BAD).items()}, f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def _every_case(rank: int, world: int) -> dict[str, Any]:
+    return {name: _run(make) for name, make in (GOOD | BAD).items()}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.start_processes(_worker, (2, str(folder)), nprocs=2, start_method=fresh.START_METHOD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+def ranks() -> list[dict[str, Any]]:
+    return processes.run(_every_case)
 
 
 @pytest.mark.parametrize("case", GOOD)

@@ -32,6 +32,7 @@ from .rules import (
     WeightMirror,
     as_rule,
     fill,
+    whole,
 )
 from .scale import Entries, Fans, Scale, bilinear_fans, conv_fans, lc_fans, linear_fans, root_mean_square, weight_rms
 
@@ -85,4 +86,5 @@ __all__ = [
     "root_mean_square",
     "stored",
     "weight_rms",
+    "whole",
 ]

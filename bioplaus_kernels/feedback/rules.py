@@ -430,5 +430,10 @@ def fill(target: Tensor, values: Tensor) -> None:
     target.copy_(values)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor`, or all of one that is sharded, which every rank has to ask for."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def _signs(weight: Tensor) -> dict[str, Tensor]:
     return {"signs": torch.zeros(packed_shape(weight.shape), dtype=torch.int32, device=weight.device)}

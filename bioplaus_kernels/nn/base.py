@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._restore import sharded
 from ..backends.reference import checks
-from ..feedback import BACKPROP, Fans, Operands, Record, Rule, State, as_rule, encode, weight_rms
+from ..feedback import BACKPROP, Fans, Operands, Record, Rule, State, as_rule, encode, fill, weight_rms, whole
 from ..functional import CUT, captured, formed, needs_feedback
 from .held import FrozenSigns
 from .state import StatefulLayer
@@ -124,11 +125,15 @@ class FeedbackLayer(StatefulLayer):
 
     @torch.no_grad()
     def feedback_matrix(self, name: str = "weight") -> Tensor:
-        """B of weight `name`, as the next backward would use it, in the weight's shape and dtype."""
-        weight = self.weight_of(name)
+        """B of weight `name`, as the next backward would use it, in the weight's shape and dtype.
+
+        Of a sharded weight (FSDP2) all of B, for which every rank has to call.
+        """
+        weight = whole(self.weight_of(name))
         if not self.uses_feedback or name not in self._held:
             return weight.detach().clone()
-        return formed(self._rule(name).operands(weight, self._state(name, weight)), weight)
+        state = {n: whole(value) for n, value in self._state(name, weight).items()}
+        return formed(self._rule(name).operands(weight, state), weight)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
@@ -176,7 +181,7 @@ def frozen_signs(model: torch.nn.Module) -> Iterator[None]:
     try:
         for layer in layers:
             named = [name for name in layer._held if layer._rule(name).sign_of_weight]
-            signs = {name: ops.pack_signs(layer.weight_of(name).detach()) for name in named}
+            signs = {name: ops.pack_signs(whole(layer.weight_of(name)).detach()) for name in named}
             layer._frozen = FrozenSigns(signs)
         yield
     finally:
@@ -209,12 +214,14 @@ def mirror_(
     checks.boolean("normalise", normalise)
     if generator is not None:
         checks.instance("generator", generator, torch.Generator, "a torch.Generator or None")
+    sharded(model)
     layers = [m for m in model.modules() if isinstance(m, FeedbackLayer) and m.feedback.mirrors]
     if not layers:
         raise ValueError("model: expected a layer with the rule 'wm', got none")
     for layer in layers:
         for name in (n for n in layer._held if layer._rule(n).mirrors):
-            weight, b = layer.weight_of(name), getattr(layer, layer._held[name].kept["weight"])
+            weight, kept = whole(layer.weight_of(name)), getattr(layer, layer._held[name].kept["weight"])
+            b = whole(kept)
             if generator is not None and generator.device.type != weight.device.type:
                 checks.fail("generator", f"one on {weight.device}, as the weights are", f"one on {generator.device}")
             # (positions, rows, columns): only locally-connected weights, of d dimensions, have more than one position.
@@ -229,3 +236,5 @@ def mirror_(
             b.mul_(1 - decay).add_(seen.reshape(b.shape), alpha=lr)
             if normalise:
                 b.mul_(layer.rms(name) / weight_rms(b))
+            if b is not kept:
+                fill(kept, b)

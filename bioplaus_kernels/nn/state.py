@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..backends.reference import checks
 from ..backends.reference.philox import LAYOUT_VERSION
-from ..feedback import Frozen, Key, Record, Rule, State, Stateful, decode, drawn_key, encode, identity
+from ..feedback import Frozen, Key, Record, Rule, State, Stateful, decode, drawn_key, encode, identity, whole
 from ..feedback.record import UNKNOWN, attribute_of, readable, sum_of, sums_of
 from .agree import agree
 from .held import FrozenSigns, Held, draw, in_form_of, kept_by, supported, writable
@@ -127,7 +127,7 @@ class StatefulLayer(torch.nn.Module):
                         self._broadcast_again()
                 weight = self._weight(name)
                 # Draws are of the whole, which every rank of a sharded weight forms.
-                self._draw_again(name, weight.full_tensor() if hasattr(weight, "full_tensor") else weight)
+                self._draw_again(name, whole(weight))
 
     def _draw_again(self, name: str, weight: Tensor) -> None:
         self._place(name, weight.device)
