@@ -121,6 +121,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     return fresh.run(code, environment=clean | environment)
 
 
+@pytest.mark.slow
 def test_environment() -> None:
     code = "import bioplaus_kernels as bk; print(bk.backends.chosen(), bk.ops.feedback_mm.__module__)"
     done = run(code, BIOPLAUS_BACKEND="reference")

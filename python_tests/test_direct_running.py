@@ -147,6 +147,7 @@ def ranks() -> list[Any]:
     return processes.run(_train)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_two_ranks_train_as_one_process(rule: str, ranks: list[Any]) -> None:
     x, y, _ = ranks[0]

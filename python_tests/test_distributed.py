@@ -103,6 +103,7 @@ def ranks() -> list[dict[Any, Any]]:
     return processes.run(_every_case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_two_ranks_stay_in_step(case: tuple[str, bool], ranks: list[dict[Any, Any]]) -> None:
     (rule, _), (ours, theirs) = case, (rank[case] for rank in ranks)
@@ -126,6 +127,7 @@ def test_two_ranks_stay_in_step(case: tuple[str, bool], ranks: list[dict[Any, An
         torch.testing.assert_close(t, end[name])
 
 
+@pytest.mark.slow
 def test_target_propagation_on_two_ranks(ranks: list[dict[Any, Any]]) -> None:
     ours, theirs = (rank["target propagation"] for rank in ranks)
     assert_equal(list(ours.values()), list(theirs.values()))

@@ -49,6 +49,7 @@ def run(path, out, *args):
     return header, rows, torch.load(log.parent / "checkpoint.pt", weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "inverse"),
     [
@@ -245,6 +246,7 @@ def test_search_goes_on_with_the_best_and_report_shows_it(tmp_path, capsys):
     assert (tmp_path / "page" / path.parent.name / "usf-search.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_report_has_the_papers_figures_beside_ours(tmp_path):
     published = "published = { test_error = 3.5 }\n"
     for name in ("usf", "fa", "backprop"):

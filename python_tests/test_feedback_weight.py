@@ -116,6 +116,7 @@ def test_offsets_beyond_32_bits() -> None:
         assert torch.equal(form(*args, dtype=torch.float32), reference.feedback_weight(*args, dtype=torch.float32))
 
 
+@pytest.mark.slow
 @needs_native
 def test_every_lower_level() -> None:
     """The bits of each instruction-set level that this processor has, by running the same tests at that level."""

@@ -71,6 +71,7 @@ def test_every_product_of_a_namespace_is_counted() -> None:
         assert formula(*given[0], out_val=w) == 2 * given[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["import bioplaus_kernels", "import torch.utils.flop_counter"])
 def test_whichever_is_imported_first(first: str) -> None:
     code = f"""

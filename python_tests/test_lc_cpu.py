@@ -218,6 +218,7 @@ LEVELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 def test_level(level: str) -> None:
     capability, onednn, mkl = LEVELS[level]

@@ -155,6 +155,7 @@ def test_autocast(layer: str, rule: bk.Rule) -> None:
         torch.testing.assert_close(a, e, rtol=0.1, atol=0.05 * float(e.abs().max()))
 
 
+@pytest.mark.slow
 @own_rules
 @pytest.mark.parametrize(
     "layer",
@@ -324,6 +325,7 @@ def _every_case(rank: int, world: int) -> tuple[dict[Any, list[Tensor]], str]:
     return found, _freed(rank, world)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_process() -> None:
     (ours, said), (theirs, _) = processes.run(_every_case)
     assert said.startswith("weight: expected a tensor with memory, got one whose storage has been freed")

@@ -106,6 +106,7 @@ def ranks() -> list[dict[str, Any]]:
     return processes.run(_every_case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", GOOD)
 def test_one_b(case: str, ranks: list[dict[str, Any]]) -> None:
     ours, theirs = (rank[case] for rank in ranks)
@@ -114,6 +115,7 @@ def test_one_b(case: str, ranks: list[dict[str, Any]]) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD)
 def test_every_rank_says_so(case: str, ranks: list[dict[str, Any]]) -> None:
     wanted = "does not reduce its gradient" if case == "kp after" else "the ranks have different feedback"

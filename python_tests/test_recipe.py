@@ -88,6 +88,7 @@ def fewer_digits(monkeypatch):
     monkeypatch.setattr(data, "load", third)
 
 
+@pytest.mark.slow
 def test_rules_on_digits(tmp_path, fewer_digits):
     layers = ["conv1", "conv2", "fc1", "fc2", "fc3"]
     for rule in RULES:
@@ -131,6 +132,7 @@ def test_models_on_image_folder(tmp_path, images, name):
     assert len(rows) == 2 and math.isfinite(rows[1]["train_loss"]) and rows[1]["lr"] == 0.03
 
 
+@pytest.mark.slow
 def test_image_folder_and_workers(tmp_path, images):
     """The images' class is easy to see; two processes load them."""
     changes = of(images) | {"data__size": 8, "train__epochs": 4, "train__batch_size": 4}

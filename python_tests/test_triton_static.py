@@ -161,6 +161,7 @@ print(json.dumps([launches, kernels]))
 """
 
 
+@pytest.mark.slow
 def test_compilers_see_every_launch() -> None:
     """torch.compile gets the kernels themselves, those of a second pass too, and no op that it cannot look into.
 
