@@ -42,7 +42,7 @@ from ._direct import (
 )
 from ._restore import kept
 from .backends.reference import checks
-from .feedback import Entries, Frozen, Key, State, Stateful, derived_key, fill
+from .feedback import Entries, Frozen, Key, State, Stateful, derived_key, fill, whole
 from .feedback.scale import UNIT_RMS
 from .functional._common import captured
 from .nn.state import Keys, StatefulLayer
@@ -471,7 +471,7 @@ class DirectFeedback(StatefulLayer):
         plan, part = self._plan, self._plan.slices[self.blocks.index(block)]
         columns = slice(part.start, part.start + part.size)
         if self.feedback_weight is not None:
-            return self.feedback_weight.detach()[:, columns]
+            return whole(self.feedback_weight.detach())[:, columns]
         if self.feedback_key is None:
             raise RuntimeError(f"block: feedback={self.feedback.name!r} has no B")
         size = (self._classes, part.start + part.size)

@@ -223,8 +223,6 @@ def _gradients(
         # The sharded Parameters are in no graph: FSDP2 gives them their gradients in backward.
         loss.backward()
         left = iter([torch.zeros_like(p) if p.grad is None else p.grad for p in every])
-        for p in every:
-            p.grad = None
     else:
         left = iter(torch.autograd.grad(loss, every, allow_unused=True, materialize_grads=True))
     return {

@@ -125,6 +125,7 @@ def test_the_sums_are_over_the_classes() -> None:
         lambda z: z * 2,
         lambda z: 30 * torch.tanh(z / 30),
         lambda z: z - z.mean(1, True),
+        lambda z: 100 * (z - z.mean(1, True)) + 1 / 5,
         lambda z: z * z.sigmoid(),
         # Logits again.
         lambda z: z.sigmoid().logit(),

@@ -93,6 +93,16 @@ def after(net: nn.Module, state: str, loss: Callable[[], Tensor]) -> Tensor | No
     return pending
 
 
+def direct() -> bk.DirectFeedback:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 3))
+    return bk.DirectFeedback(net, ["1", "3"], bk.direct.DFA(stored=True), example=X)
+
+
+def of_direct(net: bk.DirectFeedback, loss: Callable[[], Tensor]) -> tuple[dict[str, Any], Tensor]:
+    return measured(net, loss), net.feedback_matrix("3").clone()
+
+
 STATES = ("fresh", "trained", "pending", "called")
 CASES = [("usf", split, state) for split in SPLITS for state in STATES]
 CASES += [(rule, split, "trained") for rule in RULES if rule != "usf" for split in SPLITS]
@@ -110,6 +120,9 @@ def _ranks(rank: int, world: int) -> dict[Any, Any]:
     for computed in COMPUTED:
         net = sharded(model(computed=computed))
         found[computed] = measured(net, loss_of(net, rank, world))
+
+    net = sharded(direct(), ())
+    found["direct"] = of_direct(net, loss_of(net, rank, world))
 
     # An optimizer's step in backward waits for every gradient.
     net = sharded(model())
@@ -172,6 +185,14 @@ def test_computed_weights(computed: str, ranks: list[dict[Any, Any]]) -> None:
     net = model(computed=computed)
     for found in ranks:
         same(found[computed], measured(net, loss_of(net)))
+
+
+def test_direct_feedback(ranks: list[dict[Any, Any]]) -> None:
+    net = direct()
+    expected, b = of_direct(net, loss_of(net))
+    for measures, matrix in (found["direct"] for found in ranks):
+        same(measures, expected)
+        assert torch.equal(matrix, b)
 
 
 def test_no_optimizer_steps_in_a_measure(ranks: list[dict[Any, Any]]) -> None:
