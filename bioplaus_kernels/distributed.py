@@ -45,10 +45,14 @@ def fully_shard(module: nn.Module, *, blocks: Iterable[nn.Module] | None = None,
         for layer in block.modules():
             if not isinstance(layer, FeedbackLayer) or layer in seen:
                 continue
-            seen.add(layer)
-            reason = _reads_weight(layer, names[layer])
+            # An attention's output projection is a layer of its own, whose weight the attention reads.
+            parts = [m for m in layer.modules() if isinstance(m, FeedbackLayer)]
+            seen.update(parts)
+            reason = next(filter(None, (_reads_weight(part, names[part]) for part in parts)), "")
             outcome = "gathered twice" if reason else "gathered once"
-            report.rows.append(Row(names[layer], type(layer).__name__, outcome, str(layer.feedback), reason))
+            for part in parts:
+                part.reads_no_weight = not reason
+                report.rows.append(Row(names[part], type(part).__name__, outcome, str(part.feedback), reason))
             if not reason:
                 free.append(layer)
         if free:
@@ -81,7 +85,4 @@ def _reads_weight(layer: FeedbackLayer, name: str) -> str:
     if any(held.trained for held in layer._held.values()):
         return "its B is trained"
     layer.reads_no_weight = True
-    if any(layer.used(weight)[1].role for weight in layer.weights()):
-        layer.reads_no_weight = False
-        return "its rule reads W"
-    return ""
+    return "its rule reads W" if any(layer.used(weight)[1].role for weight in layer.weights()) else ""

@@ -44,13 +44,15 @@ class Net(nn.Module):
         super().__init__()
         self.conv = nn.Conv1d(4, 16, 3, padding=1)
         self.blocks = nn.ModuleList(Block(inplace) for _ in range(3))
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.lstm = nn.LSTM(16, 16, batch_first=True)
         self.head = nn.Linear(16, 6)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.conv(x)).transpose(1, 2)
         for block in self.blocks:
             x = block(x)
-        return self.head(x)
+        return self.head(self.lstm(self.attention(x, x, x)[0])[0])
 
 
 def converted(rule: Any, inplace: bool = False) -> nn.Module:
