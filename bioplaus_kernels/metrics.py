@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -118,12 +118,16 @@ def backprop(model: torch.nn.Module) -> Iterator[None]:
     """In the block every feedback layer has B = W, and every `DirectFeedback` is the model it holds.
 
     What counts is where the forward is called. What torch.compile compiled is compiled once more, for such calls.
-    A rule given to a call of `functional` stays.
+    A rule given to a call of `functional` stays. Where FSDP2 was told to gather no weight for the backward, it does for
+    backwards in the block.
     """
     checks.module("model", model)
     rules = [(m, m._feedback) for m in model.modules() if isinstance(m, FeedbackLayer)]
     direct = [(m, m._bypassed) for m in model.modules() if isinstance(m, DirectFeedback)]
+    groups = {group: group.unshard_in_backward for m in model.modules() for group in _groups(m)}
     try:
+        for group in groups:
+            group.unshard_in_backward = True
         for layer, _ in rules:
             layer._feedback = as_rule(None)
         for wrapper, _ in direct:
@@ -134,6 +138,17 @@ def backprop(model: torch.nn.Module) -> Iterator[None]:
             layer._feedback = rule
         for wrapper, bypassed in direct:
             wrapper._bypassed = bypassed
+        for group, gathers in groups.items():
+            group.unshard_in_backward = gathers
+
+
+def _groups(module: torch.nn.Module) -> list[Any]:
+    # What FSDP2 gathers at once; torch has no way to ask what it was told.
+    if not hasattr(module, "set_unshard_in_backward"):
+        return []
+    state = cast(Any, module)._get_fsdp_state()
+    found = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return [group for group in found if group is not None]
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

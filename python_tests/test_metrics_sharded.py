@@ -25,6 +25,8 @@ RULES: dict[str, bk.Rule] = {
 }
 # Which children are sharded by themselves; what is left belongs to the root, which a forward leaves whole.
 SPLITS = {"root": (), "first": (0,), "each": (0, 2, 4)}
+# Weights are not gathered for a backward that does not read them.
+FREED = ("fa_signed_init", "freed", "trained")
 COMPUTED = {"weight_norm": parametrizations.weight_norm, "orthogonal": parametrizations.orthogonal}
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(4) % 3
@@ -40,11 +42,11 @@ def model(rule: str = "usf", computed: str = "") -> nn.Sequential:
     return net
 
 
-def sharded(net: nn.Module, children: tuple[int, ...] = (0, 2, 4)) -> nn.Module:
+def sharded(net: nn.Module, children: tuple[int, ...] = (0, 2, 4), freed: bool = False) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     for i in children:
-        fully_shard(net[i])
+        fully_shard(net[i], reshard_after_forward=True).set_unshard_in_backward(not freed)
     return fully_shard(net)
 
 
@@ -106,12 +108,13 @@ def of_direct(net: bk.DirectFeedback, loss: Callable[[], Tensor]) -> tuple[dict[
 STATES = ("fresh", "trained", "pending", "called")
 CASES = [("usf", split, state) for split in SPLITS for state in STATES]
 CASES += [(rule, split, "trained") for rule in RULES if rule != "usf" for split in SPLITS]
+CASES += [FREED]
 
 
 def _ranks(rank: int, world: int) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for rule, split, state in CASES:
-        net = sharded(model(rule), SPLITS[split])
+        net = sharded(model(rule), SPLITS.get(split, (0, 2, 4)), split == "freed")
         loss = loss_of(net, rank, world)
         pending = after(net, state, loss)
         measures = measured(net, loss)
