@@ -49,7 +49,6 @@ def main() -> None:
     show = commands.add_parser("report", help="write the Markdown tables and pictures from result files")
     show.add_argument("--results", type=Path, nargs="+", default=_results(), help="the first one's pictures are drawn")
     show.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
-    show.add_argument("--draft", action="store_true", help="also with too few samples of a quiet machine")
     commands.add_parser("gpu-static", help="compile the GPU kernels and rewrite bench/gpu_static.csv")
     commands.add_parser("gpu-report", help="write bench/GPU.md from that table")
     args = parser.parse_args()
@@ -66,10 +65,7 @@ def main() -> None:
         print(gpu_static.TABLE)
         return
     if args.command == "report":
-        try:
-            report.write(args.results, args.out, args.draft)
-        except ValueError as error:
-            parser.error(str(error))
+        report.write(args.results, args.out)
         print(args.out)
         return
     if args.instructions and args.device != "cpu":

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,6 @@ import bioplaus_kernels as bk
 from bioplaus_kernels import ops
 from bioplaus_kernels.backends import reference
 
-from .quiet import NoProbe, Probe
 from .registry import Run
 
 
@@ -28,11 +26,6 @@ class Cpu:
     # Of the roofline: a square product's size, and numbers that no cache holds.
     product, numbers = 2048, 2**26
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
-
-    @cached_property
-    def probe(self) -> Probe:
-        """Tells whether neighbours leave the machine alone."""
-        return Probe()
 
     def states(self, cold: bool) -> tuple[str, ...]:
         """In which states a case is timed; `cold`: the case asks for empty caches."""
@@ -90,7 +83,6 @@ class Cuda:
     device = torch.device("cuda")
     backends: tuple[str, ...] = ("cuda", "triton")
     failures: tuple[type[Exception], ...] = (Exception,)
-    probe = NoProbe()
     product, numbers = 8192, 2**28
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -10,19 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tabulate import tabulate
 
-from .quiet import ENOUGH, LIMIT
-
 _STATES = {"warm": "", "cold": " (cold)", "graph": " (cold, CUDA graph)"}
 _COLUMNS = ("variant", "ms (p20–p80)", "ratio", "share of roofline", "peak MiB", "error / bound")
-
-
-def noisy(result: dict[str, Any]) -> list[str]:
-    """Rows with too few samples of a quiet machine to be kept."""
-    return [
-        f"{row['op']}, {row['case']}, {row['variant']}: {row['quiet']} of {row['samples']}"
-        for row in result["rows"]
-        if row.get("quiet", ENOUGH) < ENOUGH
-    ]
 
 
 def least_seconds(row: dict[str, Any], roofline: dict[str, float]) -> float | None:
@@ -73,12 +62,6 @@ def table(result: dict[str, Any]) -> str:
         if any("instructions" in row for row in rows):
             cells = [[*row, f"{r['instructions']:,.0f}"] for row, r in zip(cells, rows, strict=True)]
             columns = (*_COLUMNS, "instructions")
-        if any("quiet" in row for row in rows):
-            cells = [
-                [*row, f"{r['quiet']} of {r['samples']}" if "quiet" in r else ""]
-                for row, r in zip(cells, rows, strict=True)
-            ]
-            columns = (*columns, "quiet samples")
         if any("host_ms" in row for row in rows):
             cells = [
                 [*row, f"{1e3 * r['host_ms']:.3g}" if "host_ms" in r else ""]
@@ -121,21 +104,11 @@ def _rates(result: dict[str, Any]) -> dict[str, str]:
     return {key: value if isinstance(value, str) else f"{value / 1e9:.4g}" for key, value in rates}
 
 
-def write(results: list[Path], out: Path, draft: bool = False) -> None:
-    """Write `out` and a picture for each op of the first result beside it; the goals are looked up in all results.
-
-    Raises ValueError where a variant has fewer than ENOUGH samples of a quiet machine, but for a draft.
-    """
+def write(results: list[Path], out: Path) -> None:
+    """Write `out` and a picture for each op of the first result beside it; the goals are looked up in all results."""
     from . import goals
 
     loaded = [json.loads(path.read_text()) for path in results]
-    if not draft and (
-        rows := [f"{path.name}: {row}" for path, r in zip(results, loaded, strict=True) for row in noisy(r)]
-    ):
-        raise ValueError(
-            f"{len(rows)} rows have fewer than {ENOUGH} samples of a quiet machine, the first is {rows[0]}: run their "
-            "cases --again when nothing else runs, or write a --draft"
-        )
     result = loaded[0]
     out.parent.mkdir(parents=True, exist_ok=True)
     pictures = []
@@ -147,9 +120,7 @@ def write(results: list[Path], out: Path, draft: bool = False) -> None:
     text = f"""# Benchmarks
 
 Written by `python -m bench report` from `python -m bench run`. Times are medians with the 20th and 80th percentile,
-variants of a case interleaved in one process, of samples between two probes of the processor's product units that are
-both within {LIMIT} of the run's fastest: what neighbours on the same host disturb does not count, and how many of the
-samples did is in the table. A variant whose error is over its bound (twice torch's own in the same
+variants of a case interleaved in one process. A variant whose error is over its bound (twice torch's own in the same
 dtype plus one rounding, against float64) is not timed. Ratios are to the first row of a case; rows that lose are here
 too. The roofline's share is max(flops / product rate, bytes / rate of memory), pass by pass and from the rates below,
 over the time taken; a product by int8 digits can pass 100 % of the float32 rate. Peak is what torch's allocator held

@@ -7,13 +7,10 @@ from statistics import median, quantiles
 from typing import Any
 
 from .device import Device
-from .quiet import Sample
 from .registry import Bench, Case, Run
 
 # Seconds of a call that passes through more memory than caches hold.
 _SLOW = 0.3
-# How often its seconds a variant may take for want of a quiet machine.
-_PATIENCE = 5
 
 
 class DeviceLost(RuntimeError):
@@ -65,16 +62,13 @@ def run(
         # Sets of operands that no cache holds need no flush.
         cold = state != "warm" and len(copies) == 1
         measured = _interleave(ready, seconds, device, cold, len(copies), failed)
-        counted = {name: _quiet(samples, device) for name, samples in measured.items()}
-        baseline = counted.get(first)
+        baseline = measured.get(first)
         for name in names:
             found = row | {"state": state, "variant": name, "error_over_bound": errors.get(name)}
-            if name in counted:
-                found |= _summary(counted[name], median(baseline) if baseline else None, bench)
-                if device.probe.enough:
-                    found |= {"quiet": len(device.probe.quiet(measured[name])), "samples": len(measured[name])}
+            if name in measured:
+                found |= _summary(measured[name], median(baseline) if baseline else None, bench)
                 if state == "warm":
-                    found |= _of_one_call(name, ready[name], median(counted[name]), device)
+                    found |= _of_one_call(name, ready[name], median(measured[name]), device)
             elif name in failed:
                 found["failed"] = failed[name]
             rows.append(found)
@@ -112,24 +106,22 @@ def _of_one_call(name: str, function: Run, seconds: float, device: Device) -> di
 
 def _interleave(
     variants: dict[str, Run], seconds: float, device: Device, cold: bool, calls: int, failed: dict[str, str]
-) -> dict[str, list[Sample]]:
+) -> dict[str, list[float]]:
     # Rounds over all variants, so that a slow spell of the machine falls on all of them; each sample is long enough to
     # read on the clock, and follows a call that brings back what the other variants drove out of the caches, where
-    # the caches matter. A variant makes `calls` calls; one that raises goes into `failed`. Where few
-    # samples were of a quiet machine it goes on for a while.
+    # the caches matter. A variant makes `calls` calls; one that raises goes into `failed`.
     flush = device.flusher() if cold and variants else None
-    samples: dict[str, list[Sample]] = {name: [] for name in variants}
+    samples: dict[str, list[float]] = {name: [] for name in variants}
     repeats: dict[str, int] = {}
     slow = set()
 
     def sample(name: str) -> None:
         function = variants[name]
-        before = device.probe()
         try:
             if name not in repeats:
                 first, once = device.seconds(function), 0.0
                 if first > _SLOW:
-                    samples[name].append(Sample(first / calls, max(before, device.probe())))
+                    samples[name].append(first / calls)
                     slow.add(name)
                 else:
                     once = device.seconds(function)
@@ -140,8 +132,7 @@ def _interleave(
             elif name not in slow and calls == 1:
                 function()
             n = repeats[name]
-            seconds = device.seconds(function, n) / (n * calls)
-            samples[name].append(Sample(seconds, max(before, device.probe())))
+            samples[name].append(device.seconds(function, n) / (n * calls))
         except device.failures as error:
             failed[name] = _said(name, error, device)
             del samples[name]
@@ -149,23 +140,11 @@ def _interleave(
     for name in variants:
         sample(name)
     least = 2 if slow else 3
-    begin = time.perf_counter()
-
-    def lacking() -> bool:
-        spent, meant = time.perf_counter() - begin, seconds * len(variants)
-        fewest = min(len(device.probe.quiet(found)) for found in samples.values())
-        return spent < meant or (spent < _PATIENCE * meant and fewest < device.probe.enough)
-
-    while samples and (lacking() or min(map(len, samples.values())) < least):
+    end = time.perf_counter() + seconds * len(variants)
+    while samples and (time.perf_counter() < end or min(map(len, samples.values())) < least):
         for name in list(samples):
             sample(name)
     return samples
-
-
-def _quiet(samples: list[Sample], device: Device) -> list[float]:
-    # Those of a quiet machine, or all where it hardly ever was.
-    quiet = device.probe.quiet(samples)
-    return quiet if len(quiet) > 1 else [sample.seconds for sample in samples]
 
 
 def _summary(samples: list[float], baseline: float | None, bench: Bench) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 `pytest python_tests/test_bench.py --benchmark-enable` times them; without it each runs once.
 """
 
-import itertools
 import json
 import os
 import subprocess
@@ -18,7 +17,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import device, feedback_mm, machine, quiet, registry, report, runner
+from bench import device, feedback_mm, machine, registry, report, runner
 from bench.gate import mm_gate
 from bioplaus_kernels.backends import native
 
@@ -58,46 +57,6 @@ def test_rows_hold_what_the_report_shows() -> None:
     assert "ms" not in rows[1]
     text = report.table({"rows": rows, "roofline": {"float32": 1e12, "read": 1e10, "write": 1e10}})
     assert "not timed" in text and "over the bound" in text
-
-
-def test_medians_are_of_a_quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    # Two spells of three are a neighbour's, who makes everything three times as slow.
-    calls = itertools.count()
-
-    def work(seconds: float) -> Callable[[], None]:
-        def run() -> None:
-            nonlocal now
-            now += seconds * slowness
-
-        return run
-
-    slowness = 1.0
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-
-    class Spells(device.Cpu):
-        probe = quiet.Probe(work(20e-6))
-
-        def seconds(self, function: Callable[[], object], times: int = 1) -> float:
-            nonlocal slowness
-            taken = super().seconds(function, times)
-            slowness = 3.0 if next(calls) // 10 % 3 else 1.0
-            return taken
-
-        def peak_bytes(self, function: object) -> int:
-            return 0
-
-    bench = registry.Bench({"first": work(2e-3), "second": work(1e-3)})
-    rows = runner.run(registry.Case("op", "label", lambda _: bench), 0.5, Spells())
-    assert [row["ms"] for row in rows] == pytest.approx([2.0, 1.0])
-    assert [row["ms_p80"] for row in rows] == pytest.approx([2.0, 1.0])
-    assert all(20 <= row["quiet"] < row["samples"] for row in rows)
-    assert not report.noisy({"rows": rows})
-    # Never quiet: patience ends, all samples count, and the row is not kept.
-    Spells.probe.best = 1e-9
-    rows = runner.run(registry.Case("op", "label", lambda _: bench), 0.1, Spells())
-    assert [row["quiet"] for row in rows] == [0, 0] and rows[0]["ms"] > 0
-    assert len(report.noisy({"rows": rows})) == 2
 
 
 def test_header_names_the_machine() -> None:
@@ -144,16 +103,8 @@ def test_command_line(tmp_path: Path) -> None:
     done = bench("run", "--op", "overhead", "--match", "Linear 1x8x8 forward", "--seconds", "0.01", "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert {row["op"] for row in json.loads(out.read_text())["rows"]} == {"overhead"}
-    result = json.loads(out.read_text())
-    result["rows"][0] |= {"quiet": 19, "samples": 99}
-    out.write_text(json.dumps(result))
-    written = ("report", "--results", str(out), "--out", str(tmp_path / "report.md"))
-    noisy = bench(*written)
-    assert noisy.returncode == 2 and "rows have fewer than 20 samples of a quiet machine" in noisy.stderr
-    assert "forward, torch.nn: 19 of 99" in noisy.stderr and not (tmp_path / "report.md").exists()
-    done = bench(*written, "--draft")
+    done = bench("report", "--results", str(out), "--out", str(tmp_path / "report.md"))
     assert done.returncode == 0, done.stderr
-    assert "19 of 99" in (tmp_path / "report.md").read_text()
     assert "Linear 1x8x8 forward" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "report-overhead.png").stat().st_size > 10_000
 
@@ -431,7 +382,7 @@ def test_gpu_from_the_command_line_to_the_report(tmp_path: Path, monkeypatch: py
     for name in ("usf, packed signs", "fa seeded, uniform", "frsf stored", "bioplaus, usf", "bioplaus, backprop"):
         assert {name, f"{name}, cpu"} <= timed
     assert {"usf, packed signs, feedback_weight + cuBLAS", "torch dY @ W"} <= timed
-    report.write([cpu, out], tmp_path / "report.md", draft=True)
+    report.write([cpu, out], tmp_path / "report.md")
     text = (tmp_path / "report.md").read_text()
     first, second = text.split("# Test GPU, CUDA sm_80")
     assert "Test GPU" not in first and "(cold, CUDA graph)" in second and "| driver " in second
