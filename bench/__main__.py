@@ -39,6 +39,7 @@ def main() -> None:
     run.add_argument("--state", action="append", default=[], help="only warm, cold or graph; repeat for several")
     run.add_argument("--without", default="", help="leave out variants that match this regular expression")
     run.add_argument("--seconds", type=float, default=1.0, help="timing of each variant (default 1)")
+    run.add_argument("--patience", type=float, default=600, help="seconds a case may wait for 20 quiet samples")
     run.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is begun")
     going_on = run.add_mutually_exclusive_group()
     going_on.add_argument("--continue", action="store_true", dest="go_on", help="keep what OUT holds, and do the rest")
@@ -49,6 +50,7 @@ def main() -> None:
     show = commands.add_parser("report", help="write the Markdown tables and pictures from result files")
     show.add_argument("--results", type=Path, nargs="+", default=_results(), help="the first one's pictures are drawn")
     show.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
+    show.add_argument("--draft", action="store_true", help="also of rows with fewer than 20 quiet samples")
     commands.add_parser("gpu-static", help="compile the GPU kernels and rewrite bench/gpu_static.csv")
     commands.add_parser("gpu-report", help="write bench/GPU.md from that table")
     args = parser.parse_args()
@@ -65,7 +67,10 @@ def main() -> None:
         print(gpu_static.TABLE)
         return
     if args.command == "report":
-        report.write(args.results, args.out)
+        try:
+            report.write(args.results, args.out, args.draft)
+        except ValueError as error:
+            parser.error(str(error))
         print(args.out)
         return
     if args.instructions and args.device != "cpu":
@@ -132,7 +137,7 @@ def _measure(args: argparse.Namespace, cases: list[registry.Case], where: device
         here = (row for row in result["lost"] if (row["op"], row["case"]) == (case.op, case.label))
         lost = {row["variant"]: row["failed"] for row in here}
         try:
-            result["rows"] += runner.run(case, args.seconds, where, args.state, args.without, lost)
+            result["rows"] += runner.run(case, args.seconds, where, args.state, args.without, lost, args.patience)
         except runner.DeviceLost as error:
             result["lost"].append({"op": case.op, "case": case.label, "variant": error.variant, "failed": str(error)})
             _save(result, out)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import bioplaus_kernels as bk
 from bioplaus_kernels import ops
 from bioplaus_kernels.backends import reference
 
+from .quiet import Probe
 from .registry import Run
 
 
@@ -26,6 +28,11 @@ class Cpu:
     # Of the roofline: a square product's size, and numbers that no cache holds.
     product, numbers = 2048, 2**26
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+
+    @cached_property
+    def probe(self) -> Probe:
+        """What tells whether others use the processor."""
+        return Probe()
 
     def states(self, cold: bool) -> tuple[str, ...]:
         """In which states a case is timed; `cold`: the case asks for empty caches."""
@@ -85,6 +92,8 @@ class Cuda:
     failures: tuple[type[Exception], ...] = (Exception,)
     product, numbers = 8192, 2**28
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    # The processor's neighbours do not slow a GPU, and a probe would leave it idle.
+    probe = None
 
     def __init__(self, cuda: Any = torch.cuda) -> None:
         if not cuda.is_available():

@@ -10,6 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tabulate import tabulate
 
+from .quiet import LEAST
+
 _STATES = {"warm": "", "cold": " (cold)", "graph": " (cold, CUDA graph)"}
 _COLUMNS = ("variant", "ms (p20–p80)", "ratio", "share of roofline", "peak MiB", "error / bound")
 
@@ -59,9 +61,12 @@ def table(result: dict[str, Any]) -> str:
             last = op
         lines += [f"**{case}**{_STATES[state]}, ratio to {rows[0]['variant']}", ""]
         cells, columns = [_cells(row, result["roofline"]) for row in rows], _COLUMNS
+        if any("quiet" in row for row in rows):
+            cells = [[*row, str(r.get("quiet", ""))] for row, r in zip(cells, rows, strict=True)]
+            columns = (*columns, "quiet samples")
         if any("instructions" in row for row in rows):
             cells = [[*row, f"{r['instructions']:,.0f}"] for row, r in zip(cells, rows, strict=True)]
-            columns = (*_COLUMNS, "instructions")
+            columns = (*columns, "instructions")
         if any("host_ms" in row for row in rows):
             cells = [
                 [*row, f"{1e3 * r['host_ms']:.3g}" if "host_ms" in r else ""]
@@ -104,11 +109,29 @@ def _rates(result: dict[str, Any]) -> dict[str, str]:
     return {key: value if isinstance(value, str) else f"{value / 1e9:.4g}" for key, value in rates}
 
 
-def write(results: list[Path], out: Path) -> None:
-    """Write `out` and a picture for each op of the first result beside it; the goals are looked up in all results."""
+def loud(result: dict[str, Any]) -> list[str]:
+    """The rows with too few quiet samples; results from before they were counted have none."""
+    return [
+        f"{row['op']}: {row['case']}{_STATES[row['state']]}, {row['variant']}: {row['quiet']}"
+        for row in result["rows"]
+        if row.get("quiet", LEAST) < LEAST
+    ]
+
+
+def write(results: list[Path], out: Path, draft: bool = False) -> None:
+    """Write `out` and a picture for each op of the first result beside it; the goals are looked up in all results.
+
+    Raises ValueError that names the rows with too few quiet samples, unless it is a draft.
+    """
     from . import goals
 
     loaded = [json.loads(path.read_text()) for path in results]
+    rows = [f"{path}: {row}" for path, result in zip(results, loaded, strict=True) for row in loud(result)]
+    if rows and not draft:
+        raise ValueError(
+            f"--results: expected at least {LEAST} quiet samples in every row, got fewer in {len(rows)} (run these "
+            "cases --again, or report a --draft):\n" + "\n".join(rows)
+        )
     result = loaded[0]
     out.parent.mkdir(parents=True, exist_ok=True)
     pictures = []
@@ -119,14 +142,16 @@ def write(results: list[Path], out: Path) -> None:
     notes = out.with_name(f"{out.stem}-notes.md")
     text = f"""# Benchmarks
 
+{f"A draft: {len(rows)} rows have fewer than {LEAST} quiet samples.{chr(10) * 2}" if rows else ""}\
 Written by `python -m bench report` from `python -m bench run`. Times are medians with the 20th and 80th percentile,
-variants of a case interleaved in one process. A variant whose error is over its bound (twice torch's own in the same
-dtype plus one rounding, against float64) is not timed. Ratios are to the first row of a case; rows that lose are here
-too. The roofline's share is max(flops / product rate, bytes / rate of memory), pass by pass and from the rates below,
-over the time taken; a product by int8 digits can pass 100 % of the float32 rate. Peak is what torch's allocator held
-for one call, results included. On a GPU calls are timed by CUDA events, eager with a warm and a cold L2 cache, and cold
-as the replay of a CUDA graph, which alone tells what the kernels take: a short eager call takes what the processor
-needs to launch it, the column of host µs. There float32 is computed without TF32 but where a variant names it.
+variants of a case interleaved in one process, over the quiet samples where a row has their number. A variant whose
+error is over its bound (twice torch's own in the same dtype plus one rounding, against float64) is not timed. Ratios
+are to the first row of a case; rows that lose are here too. The roofline's share is max(flops / product rate, bytes /
+rate of memory), pass by pass and from the rates below, over the time taken; a product by int8 digits can pass 100 % of
+the float32 rate. Peak is what torch's allocator held for one call, results included. On a GPU calls are timed by CUDA
+events, eager with a warm and a cold L2 cache, and cold as the replay of a CUDA graph, which alone tells what the
+kernels take: a short eager call takes what the processor needs to launch it, the column of host µs. There float32 is
+computed without TF32 but where a variant names it.
 
 {_properties("machine", result["machine"])}
 

@@ -7,6 +7,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from .device import Device
+from .quiet import LEAST, Sample, quiet
 from .registry import Bench, Case, Run
 
 # Seconds of a call that passes through more memory than caches hold.
@@ -28,11 +29,14 @@ def run(
     states: Collection[str] = (),
     without: str = "",
     lost: dict[str, str] | None = None,
+    patience: float = 0.0,
 ) -> list[dict[str, Any]]:
     """One result row for each variant in each state of the device; `seconds` of timing a variant.
 
     states: of the device's, these only. without: a regular expression of variants to leave out, but for the first.
-    lost: variants not to be run, and why. What fails is a row; raises DeviceLost where nothing can follow.
+    lost: variants not to be run, and why. patience: seconds that the case may wait, where the device has a probe, for
+    enough quiet samples of every variant; a row with fewer is of all samples. What fails is a row; raises DeviceLost
+    where nothing can follow.
     """
     wanted = [state for state in device.states(case.cold) if not states or state in states]
     row: dict[str, Any] = {"op": case.op, "case": case.label}
@@ -50,6 +54,7 @@ def run(
     with device.device:
         errors, broken = _gates(bench, names, device, failed)
     rows = []
+    last = time.perf_counter() + patience
     for state in wanted:
         copies = (bench.variants, *bench.copies) if state == "graph" else (bench.variants,)
         ready, failed = {}, dict(broken)
@@ -61,12 +66,19 @@ def run(
                     failed[name] = _said(name, error, device)
         # Sets of operands that no cache holds need no flush.
         cold = state != "warm" and len(copies) == 1
-        measured = _interleave(ready, seconds, device, cold, len(copies), failed)
+        samples = _interleave(ready, seconds, last, device, cold, len(copies), failed)
+        calm = {name: quiet(taken, device.probe.best) for name, taken in samples.items()} if device.probe else {}
+        measured = {
+            name: calm[name] if len(calm.get(name, ())) >= LEAST else [seconds for seconds, _ in taken]
+            for name, taken in samples.items()
+        }
         baseline = measured.get(first)
         for name in names:
             found = row | {"state": state, "variant": name, "error_over_bound": errors.get(name)}
             if name in measured:
                 found |= _summary(measured[name], median(baseline) if baseline else None, bench)
+                if name in calm:
+                    found["quiet"] = len(calm[name])
                 if state == "warm":
                     found |= _of_one_call(name, ready[name], median(measured[name]), device)
             elif name in failed:
@@ -105,23 +117,39 @@ def _of_one_call(name: str, function: Run, seconds: float, device: Device) -> di
 
 
 def _interleave(
-    variants: dict[str, Run], seconds: float, device: Device, cold: bool, calls: int, failed: dict[str, str]
-) -> dict[str, list[float]]:
+    variants: dict[str, Run],
+    seconds: float,
+    last: float,
+    device: Device,
+    cold: bool,
+    calls: int,
+    failed: dict[str, str],
+) -> dict[str, list[Sample]]:
     # Rounds over all variants, so that a slow spell of the machine falls on all of them; each sample is long enough to
     # read on the clock, and follows a call that brings back what the other variants drove out of the caches, where
-    # the caches matter. A variant makes `calls` calls; one that raises goes into `failed`.
+    # the caches matter. A variant makes `calls` calls; one that raises goes into `failed`. Rounds go on until `last`
+    # where a variant has too few quiet samples.
+    probe = device.probe
     flush = device.flusher() if cold and variants else None
-    samples: dict[str, list[float]] = {name: [] for name in variants}
+    samples: dict[str, list[Sample]] = {name: [] for name in variants}
     repeats: dict[str, int] = {}
     slow = set()
+
+    def timed(function: Run, n: int = 1) -> Sample:
+        before = probe() if probe else 0.0
+        taken = device.seconds(function, n)
+        return taken / (n * calls), max(before, probe() if probe else 0.0)
+
+    def restless() -> bool:
+        return probe is not None and any(len(quiet(taken, probe.best)) < LEAST for taken in samples.values())
 
     def sample(name: str) -> None:
         function = variants[name]
         try:
             if name not in repeats:
-                first, once = device.seconds(function), 0.0
-                if first > _SLOW:
-                    samples[name].append(first / calls)
+                first, once = timed(function), 0.0
+                if first[0] * calls > _SLOW:
+                    samples[name].append(first)
                     slow.add(name)
                 else:
                     once = device.seconds(function)
@@ -131,8 +159,7 @@ def _interleave(
                 flush()
             elif name not in slow and calls == 1:
                 function()
-            n = repeats[name]
-            samples[name].append(device.seconds(function, n) / (n * calls))
+            samples[name].append(timed(function, repeats[name]))
         except device.failures as error:
             failed[name] = _said(name, error, device)
             del samples[name]
@@ -141,7 +168,9 @@ def _interleave(
         sample(name)
     least = 2 if slow else 3
     end = time.perf_counter() + seconds * len(variants)
-    while samples and (time.perf_counter() < end or min(map(len, samples.values())) < least):
+    while samples and (
+        (now := time.perf_counter()) < end or min(map(len, samples.values())) < least or (now < last and restless())
+    ):
         for name in list(samples):
             sample(name)
     return samples

@@ -100,10 +100,11 @@ def test_command_line(tmp_path: Path) -> None:
     assert wrong.returncode == 2 and "--op: expected one of" in wrong.stderr
     wrong = bench("run", "--match", "nonsense")
     assert wrong.returncode == 2 and "--match: no label" in wrong.stderr
-    done = bench("run", "--op", "overhead", "--match", "Linear 1x8x8 forward", "--seconds", "0.01", "--out", str(out))
+    quick = ("--patience", "0", "--out", str(out))
+    done = bench("run", "--op", "overhead", "--match", "Linear 1x8x8 forward", "--seconds", "0.01", *quick)
     assert done.returncode == 0, done.stderr
     assert {row["op"] for row in json.loads(out.read_text())["rows"]} == {"overhead"}
-    done = bench("report", "--results", str(out), "--out", str(tmp_path / "report.md"))
+    done = bench("report", "--results", str(out), "--out", str(tmp_path / "report.md"), "--draft")
     assert done.returncode == 0, done.stderr
     assert "Linear 1x8x8 forward" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "report-overhead.png").stat().st_size > 10_000
@@ -227,6 +228,7 @@ def test_gpu_states_and_failures() -> None:
     # What waits for the GPU cannot be captured; nothing but that is lost.
     assert "ms" in found["cold", "waits"] and "capturing" in found["graph", "waits"]["failed"]
     assert gpu.read and min(gpu.read) > gpu.L2
+    assert not any("quiet" in row for row in rows)
     text = report.table({"rows": rows, "roofline": {}})
     assert "(cold, CUDA graph)" in text and "MemoryError" in text and "3: over the bound" in text
 
@@ -324,7 +326,18 @@ def test_a_run_has_a_budget_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     out = tmp_path / "cpu.json"
 
     def run(*words: str) -> dict:
-        arguments = ("--seconds", "0.001", "--threads", "1", "--without", "torch.compile", "--out", str(out))
+        arguments = (
+            "--seconds",
+            "0.001",
+            "--patience",
+            "0",
+            "--threads",
+            "1",
+            "--without",
+            "torch.compile",
+            "--out",
+            str(out),
+        )
         monkeypatch.setattr(sys, "argv", ["bench", "run", *arguments, *words])
         command.main()
         return json.loads(out.read_text())
@@ -367,7 +380,17 @@ def test_gpu_from_the_command_line_to_the_report(tmp_path: Path, monkeypatch: py
         ("cuda", out, "^Linear.*forward$|M=8|N=16 backward input"),
     ):
         monkeypatch.setattr(sys, "argv", ["bench", "run", "--device", where, "--quick", "--match", match])
-        sys.argv += ["--seconds", "0.001", "--threads", "1", "--out", str(path), *(f"--op={op}" for op in ops)]
+        sys.argv += [
+            "--seconds",
+            "0.001",
+            "--patience",
+            "0",
+            "--threads",
+            "1",
+            "--out",
+            str(path),
+            *(f"--op={op}" for op in ops),
+        ]
         command.main()
     result = json.loads(out.read_text())
     header = result["machine"]
@@ -382,7 +405,7 @@ def test_gpu_from_the_command_line_to_the_report(tmp_path: Path, monkeypatch: py
     for name in ("usf, packed signs", "fa seeded, uniform", "frsf stored", "bioplaus, usf", "bioplaus, backprop"):
         assert {name, f"{name}, cpu"} <= timed
     assert {"usf, packed signs, feedback_weight + cuBLAS", "torch dY @ W"} <= timed
-    report.write([cpu, out], tmp_path / "report.md")
+    report.write([cpu, out], tmp_path / "report.md", draft=True)
     text = (tmp_path / "report.md").read_text()
     first, second = text.split("# Test GPU, CUDA sm_80")
     assert "Test GPU" not in first and "(cold, CUDA graph)" in second and "| driver " in second
