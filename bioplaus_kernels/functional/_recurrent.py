@@ -90,6 +90,9 @@ def recurrent_with(
     input is what the input-to-hidden weights made of all steps; shapes as in `ops.recurrent_forward`.
     """
     hidden, cell = states if len(states) == 2 else (*states, None)
+    if cell is hidden and cell is not None:
+        # torch.compile takes no tensor twice.
+        cell = cell.view_as(cell)
     found: tuple[Tensor, ...] = _Recurrent.apply(
         input, weight, projection, bias, hidden, cell, batch_sizes, mode, reverse, *op, *projection_op
     )
