@@ -90,6 +90,7 @@ def test_kp_compiles_and_checkpoints(name: str) -> None:
     want = gradients(lambda x: call(layer, x))
     compiled = torch.compile(lambda x: call(layer, x), backend="aot_eager", fullgraph=True)
     again = gradients(lambda x: checkpoint(call, layer, x, use_reentrant=False))
+    torch._dynamo.reset()
     with torch._dynamo.config.patch(allow_rnn=True):
         first = gradients(compiled)
     for got in (first, again):
