@@ -68,9 +68,10 @@ def convert_(
     seed: drawn feedback is a function of (seed, parameter name), so a second call draws the same again. What wrappers
     of torch put into a name does not count, but "module." of DistributedDataParallel does.
     example: what to call the model with, a tensor, a tuple of arguments or a dict of keywords. The graph of that call
-    proves each row, or its reason says why not; a layer whose weight was read without a call of the layer is left. The
-    call leaves no trace; what it raises comes after the conversion. Without an example the first forward with gradients
-    proves the same rows, and raises RuntimeError, once, where a weight is read and its layer never called.
+    proves each row, or its reason says why not; a layer whose weight was read without a call of the layer is left.
+    The model is then as `check` leaves it; what the call raises comes after the conversion. Without an example the
+    first forward with gradients proves the same rows but those of frozen weights. It raises RuntimeError, once, where a
+    weight is read and its layer never called, and warns instead where another module has the weight too.
 
     Raises TypeError or ValueError for an argument that does not fit and for weights sharded before a rule that keeps
     tensors, RuntimeError in torch.inference_mode, before any module is touched.
@@ -150,7 +151,8 @@ def _modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, str]]:
             parts.add(module.out_proj)
         if module in parts or isinstance(module, ParametrizationList):
             continue
-        if module._parameters or is_parametrized(module) or _is_quantised(module):
+        has_rule = isinstance(module, FeedbackLayer)
+        if module._parameters or is_parametrized(module) or _is_quantised(module) or has_rule:
             rows.append((name, module, bypassed.get(module) or _obstacle(module)))
     return rows
 
@@ -183,6 +185,8 @@ def _obstacle(module: Any) -> str:
         return "its shape is not known before the first call"
     if _is_quantised(module):
         return "quantised: convert_ does not train it"
+    if "_flat_param" in module._parameters:
+        return "holds the weights of its layers as one Parameter, FSDP's: convert_ first, then wrap"
     for theirs in (*_PAIRS, *_PLAIN, *_OWN):
         if isinstance(module, theirs):
             if hasattr(module, "unshard"):
@@ -321,8 +325,10 @@ def _type(module: torch.nn.Module) -> str:
 def check(model: torch.nn.Module, *inputs: Any, **keywords: Any) -> Report:
     """Run `model(*inputs, **keywords)` and say of each layer that has or can have a rule whether it acts.
 
-    A layer that has none was "called", its weight "read" without a call of the layer, or it is "unused". Everything is
-    as before afterwards: attributes, buffers, gradients, the random state. torch.compile is left out meanwhile.
+    A layer that has none was "called", its weight "read" without a call of the layer, or it is "unused". Afterwards
+    attributes, the lists, dictionaries and sets that some are, tensors in them, buffers, gradients, what FSDP2 sharded
+    and the random states of torch, Python and numpy are as before; the model is given copies of the tensors among
+    `inputs` and `keywords`. What it writes into Parameters or other objects stays. torch.compile is left out meanwhile.
 
     Raises TypeError for a model that is no torch.nn.Module, ValueError for one with a layer of unknown shape.
     """

@@ -265,7 +265,7 @@ class DirectFeedback(StatefulLayer):
         self.model, self.blocks, self.feedback = model, tuple(blocks), feedback
         self._logits, self._output = logits, output
         self._tape = _Tape()
-        self._tape.blocks = tuple(blocks)
+        self._tape.blocks, self._tape.taught = tuple(blocks), feedback.name != "shallow"
         for _, name in tied:
             modules[name].__dict__.update(_block_name=name, _tape=self._tape)
             modules[name].__class__ = block_class(type(modules[name]))
@@ -396,6 +396,7 @@ class DirectFeedback(StatefulLayer):
             return logits
 
         self.model.eval()
+        self._tape.example = True
         try:
             with torch.enable_grad():
                 self._run(args, {}, tie)
@@ -405,6 +406,7 @@ class DirectFeedback(StatefulLayer):
                 checks.fail("example", "an input of the model, or a tuple of its arguments", repr(example), TypeError)
             raise
         finally:
+            self._tape.example = False
             for module, mode in modes.items():
                 module.training = mode
         shapes = [[h.shape for h in calls] for calls in seen[0][1]]
