@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .feedback.record import readable
-
 
 @contextmanager
 def buffers(*models: torch.nn.Module | None) -> Iterator[None]:
@@ -82,8 +80,8 @@ def unchanged(model: torch.nn.Module) -> Iterator[None]:
     # FSDP's own, whichever they are at a time.
     values = [(name, value) for name, value in values if not (shards and name == "_parameters")]
     held: list[tuple[Any, Any]] = [(v, v.copy()) for _, v in values if isinstance(v, dict | list | set)]
-    tensors = {t for _, v in values for t in tree_leaves(v) if type(t) is Tensor and readable(t)}
-    contents = [(t, t.detach().clone()) for t in tensors if t.layout == torch.strided]
+    tensors = {t for _, v in values for t in tree_leaves(v) if type(t) is Tensor}
+    contents = [(t, t.detach().clone()) for t in tensors if t.layout == torch.strided and not t.is_meta]
     gradients = [(p, p.requires_grad) for p in model.parameters()]
     numpy: Any = sys.modules.get("numpy")
     states = random.getstate(), numpy and numpy.random.get_state()

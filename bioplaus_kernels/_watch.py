@@ -51,7 +51,7 @@ class Watch:
         self.first: torch.nn.Module | None = None
         self.thread = threading.get_ident()
         # What the calls took for W: of FSDP, functional_call or a parametrization no Parameter of the layer.
-        self.taken: dict[torch.nn.Module, list[Node]] = {}
+        self.taken: dict[FeedbackLayer, list[Node]] = {}
         # The numbers, from and to, of the nodes that each call made of another module which owns a layer's W.
         self.spans: dict[torch.nn.Module, list[list[int]]] = {}
         # What torch.compile runs, unless it is told not to.

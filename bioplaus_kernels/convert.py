@@ -122,7 +122,7 @@ def convert_(
 
 def _prove(model: torch.nn.Module, report: Report, example: Any) -> None:
     arguments = (example,) if isinstance(example, Tensor) else example if isinstance(example, tuple) else ()
-    found, _, _ = prove(model, arguments, dict(example) if isinstance(example, Mapping) else {})
+    found = prove(model, arguments, dict(example) if isinstance(example, Mapping) else {}).found
     if not found:
         return
     forget(model)
@@ -333,15 +333,20 @@ def check(model: torch.nn.Module, *inputs: Any, **keywords: Any) -> Report:
     Raises TypeError for a model that is no torch.nn.Module, ValueError for one with a layer of unknown shape.
     """
     checks.module("model", model)
-    found, called, reached = prove(model, inputs, keywords)
+    modules = _modules(model)
+    plain = [m for _, m, _ in modules if isinstance(m, (*_PAIRS, *_PLAIN, *_OWN)) and not _has_rule(m)]
+    found, called, read, hiding = prove(model, inputs, keywords, plain)
     report = Report()
-    for name, module, _ in _modules(model):
+    for name, module, _ in modules:
         if name in found:
-            report.rows.append(
-                Row(name, _type(module), found[name][0], _short(cast(Rule, module.feedback)), found[name][1])
-            )
-        elif isinstance(module, (*_PAIRS, *_PLAIN, *_OWN)):
-            read = any(id(p) in reached for p in module.parameters(recurse=False))
-            outcome, why = ("called", "") if module in called else ("read", _READ) if read else ("unused", "")
+            rule = _short(cast(FeedbackLayer, module).feedback)
+            report.rows.append(Row(name, _type(module), found[name].outcome, rule, found[name].reason))
+        elif module in plain:
+            unused = "unused", f"{hiding[0]} may hide a read" if hiding else ""
+            outcome, why = ("called", "") if module in called else ("read", _READ) if module in read else unused
             report.rows.append(Row(name, _type(module), outcome, "backprop", why))
     return report
+
+
+def _has_rule(module: torch.nn.Module) -> bool:
+    return isinstance(module, FeedbackLayer) and module.uses_feedback

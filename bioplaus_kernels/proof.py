@@ -38,7 +38,7 @@ _CHECKPOINTED = "not proven: B acts, but a checkpoint hides whether its weight i
 # torch.compile's and DataParallel's: they have W among their inputs whether the layer is called or not.
 _OPAQUE = ("CompiledFunctionBackward", "BroadcastBackward")
 # Whose Functions hide nothing.
-_OPEN = ("bioplaus_kernels.", "torch.distributed.", "torch.nn.parallel.", "torch._library.")
+_SEEN_THROUGH = ("bioplaus_kernels.", "torch.distributed.", "torch.nn.parallel.", "torch._library.")
 
 
 @dataclass(frozen=True)
@@ -138,17 +138,19 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 class _Walk:
     # From the outputs, without our Functions' edges to W.
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, outputs: Any) -> None:
         self.functions: list[Node] = []
         # By node those that have an edge to it; None is who called the model.
         self.readers: dict[Node, list[Node | None]] = {}
-        # What goes into our Functions as W.
-        self.fed: set[Node] = set()
+        # The same of what goes into our Functions as W.
+        self.fed: dict[Node, list[Node]] = {}
         self.opaque: set[Node] = set()
         # Functions of others, which may run and read layers where nothing is recorded, as checkpoints do.
         self.hiding: list[str] = []
-        stack: list[tuple[Node, Node | None]] = [(get_gradient_edge(t).node, None) for t in tensors]
-        fed: list[Node | None] = []
+        stack: list[tuple[Node, Node | None]] = [
+            (get_gradient_edge(t).node, None) for t in _tensors(outputs) if t.requires_grad
+        ]
+        fed: list[tuple[Node | None, Node]] = []
         while stack:
             node, reader = stack.pop()
             if node in self.readers:
@@ -159,20 +161,32 @@ class _Walk:
             function = getattr(type(node), "_forward_cls", None)
             if function in _FUNCTIONS:
                 self.functions.append(node)
-                fed.append(edges[_WEIGHT])
+                fed.append((edges[_WEIGHT], node))
                 edges[_WEIGHT] = None
             elif function is Broadcast and node.plan.kind == "shallow":  # type: ignore[attr-defined]
                 edges = edges[: -len(node.hidden)]  # type: ignore[attr-defined]
             elif node.name() in _OPAQUE:
                 self.opaque.update(e for e in edges if e is not None and not e.next_functions)
                 edges = [e for e in edges if e not in self.opaque]
-            elif function is not None and not function.__module__.startswith(_OPEN):
+            elif function is not None and not function.__module__.startswith(_SEEN_THROUGH):
                 self.hiding.append(node.name())
             stack += [(e, node) for e in edges if e is not None]
         while fed:
-            if (into := fed.pop()) is not None and into not in self.fed:
-                self.fed.add(into)
-                fed += _edges(into)
+            weight, into = fed.pop()
+            if weight is not None:
+                if weight not in self.fed:
+                    fed += [(e, weight) for e in _edges(weight)]
+                self.fed.setdefault(weight, []).append(into)
+
+    def above(self, leaves: set[Node]) -> set[Node]:
+        """The nodes that would not be there without these leaves."""
+        others: set[Node] = set()
+        stack = [n for n in (*self.readers, *self.fed) if not n.next_functions and n not in leaves]
+        while stack:
+            if (node := stack.pop()) not in others:
+                others.add(node)
+                stack += [n for n in (*self.readers.get(node, ()), *self.fed.get(node, ())) if n is not None]
+        return {*self.readers, *self.fed} - others if leaves else set()
 
     def carries(self, reader: Node | None, weights: Iterable[Node]) -> bool:
         """Whether `reader` makes of the weight more than a scalar that nothing else enters, as a penalty's."""
@@ -198,12 +212,19 @@ def _leads(node: Node | None, weights: list[Node]) -> bool:
     return node is not None
 
 
-def evidence(model: torch.nn.Module, watch: Watch, outputs: Any) -> dict[str, Finding]:
-    """The outcome and the reason of each layer of `model` that has a rule; nothing where no output has a gradient."""
-    tensors = [t for t in _tensors(outputs) if t.requires_grad]
-    if not tensors:
+def evidence(model: torch.nn.Module, watch: Watch, walk: _Walk, frozen: Iterable[Tensor] = ()) -> dict[str, Finding]:
+    """The outcome and the reason of each layer of `model` that has a rule; nothing where no output has a gradient.
+
+    frozen: Parameters that require a gradient for this forward alone, so that their reads are seen.
+    """
+    if not walk.readers:
         return {}
-    walk = _Walk(tensors)
+    lent = {get_gradient_edge(p).node for p in frozen}
+    for layer in watch.taken:
+        # Of FSDP's Parameters the calls have others.
+        if not {*map(id, own(layer))}.isdisjoint(map(id, frozen)):
+            lent.update(watch.taken[layer])
+    unreal = walk.above(lent)
     acting: set[torch.nn.Module] = set()
     idle: set[torch.nn.Module] = set()
     for node in walk.functions:
@@ -211,7 +232,7 @@ def evidence(model: torch.nn.Module, watch: Watch, outputs: Any) -> dict[str, Fi
             layer, edges = watch.called[i - 1], _edges(node)
             # Else somebody called the Function with another weight.
             if layer not in watch.taken or _leads(edges[_WEIGHT], watch.taken[layer]):
-                (acting if edges[_INPUT] is not None else idle).add(layer)
+                (idle if edges[_INPUT] is None or edges[_INPUT] in unreal else acting).add(layer)
     of = owners(model)
 
     def finding(name: str, layer: FeedbackLayer) -> Finding:
@@ -234,7 +255,7 @@ def evidence(model: torch.nn.Module, watch: Watch, outputs: Any) -> dict[str, Fi
         if layer in acting:
             if frozen or checkpointed:
                 return Finding("converted", _FROZEN if frozen else _CHECKPOINTED)
-            return Finding("proven", f"its weight is {next(iter(others))}'s too" if others else "")
+            return Finding("proven", f"its weight is {next(iter(others)) or '(root)'}'s too" if others else "")
         if layer in watch.compiled or any(n in walk.opaque for n in nodes):
             return Finding("converted", "not proven: compiled or replicated, cannot be seen")
         if layer in idle or (layer in watch.plain and layer not in watch.called):
@@ -244,7 +265,7 @@ def evidence(model: torch.nn.Module, watch: Watch, outputs: Any) -> dict[str, Fi
         if called:
             return Finding("converted", "not proven: called without gradients, as in reentrant checkpointing")
         if callers := [o for o, m in others.items() if m in watch.called or watch.spans.get(m)]:
-            return Finding("unused", f"its weight is {callers[0]}'s too, and only that was called")
+            return Finding("unused", f"its weight is {callers[0] or '(root)'}'s too, and only that was called")
         if any(n in walk.fed for n in nodes):
             return Finding(
                 "converted", "not proven: not called, and its weight goes into a function that has a B of its own"
@@ -334,7 +355,7 @@ class Once:
         else:
             hidden = block_outputs(root)
             watch = self._close()
-            if watch is None or not (found := evidence(root, watch, (outputs, hidden))):
+            if watch is None or not (found := evidence(root, watch, _Walk((outputs, hidden)))):
                 return
             forget(root)
             note(self.report, root, found)
@@ -383,16 +404,29 @@ def forget(model: torch.nn.Module) -> None:
             model._forward_hooks_always_called.pop(key, None)
 
 
+class Proof(NamedTuple):
+    """`evidence` of a call; the modules that were called, those whose weights are read, and what may hide a read."""
+
+    found: dict[str, Finding]
+    called: set[torch.nn.Module]
+    read: set[torch.nn.Module]
+    hiding: list[str]
+
+
 def prove(
-    model: torch.nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]
-) -> tuple[dict[str, Finding], set[torch.nn.Module], set[int]]:
-    """`evidence` of one call that leaves no trace; the modules that were called, and the Parameters that were reached.
+    model: torch.nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], plain: Iterable[torch.nn.Module] = ()
+) -> Proof:
+    """What one call shows that leaves no trace, of the layers that have a rule and of `plain`.
 
     Raises ValueError for a model with a lazy layer, and what the call raises.
     """
     for name, module in model.named_modules():
         if any(map(torch.nn.parameter.is_lazy, [*module._parameters.values(), *module._buffers.values()])):
             checks.fail("model", "one that was called, so that all shapes are known", f"a lazy {name or 'root'}")
+    weights: list[Tensor] = [p for layer in plain for p in layer.parameters(recurse=False)]
+    weights += [p for layer in model.modules() if isinstance(layer, FeedbackLayer) for p in own(layer)]
+    # Their reads have no edge.
+    frozen = [p for p in weights if p.is_floating_point() and not p.requires_grad]
     called: set[torch.nn.Module] = set()
     copies: dict[int, Tensor] = {}
     with unchanged(model), torch.inference_mode(False), torch.enable_grad():
@@ -400,19 +434,21 @@ def prove(
             forget(layer)
             if not isinstance(layer, torch.jit.ScriptModule):
                 layer.register_forward_pre_hook(lambda module, _: called.add(module))
-            # A frozen weight's reads have no edge.
-            for parameter in own(layer) if isinstance(layer, FeedbackLayer) else ():
-                parameter.requires_grad_()
+        for parameter in frozen:
+            parameter.requires_grad_()
         watch = Watch(model, eager=True)
         try:
             inputs, keywords = tree_map_only(Tensor, partial(_copy, copies), (inputs, keywords))
             outputs = model(*inputs, **keywords)
         finally:
             watch.close()
-        found = evidence(model, watch, outputs)
-        walk = _Walk([t for t in _tensors(outputs) if t.requires_grad])
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        return found, called, {id(p) for p in parameters if get_gradient_edge(p).node in walk.readers}
+        walk = _Walk(outputs)
+        read = set()
+        for layer in plain:
+            nodes = [get_gradient_edge(p).node for p in layer.parameters(recurse=False) if p.requires_grad]
+            if any(walk.carries(r, nodes) for n in nodes for r in walk.readers.get(n, ())):
+                read.add(layer)
+        return Proof(evidence(model, watch, walk, frozen), called, read, walk.hiding)
 
 
 def _copy(copies: dict[int, Tensor], given: Tensor) -> Tensor:

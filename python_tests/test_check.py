@@ -76,6 +76,46 @@ def test_check_of_a_model_without_rules() -> None:
     assert outcomes(report) == {"read": "read", "called": "called", "spare": "unused"}
 
 
+@pytest.mark.parametrize("rule", [None, "usf"])
+def test_reads_of_frozen_weights_are_seen(rule: str | None) -> None:
+    model = Reads()
+    model.read.requires_grad_(False)
+    bk.convert_(model, rule)
+    assert outcomes(bk.check(model, x()))["read"] == "read"
+    assert not model.read.weight.requires_grad
+
+
+@pytest.mark.parametrize("frozen", [["0"], ["0", "2"], ["0", "2", "4"]])
+def test_what_is_frozen_below_a_layer_does_not_make_it_act(frozen: list[str]) -> None:
+    def net() -> nn.Sequential:
+        model = nn.Sequential(*mlp(), nn.Tanh(), nn.Linear(4, 4))
+        for name in frozen:
+            model.get_submodule(name).requires_grad_(False)
+        return model
+
+    report = bk.convert_(model := net(), "usf")
+    given = torch.randn(3, 4)
+    if frozen != ["0", "2", "4"]:
+        model(given)
+    idle = {n for n, outcome in outcomes(bk.check(model, given)).items() if outcome != "proven"}
+    assert idle == {"0", "2", "4"} - ({"4"} if frozen == ["0"] else set())
+    assert set(report.proven) == {"0", "2", "4"} - idle
+    assert set(bk.convert_(net(), "usf", example=given).proven) == {"0", "2", "4"} - idle
+    assert bk.check(model, given.requires_grad_()).proven == ["0", "2", "4"]
+
+
+def test_a_scalar_of_a_weight_that_never_converted_is_no_read() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + 0.0 * sum(p.sum() for p in self.idle.parameters())
+
+    assert outcomes(bk.check(Idle(), x())) == {"layer": "called", "idle": "unused"}
+
+
 def test_check_refuses_unknown_shapes() -> None:
     with pytest.raises(ValueError, match=r"model: expected one that was called, .*got a lazy 0"):
         bk.check(nn.Sequential(nn.LazyLinear(4)), x())
