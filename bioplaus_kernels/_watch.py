@@ -36,12 +36,13 @@ def _number() -> int:
 
 
 class Watch:
-    """Notes each call of a layer of `model` that has a rule, until `close`.
+    """Notes each call of a layer of `model` that has a rule, and of what shares a weight with it or with `plain`.
 
-    Meanwhile a layer whose input needs no gradient goes through its Function too, so that its call is told from a read.
+    Until `close` a layer whose input needs no gradient goes through its Function too, so that its call is told from a
+    read.
     """
 
-    def __init__(self, model: torch.nn.Module, eager: bool = False) -> None:
+    def __init__(self, model: torch.nn.Module, plain: Iterable[torch.nn.Module] = (), eager: bool = False) -> None:
         # The number of autograd's next node at each call: a layer's Function is the first one of ours after it.
         self.starts: list[int] = []
         self.called: list[FeedbackLayer] = []
@@ -58,7 +59,8 @@ class Watch:
         self.compiled = set() if eager else {m for c in model.modules() if _is_compiled(c) for m in c.modules()}
         self._before: list[tuple[torch.nn.Module, dict[str, Any]]] = []
         self._hooks: list[Any] = []
-        of, tied = owners(model), set()
+        of = owners(model)
+        tied = {m for layer in plain for p in layer.parameters(False) for m in of[id(p)].values() if m is not layer}
         for layer in model.modules():
             if isinstance(layer, FeedbackLayer) and layer not in self.compiled:
                 before = vars(layer)

@@ -188,17 +188,18 @@ class _Walk:
                 stack += [n for n in (*self.readers.get(node, ()), *self.fed.get(node, ())) if n is not None]
         return {*self.readers, *self.fed} - others if leaves else set()
 
-    def carries(self, reader: Node | None, weights: Iterable[Node]) -> bool:
-        """Whether `reader` makes of the weight more than a scalar that nothing else enters, as a penalty's."""
-        made, stack = set(weights), [reader]
+    def carries(self, readers: list[Node | None], weights: list[Node]) -> bool:
+        """Whether `readers` make of the weight more than scalars that nothing else enters, as penalties are."""
+        made, stack = set(weights), [*readers]
         while stack:
             node = stack.pop()
-            if node is None or any(e is not None and e not in made for e in _edges(node)):
+            if node is None:
                 return True
-            made.add(node)
-            if any(output.shape for output in node._input_metadata):
-                stack += self.readers[node]
-        return False
+            if node not in made:
+                made.add(node)
+                if any(output.shape for output in node._input_metadata):
+                    stack += self.readers[node]
+        return any(e is not None and e not in made for n in made.difference(weights) for e in _edges(n))
 
 
 def _edges(node: Node) -> list[Node | None]:
@@ -242,7 +243,8 @@ def evidence(model: torch.nn.Module, watch: Watch, walk: _Walk, frozen: Iterable
         others = {o: m for o, m in others.items() if not o.startswith(parametrizations)}
         nodes = [*watch.taken.get(layer, ()), *(get_gradient_edge(p).node for p in parameters if p.requires_grad)]
         readers = [r for n in dict.fromkeys(nodes) for r in walk.readers.get(n, ())]
-        reads = [r for r in readers if not watch.within(r, others.values()) and walk.carries(r, nodes)]
+        reads = [r for r in readers if not watch.within(r, others.values())]
+        reads = [r for r in reads if walk.carries([r], nodes)] if walk.carries(reads, nodes) else []
         called = layer in watch.called or layer in watch.without_gradient or layer in watch.plain
         frozen = not any(p.requires_grad for p in parameters)
         checkpointed = not watch.plain.isdisjoint([layer, *others.values()])
@@ -436,17 +438,19 @@ def prove(
                 layer.register_forward_pre_hook(lambda module, _: called.add(module))
         for parameter in frozen:
             parameter.requires_grad_()
-        watch = Watch(model, eager=True)
+        watch = Watch(model, plain, eager=True)
         try:
             inputs, keywords = tree_map_only(Tensor, partial(_copy, copies), (inputs, keywords))
             outputs = model(*inputs, **keywords)
         finally:
             watch.close()
         walk = _Walk(outputs)
-        read = set()
+        read, of = set(), owners(model)
         for layer in plain:
+            others = {m for p in layer.parameters(recurse=False) for m in of[id(p)].values()} - {layer}
             nodes = [get_gradient_edge(p).node for p in layer.parameters(recurse=False) if p.requires_grad]
-            if any(walk.carries(r, nodes) for n in nodes for r in walk.readers.get(n, ())):
+            readers = [r for n in nodes for r in walk.readers.get(n, ()) if not watch.within(r, others)]
+            if walk.carries(readers, nodes):
                 read.add(layer)
         return Proof(evidence(model, watch, walk, frozen), called, read, walk.hiding)
 

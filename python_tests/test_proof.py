@@ -129,6 +129,8 @@ class Penalised(nn.Module):
         lambda w: w.norm(),
         lambda w: 1e-4 * w.pow(2).sum(),
         lambda w: (w * w).mean(),
+        lambda w: (w @ w.t() - torch.eye(4)).norm(),
+        lambda w: (w - w.mean()).abs().max(),
     ],
 )
 def test_a_scalar_of_a_weight_alone_is_no_read(penalty: Callable[[Tensor], Tensor]) -> None:
@@ -181,11 +183,13 @@ def test_a_tied_weight_that_is_read_is_a_row_and_a_warning(other: Callable[..., 
         reports.append(bk.convert_(Tied(other(4, 4), calls, reads=True), "usf", example=x()))
     assert [outcomes(report)["head"] for report in reports] == [expected, expected if calls else "left"]
     assert outcomes(bk.check(model, x()))["head"] == expected
+    assert outcomes(bk.check(Tied(other(4, 4), calls, reads=True), x()))["head"] == ("called" if calls else "read")
 
 
 @pytest.mark.parametrize("calls", [False, True])
 def test_a_tied_weight_that_only_its_owners_call(calls: bool) -> None:
     model = Tied(nn.Embedding(4, 4), calls, reads=False)
+    assert outcomes(bk.check(model, x()))["head"] == ("called" if calls else "unused")
     hooks = dict(model.other._forward_hooks), dict(model.other._forward_pre_hooks)
     report = bk.convert_(model, "usf", example=x())
     assert outcomes(report)["head"] == ("proven" if calls else "unused")
