@@ -167,6 +167,9 @@ class _Tape:
     tie: Callable[[Any], Any] | None = None
     tied: bool = False
     blocks: tuple[str, ...] = ()
+    # Whether the blocks get a gradient, and whether the forward is of the constructor's example.
+    taught: bool = True
+    example: bool = False
 
 
 class _Block(torch.nn.Module):
@@ -194,6 +197,17 @@ class _Block(torch.nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new_block, (type(self).__bases__[1],), self.__dict__
+
+
+def block_outputs(model: torch.nn.Module) -> list[Tensor] | None:
+    """What a DirectFeedback whose forward is under way differentiates in `model` beside the logits.
+
+    That is its blocks' outputs that no logits were tied to yet; None while it is made.
+    """
+    tapes = {m._tape for m in model.modules() if isinstance(m, _Block)}
+    if any(tape.example for tape in tapes):
+        return None
+    return [h for tape in tapes if tape.taught for calls in (tape.outputs or {}).values() for h in calls]
 
 
 _BLOCK_CLASSES: dict[type[Any], type[Any]] = {}

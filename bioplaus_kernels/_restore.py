@@ -1,11 +1,15 @@
 """Run a model, and leave it as it was."""
 
+import random
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 
 @contextmanager
@@ -79,3 +83,64 @@ def kept(*models: torch.nn.Module) -> Iterator[None]:
             parameter.grad, parameter._post_accumulate_grad_hooks = grad, hooks
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def unchanged(model: torch.nn.Module) -> Iterator[None]:
+    """After the block attributes, buffers, `requires_grad` and random states are as they were before.
+
+    So are the lists, dicts and sets that attributes are, and the content of tensors in them; random states are those of
+    torch, Python and numpy. torch.compile is left out in the block. What a forward writes elsewhere stays written.
+    """
+    modules = [(m, dict(vars(m))) for m in model.modules()]
+    shards = [m for m in model.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]
+    values = [(name, value) for _, own in modules for name, value in own.items() if name != "_modules"]
+    # FSDP's own, whichever they are at a time.
+    values = [(name, value) for name, value in values if not (shards and name == "_parameters")]
+    held: list[tuple[Any, Any]] = [(v, v.copy()) for _, v in values if isinstance(v, dict | list | set)]
+    tensors = {t for _, v in values for t in tree_leaves(v) if type(t) is Tensor}
+    contents = [(t, t.detach().clone()) for t in tensors if t.layout == torch.strided and not t.is_meta]
+    gradients = [(p, p.requires_grad) for p in model.parameters()]
+    numpy: Any = sys.modules.get("numpy")
+    states = random.getstate(), numpy and numpy.random.get_state()
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_sharding(shards))
+        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(buffers(model))
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            if numpy:
+                numpy.random.set_state(states[1])
+            for module, own in modules:
+                vars(module).clear()
+                vars(module).update(own)
+            for value, content in held:
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(content)
+            with torch.no_grad():
+                # By another name than the buffer's, which is that of a copy meanwhile.
+                for tensor, before in contents:
+                    if tensor.shape != before.shape:
+                        tensor.data = before
+                    elif not torch.equal(tensor, before):
+                        tensor.copy_(before)
+            for parameter, requires in gradients:
+                parameter.requires_grad_(requires)
+
+
+@contextmanager
+def _sharding(shards: list[Any]) -> Iterator[None]:
+    # FSDP2's root stays unsharded after its forward.
+    before = [dict(m.named_parameters()) for m in shards]
+    try:
+        yield
+    finally:
+        # A child's Parameters are its parents' too.
+        for module, parameters in reversed([*zip(shards, before, strict=True)]):
+            now = dict(module.named_parameters())
+            if moved := [p for name, p in parameters.items() if now.get(name) is not p]:
+                (module.reshard if hasattr(moved[0], "full_tensor") else module.unshard)()

@@ -54,9 +54,10 @@ def convert_(
     seed: drawn feedback is a function of (seed, parameter name), so a second call draws the same again. What wrappers
     of torch put into a name does not count, but "module." of DistributedDataParallel does.
     example: what to call the model with, a tensor, a tuple of arguments or a dict of keywords. The graph of that call
-    proves each row, or its reason says why not; a layer whose weight was read without a call of the layer is left. The
-    call leaves no trace; what it raises comes after the conversion. Without an example the first forward with gradients
-    proves the same rows, and raises RuntimeError, once, where a weight is read and its layer never called.
+    proves each row, or its reason says why not; a layer whose weight was read without a call of the layer is left.
+    The model is then as `check` leaves it; what the call raises comes after the conversion. Without an example the
+    first forward with gradients proves the same rows but those of frozen weights. It raises RuntimeError, once, where a
+    weight is read and its layer never called, and warns instead where another module has the weight too.
 
     Raises TypeError or ValueError for an argument that does not fit and for weights sharded before a rule that keeps
     tensors, RuntimeError in torch.inference_mode, before any module is touched.
@@ -115,7 +116,7 @@ def convert_(
 
 def _prove(model: torch.nn.Module, report: Report, example: Any) -> None:
     arguments = (example,) if isinstance(example, Tensor) else example if isinstance(example, tuple) else ()
-    found, _, _ = prove(model, arguments, dict(example) if isinstance(example, Mapping) else {})
+    found = prove(model, arguments, dict(example) if isinstance(example, Mapping) else {}).found
     if not found:
         return
     forget(model)
@@ -155,7 +156,8 @@ def _modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, str]]:
             parts[projection] = f"{_type(module)} uses its weight without calling it" if reads else ""
         if parts.get(module) == "" or isinstance(module, ParametrizationList):
             continue
-        if module._parameters or is_parametrized(module) or _is_quantised(module):
+        has_rule = isinstance(module, FeedbackLayer)
+        if module._parameters or is_parametrized(module) or _is_quantised(module) or has_rule:
             rows.append((name, module, parts.get(module) or _obstacle(module)))
     return rows
 
@@ -199,6 +201,8 @@ def _obstacle(module: Any) -> str:
         return "its shape is not known before the first call"
     if _is_quantised(module):
         return "quantised: convert_ does not train it"
+    if "_flat_param" in module._parameters:
+        return "holds the weights of its layers as one Parameter, FSDP's: convert_ first, then wrap"
     if layer is not None and hasattr(module, "unshard"):
         return "sharded by itself: convert_ first, then fully_shard"
     if ours is None:
@@ -363,21 +367,32 @@ def _type(module: torch.nn.Module) -> str:
 def check(model: torch.nn.Module, *inputs: Any, **keywords: Any) -> Report:
     """Run `model(*inputs, **keywords)` and say of each layer that has or can have a rule whether it acts.
 
-    A layer that has none was "called", its weight "read" without a call of the layer, or it is "unused". Everything is
-    as before afterwards: attributes, buffers, gradients, the random state. torch.compile is left out meanwhile.
+    A layer that has none was "called", its weight "read" without a call of the layer, or it is "unused". Afterwards
+    attributes, the lists, dictionaries and sets that some are, tensors in them, buffers, gradients, what FSDP2 sharded
+    and the random states of torch, Python and numpy are as before; the model is given copies of the tensors among
+    `inputs` and `keywords`. What it writes into Parameters or other objects stays. torch.compile is left out meanwhile.
 
     Raises TypeError for a model that is no torch.nn.Module, ValueError for one with a layer of unknown shape.
     """
     checks.module("model", model)
-    found, called, reached = prove(model, inputs, keywords)
+    modules = _modules(model)
+    plain = [m for _, m, _ in modules if _is_layer(m) and not _has_rule(m)]
+    found, called, read, hiding = prove(model, inputs, keywords, plain)
     report = Report()
-    for name, module, _ in _modules(model):
+    for name, module, _ in modules:
         if name in found:
-            report.rows.append(
-                Row(name, _type(module), found[name][0], _short(cast(Rule, module.feedback)), found[name][1])
-            )
-        elif isinstance(module, (*PAIRS, *PLAIN, *OWN)) or layer_of(_kind(module)) is not None:
-            read = any(id(p) in reached for p in module.parameters(recurse=False))
-            outcome, why = ("called", "") if module in called else ("read", _READ) if read else ("unused", "")
+            rule = _short(cast(FeedbackLayer, module).feedback)
+            report.rows.append(Row(name, _type(module), found[name].outcome, rule, found[name].reason))
+        elif module in plain:
+            unused = "unused", f"{hiding[0]} may hide a read" if hiding else ""
+            outcome, why = ("called", "") if module in called else ("read", _READ) if module in read else unused
             report.rows.append(Row(name, _type(module), outcome, "backprop", why))
     return report
+
+
+def _is_layer(module: torch.nn.Module) -> bool:
+    return isinstance(module, (*PAIRS, *PLAIN, *OWN)) or layer_of(_kind(module)) is not None
+
+
+def _has_rule(module: torch.nn.Module) -> bool:
+    return isinstance(module, FeedbackLayer) and module.uses_feedback

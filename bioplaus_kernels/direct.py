@@ -268,7 +268,7 @@ class DirectFeedback(StatefulLayer):
         self.model, self.blocks, self.feedback = model, tuple(blocks), feedback
         self._logits, self._output = logits, output
         self._tape = _Tape()
-        self._tape.blocks = tuple(blocks)
+        self._tape.blocks, self._tape.taught = tuple(blocks), feedback.name != "shallow"
         for _, name in tied:
             modules[name].__dict__.update(_block_name=name, _tape=self._tape)
             modules[name].__class__ = block_class(type(modules[name]))
@@ -396,6 +396,7 @@ class DirectFeedback(StatefulLayer):
             seen.append((logits, hidden))
             return logits
 
+        self._tape.example = True
         try:
             with kept(self.model), torch.enable_grad():
                 self.model.eval()
@@ -405,6 +406,8 @@ class DirectFeedback(StatefulLayer):
             if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(args)):
                 checks.fail("example", "an input of the model, or a tuple of its arguments", repr(example), TypeError)
             raise
+        finally:
+            self._tape.example = False
         shapes = [[h.shape for h in calls] for calls in seen[0][1]]
         found = ways(self.blocks, seen[0][0].shape, shapes, class_dim)
         self._stacks = {name: stack for name, (stack, _) in zip(self.blocks, found, strict=True)}

@@ -5,11 +5,11 @@ import sys
 import threading
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.compiler import is_compiling
 from torch.utils._pytree import tree_map_only
 
-from ._restore import buffers
+from ._direct import Broadcast, block_outputs
+from ._restore import unchanged
+from ._watch import Watch, own, owners
 from .backends.reference import checks
 from .functional._bilinear import _Bilinear
 from .functional._conv import _Conv
@@ -38,15 +40,19 @@ _FUNCTIONS: dict[type, tuple[tuple[int, ...], tuple[int, ...]]] = {
 _WRAPPERS = re.compile(r"_(orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)\.")
 UNSEEN = "not proven yet"
 _IDLE = "not proven: its input needs no gradient, so none goes through B"
+_FROZEN = "not proven: B acts, but its weight is frozen, and only check sees whether it is read besides"
+_CHECKPOINTED = "not proven: B acts, but a checkpoint hides whether its weight is read besides"
 # torch.compile's and DataParallel's: they have W among their inputs whether the layer is called or not.
 _OPAQUE = ("CompiledFunctionBackward", "BroadcastBackward")
+# Whose Functions hide nothing.
+_SEEN_THROUGH = ("bioplaus_kernels.", "torch.distributed.", "torch.nn.parallel.", "torch._library.")
 
 
 @dataclass(frozen=True)
 class Row:
     """What became of one module. `outcome` is, of a layer that has a rule,
 
-    "proven": called, and the gradient of the outputs passes through its B;
+    "proven": called, the gradient of the outputs passes through its B, and nothing else reads its weight;
     "called and read": called, and its weight is read by something else too, which B does not reach;
     "read": its weight is read, and the layer never called: back-propagation;
     "unused": no gradient of the outputs comes to it;
@@ -105,81 +111,17 @@ class Report:
         return "\n".join([*lines, counts or "no module with weights"])
 
 
-Finding = tuple[str, str]
+class Finding(NamedTuple):
+    """What a proof says of a layer, or of a part of one; `shared`: another module has its weight too."""
+
+    outcome: str
+    reason: str = ""
+    shared: bool = False
 
 
 def unwrapped(name: str) -> str:
     """`name` without what wrappers put into it."""
     return _WRAPPERS.sub("", name)
-
-
-class Watch:
-    """Notes each call of a layer of `model` that has a rule, until `close`.
-
-    Meanwhile a layer whose input needs no gradient goes through its Function too, so that its call is told from a read.
-    """
-
-    def __init__(self, model: torch.nn.Module, eager: bool = False) -> None:
-        # The number of autograd's next node at each call: a layer's Function is the first one of ours after it.
-        self.starts: list[int] = []
-        self.called: list[FeedbackLayer] = []
-        self.without_gradient: set[torch.nn.Module] = set()
-        self.checkpointed: set[torch.nn.Module] = set()
-        self.first: torch.nn.Module | None = None
-        self.thread = threading.get_ident()
-        # What the calls took for W: of FSDP, functional_call or a parametrization no Parameter of the layer.
-        self.taken: dict[torch.nn.Module, list[Node]] = {}
-        # What torch.compile runs, unless it is told not to.
-        self.compiled = set() if eager else {m for c in model.modules() if _is_compiled(c) for m in c.modules()}
-        self._before: list[tuple[torch.nn.Module, dict[str, Any]]] = []
-        for layer in model.modules():
-            if isinstance(layer, FeedbackLayer) and layer not in self.compiled:
-                own = vars(layer)
-                self._before.append((layer, {n: own[n] for n in ("used", "is_plain") if n in own}))
-                own["used"] = partial(self._used, layer, layer.used)
-                own["is_plain"] = partial(self._is_plain, layer, layer.is_plain)
-
-    def close(self) -> None:
-        for layer, before in self._before:
-            for name in ("used", "is_plain"):
-                vars(layer).pop(name, None)
-            vars(layer).update(before)
-        self._before = []
-
-    def _used(self, layer: FeedbackLayer, used: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if is_compiling() or self.thread != threading.get_ident():
-            return used(*args, **kwargs)
-        if not torch.is_grad_enabled():
-            self.without_gradient.add(layer)
-            return used(*args, **kwargs)
-        self.starts.append(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
-        self.called.append(layer)
-        if self.first is layer:
-            # No B for nothing.
-            self.first, kwargs = None, {**kwargs, "feedback": False}
-        weight, op = used(*args, **kwargs)
-        if weight.requires_grad:
-            self.taken.setdefault(layer, []).append(get_gradient_edge(weight).node)
-        return weight, op
-
-    def _is_plain(self, layer: FeedbackLayer, is_plain: Callable[[Tensor], bool], input: Tensor) -> bool:
-        if not is_plain(input):
-            return False
-        if not layer.uses_feedback or is_compiling() or self.thread != threading.get_ident():
-            return True
-        if torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters()):
-            # Checkpointing computes again what is saved now, and then there is no Watch.
-            hooks: object = torch._C._autograd._top_saved_tensors_default_hooks(True)
-            if hooks is None:
-                self.first = layer
-                return False
-            self.checkpointed.add(layer)
-        self.without_gradient.add(layer)
-        return True
-
-
-def _is_compiled(module: torch.nn.Module) -> bool:
-    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
@@ -204,115 +146,198 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 class _Walk:
     # From the outputs, without our Functions' edges to W.
-    def __init__(self, tensors: list[Tensor]) -> None:
-        # And whether a gradient goes through B.
-        self.functions: list[tuple[Node, bool]] = []
-        # Node: the name of a node that reads it.
-        self.read: dict[Node, str] = {}
+    def __init__(self, outputs: Any) -> None:
+        # And their edges to the inputs whose gradient B makes, and to the weights.
+        self.functions: list[tuple[Node, list[Node | None], list[Node]]] = []
+        # By node those that have an edge to it; None is who called the model.
+        self.readers: dict[Node, list[Node | None]] = {}
+        # The same of what goes into our Functions as W.
+        self.fed: dict[Node, list[Node]] = {}
         self.opaque: set[Node] = set()
-        stack: list[tuple[Node, str]] = [(get_gradient_edge(t).node, "the model's output") for t in tensors]
+        # Functions of others, which may run and read layers where nothing is recorded, as checkpoints do.
+        self.hiding: list[str] = []
+        stack: list[tuple[Node, Node | None]] = [
+            (get_gradient_edge(t).node, None) for t in _tensors(outputs) if t.requires_grad
+        ]
+        fed: list[tuple[Node | None, Node]] = []
         while stack:
             node, reader = stack.pop()
-            if node in self.read:
+            if node in self.readers:
+                self.readers[node].append(reader)
                 continue
-            self.read[node] = reader
-            name, edges = node.name(), [next_node for next_node, _ in node.next_functions]
-            if (function := getattr(type(node), "_forward_cls", None)) in _FUNCTIONS:
+            self.readers[node] = [reader]
+            edges = _edges(node)
+            function = getattr(type(node), "_forward_cls", None)
+            if function in _FUNCTIONS:
                 inputs, weights = _FUNCTIONS[function]
-                acts = getattr(node, "carries", False) or any(edges[i] is not None for i in inputs)
-                self.functions.append((node, acts))
+                ws = [e for i in weights if (e := edges[i]) is not None]
+                self.functions.append((node, [edges[i] for i in inputs], ws))
+                fed += [(w, node) for w in ws]
                 edges = [None if i in weights else e for i, e in enumerate(edges)]
-            elif name in _OPAQUE:
+            elif function is Broadcast and node.plan.kind == "shallow":  # type: ignore[attr-defined]
+                edges = edges[: -len(node.hidden)]  # type: ignore[attr-defined]
+            elif node.name() in _OPAQUE:
                 self.opaque.update(e for e in edges if e is not None and not e.next_functions)
                 edges = [e for e in edges if e not in self.opaque]
-            stack += [(e, name) for e in edges if e is not None]
+            elif function is not None and not function.__module__.startswith(_SEEN_THROUGH):
+                self.hiding.append(node.name())
+            stack += [(e, node) for e in edges if e is not None]
+        while fed:
+            weight, into = fed.pop()
+            if weight is not None:
+                if weight not in self.fed:
+                    fed += [(e, weight) for e in _edges(weight)]
+                self.fed.setdefault(weight, []).append(into)
+
+    def above(self, leaves: set[Node]) -> set[Node]:
+        """The nodes that would not be there without these leaves."""
+        others: set[Node] = set()
+        stack = [n for n in (*self.readers, *self.fed) if not n.next_functions and n not in leaves]
+        while stack:
+            if (node := stack.pop()) not in others:
+                others.add(node)
+                stack += [n for n in (*self.readers.get(node, ()), *self.fed.get(node, ())) if n is not None]
+        return {*self.readers, *self.fed} - others if leaves else set()
+
+    def carries(self, readers: list[Node | None], weights: list[Node]) -> bool:
+        """Whether `readers` make of the weight more than scalars that nothing else enters, as penalties are."""
+        made, stack = set(weights), [*readers]
+        while stack:
+            node = stack.pop()
+            if node is None:
+                return True
+            if node not in made:
+                made.add(node)
+                if any(output.shape for output in node._input_metadata):
+                    stack += self.readers[node]
+        return any(e is not None and e not in made for n in made.difference(weights) for e in _edges(n))
 
 
-def _own(layer: FeedbackLayer) -> list[Tensor]:
-    # The Parameters that W is or is computed from.
-    starts = tuple(start for w in layer.weights() for start in (f"{w}_", f"parametrizations.{w}."))
-    return [p for n, p in layer.named_parameters() if n in layer.weights() or n.startswith(starts)]
+def _edges(node: Node) -> list[Node | None]:
+    return [next_node for next_node, _ in node.next_functions]
 
 
-def evidence(model: torch.nn.Module, watch: Watch, outputs: Any) -> dict[str, Finding]:
-    """The outcome and the reason of each layer of `model` that has a rule; nothing where no output has a gradient."""
-    tensors = [t for t in _tensors(outputs) if t.requires_grad]
-    if not tensors:
+def _leads(node: Node | None, weights: list[Node]) -> bool:
+    # Past slices and casts.
+    while node is not None and node not in weights:
+        node = next(iter(_edges(node)), None)
+    return node is not None
+
+
+def evidence(model: torch.nn.Module, watch: Watch, walk: _Walk, frozen: Iterable[Tensor] = ()) -> dict[str, Finding]:
+    """The outcome and the reason of each layer of `model` that has a rule; nothing where no output has a gradient.
+
+    frozen: Parameters that require a gradient for this forward alone, so that their reads are seen.
+    """
+    if not walk.readers:
         return {}
-    walk = _Walk(tensors)
+    lent = {get_gradient_edge(p).node for p in frozen}
+    for layer in watch.taken:
+        # Of FSDP's Parameters the calls have others.
+        if not {*map(id, own(layer))}.isdisjoint(map(id, frozen)):
+            lent.update(watch.taken[layer])
+    unreal = walk.above(lent)
     acting: set[torch.nn.Module] = set()
     idle: set[torch.nn.Module] = set()
-    for node, acts in walk.functions:
+    for node, inputs, weights in walk.functions:
         if i := bisect_right(watch.starts, node._sequence_nr()):
-            (acting if acts else idle).add(watch.called[i - 1])
-    owners: dict[int, dict[str, None]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            owners.setdefault(id(parameter), {})[name] = None
+            layer = watch.called[i - 1]
+            # Else somebody called the Function with another weight.
+            taken = watch.taken.get(layer)
+            if taken is None or any(_leads(w, taken) for w in weights) or (not weights and len(layer.weights()) > 1):
+                acts = getattr(node, "carries", False) or any(e is not None and e not in unreal for e in inputs)
+                (acting if acts else idle).add(layer)
+    of = owners(model)
 
     def finding(name: str, layer: FeedbackLayer) -> Finding:
-        own = _own(layer)
-        nodes = [*watch.taken.get(layer, ()), *(get_gradient_edge(p).node for p in own if p.requires_grad)]
-        reader = next((walk.read[n] for n in nodes if n in walk.read), "")
+        parameters = own(layer)
         parametrizations = f"{name}.parametrizations.".removeprefix(".")
-        others = [o for p in own for o in owners[id(p)] if o != name and not o.startswith(parametrizations)]
-        called = layer in watch.called or layer in watch.without_gradient
-        if layer in watch.checkpointed and layer not in watch.called:
-            return "converted", _IDLE
-        if reader and not others and layer not in watch.compiled:
+        others = {o: m for p in parameters for o, m in of[id(p)].items() if m is not layer}
+        others = {o: m for o, m in others.items() if not o.startswith(parametrizations)}
+        nodes = [*watch.taken.get(layer, ()), *(get_gradient_edge(p).node for p in parameters if p.requires_grad)]
+        readers = [r for n in dict.fromkeys(nodes) for r in walk.readers.get(n, ())]
+        reads = [r for r in readers if not watch.within(r, others.values())]
+        reads = [r for r in reads if walk.carries([r], nodes)] if walk.carries(reads, nodes) else []
+        called = layer in watch.called or layer in watch.without_gradient or layer in watch.plain
+        frozen = not any(p.requires_grad for p in parameters)
+        checkpointed = not watch.plain.isdisjoint([layer, *others.values()])
+        if reads and layer not in watch.compiled and not checkpointed:
             place = name if isinstance(layer, Registered) else name.rpartition(".")[0]
             kind = type(model.get_submodule(place))
             where = f"{place or '(root)'} ({kind.__name__})"
             allows = "" if ours_of(kind) else f"; {ALLOWS}({name_of(kind)})"
-            why = f"its weight goes into {reader} without a call of the layer; see {where}{allows}"
-            return "called and read" if called else "read", why
+            into = "the model's output" if reads[0] is None else reads[0].name()
+            why = f"its weight goes into {into} without a call of the layer; see {where}{allows}"
+            return Finding("called and read" if called else "read", why, bool(others))
         if layer in acting:
-            return "proven", f"its weight is {others[0]}'s too" if others else ""
+            if frozen or checkpointed:
+                return Finding("converted", _FROZEN if frozen else _CHECKPOINTED)
+            return Finding("proven", f"its weight is {next(iter(others)) or '(root)'}'s too" if others else "")
         if layer in watch.compiled or any(n in walk.opaque for n in nodes):
-            return "converted", "not proven: compiled or replicated, cannot be seen"
-        if layer in idle:
-            return "converted", _IDLE
+            return Finding("converted", "not proven: compiled or replicated, cannot be seen")
+        if layer in idle or (layer in watch.plain and layer not in watch.called):
+            return Finding("converted", _IDLE)
         if layer in watch.called:
-            return "unused", "called, but no gradient of the outputs comes to it"
+            return Finding("unused", "called, but no gradient of the outputs comes to it")
         if called:
-            return "converted", "not proven: called without gradients, as in reentrant checkpointing"
-        if reader:
-            return "unused", f"its weight is {others[0]}'s too, and only that was called"
-        if hidden := [word for word, hides in _HIDING.items() if any(map(hides, own))]:
-            return "converted", f"not proven: not called, and its weight is {hidden[0]}, so a read cannot be seen"
-        return "unused", "no gradient of the outputs comes to it"
+            return Finding("converted", "not proven: called without gradients, as in reentrant checkpointing")
+        if callers := [o for o, m in others.items() if m in watch.called or watch.spans.get(m)]:
+            return Finding("unused", f"its weight is {callers[0] or '(root)'}'s too, and only that was called")
+        if any(n in walk.fed for n in nodes):
+            return Finding(
+                "converted", "not proven: not called, and its weight goes into a function that has a B of its own"
+            )
+        if readers:
+            return Finding("unused", "not called, and nothing but a scalar is made of its weight, as a penalty is")
+        for hidden, why in (
+            (any(hasattr(p, "full_tensor") for p in parameters), "its weight is sharded, so a read cannot be seen"),
+            (frozen, "its weight is frozen, so only check sees a read"),
+            (walk.hiding, f"{next(iter(walk.hiding), '')} may hide a read"),
+        ):
+            if hidden:
+                return Finding("converted", f"not proven: not called, and {why}")
+        return Finding("unused", "no gradient of the outputs comes to it")
 
     found = {}
     parts: set[torch.nn.Module] = set()
     for name, layer in model.named_modules():
         if isinstance(layer, FeedbackLayer) and layer.uses_feedback and layer not in parts:
-            results = [finding(name, layer)]
+            results = {", ".join(layer.weights()): finding(name, layer)}
             for part, child in layer.named_children():
                 if isinstance(child, FeedbackLayer):
                     parts.add(child)
-                    results.append(finding(f"{name}.{part}".removeprefix("."), child))
-            found[name] = next((f for f in results if f[0] != "proven"), results[0])
+                    results[f"{part}.weight"] = finding(f"{name}.{part}".removeprefix("."), child)
+            found[name] = _together(results)
     return found
 
 
-_HIDING: dict[str, Callable[[Tensor], bool]] = {
-    "sharded": lambda p: hasattr(p, "full_tensor"),
-    "frozen": lambda p: not p.requires_grad,
-}
+def _together(results: dict[str, Finding]) -> Finding:
+    # Of the weights of one layer.
+    first, *others = results.values()
+    if all(f.outcome == first.outcome for f in others):
+        return first
+    if read := [f for f in results.values() if f.outcome in ("read", "called and read")]:
+        return read[0]
+    each = (f"{weight} {f.reason if f.outcome == 'converted' else f.outcome}" for weight, f in results.items())
+    return Finding("converted", "; ".join(each))
 
 
 def note(report: Report, model: torch.nn.Module, found: dict[str, Finding]) -> None:
     """Write what was found into the rows of `report`, and warn of weights that are called and read."""
     modules = {unwrapped(name): module for name, module in model.named_modules()}
     results = {unwrapped(name): finding for name, finding in found.items()}
-    warned = [f"{name or '(root)'}: {why}" for name, (outcome, why) in found.items() if outcome == "called and read"]
+    warned = [
+        f"{name or '(root)'}: {f.reason}"
+        for name, f in found.items()
+        if f.outcome == "called and read" or (f.outcome == "read" and f.shared)
+    ]
     for i, row in enumerate(report.rows):
         if row.outcome in ("left", "restored"):
             continue
         name = unwrapped(row.name)
         # A wrapper of one layer, as an adapter, holds it under a name of its own.
         inner = [finding for n, finding in results.items() if f"{n}.".startswith(f"{name}.")]
-        outcome, why = results.get(name) or (inner[0] if len(inner) == 1 else ("converted", UNSEEN))
+        outcome, why, _ = results.get(name) or (inner[0] if len(inner) == 1 else Finding("converted", UNSEEN))
         kind = type(modules.get(name))
         if not inner and not issubclass(kind, FeedbackLayer) and kind.__module__.startswith("torch.nn."):
             outcome, why = "left", f"was replaced by a {kind.__name__}: convert_ the model again"
@@ -327,9 +352,13 @@ def note(report: Report, model: torch.nn.Module, found: dict[str, Finding]) -> N
 class Once:
     """Forward hooks on the root: the first forward with gradients is the proof, and the hooks are gone."""
 
+    watch: Watch | None = None
+    # Who made the call that is watched, and how many calls of the root are under way within it.
+    caller: FrameType | None = None
+    depth: int = 0
+
     def __init__(self, report: Report) -> None:
         self.report = report
-        self.watch: Watch | None = None
 
     def __call__(self, root: torch.nn.Module, args: Any, *outputs: Any) -> None:
         if is_compiling() or torch._C._get_tracing_state() is not None or getattr(root, "_is_replica", False):
@@ -337,26 +366,44 @@ class Once:
         if self.watch is not None and self.watch.thread != threading.get_ident():
             return
         if not outputs:
-            self._close()
-            if torch.is_grad_enabled():
-                self.watch = Watch(root)
-        elif (watch := self._close()) is not None and (found := evidence(root, watch, outputs)):
+            self._begin(root, sys._getframe(1))
+        elif self.depth:
+            self.depth -= 1
+        else:
+            hidden = block_outputs(root)
+            watch = self._close()
+            if watch is None or not (found := evidence(root, watch, _Walk((outputs, hidden)))):
+                return
             forget(root)
             note(self.report, root, found)
-            if read := [f"{name or '(root)'}: {why}" for name, (outcome, why) in found.items() if outcome == "read"]:
+            read = [f"{n or '(root)'}: {f.reason}" for n, f in found.items() if f.outcome == "read" and not f.shared]
+            if read:
                 raise RuntimeError(
                     "; ".join(read) + ". No rule acts there: convert_(model, …, example=x) leaves such layers to "
                     "back-propagation, filter_fn= any. This is said once"
                 )
 
+    def _begin(self, root: torch.nn.Module, caller: FrameType) -> None:
+        frame: FrameType | None = caller
+        while frame is not None and frame is not self.caller:
+            frame = frame.f_back
+        if frame is not None:
+            self.depth += 1
+            return
+        # Also after a call that never came to an end, as by an interrupt.
+        self._close()
+        if torch.is_grad_enabled() and block_outputs(root) is not None:
+            self.watch, self.caller = Watch(root), caller
+
     def _close(self) -> Watch | None:
-        watch, self.watch = self.watch, None
+        watch = self.watch
+        self.watch, self.caller, self.depth = None, None, 0
         if watch is not None:
             watch.close()
         return watch
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"report": self.report, "watch": None}
+        return {"report": self.report}
 
 
 def prove_later(model: torch.nn.Module, report: Report) -> None:
@@ -374,67 +421,58 @@ def forget(model: torch.nn.Module) -> None:
             model._forward_hooks_always_called.pop(key, None)
 
 
+class Proof(NamedTuple):
+    """`evidence` of a call; the modules that were called, those whose weights are read, and what may hide a read."""
+
+    found: dict[str, Finding]
+    called: set[torch.nn.Module]
+    read: set[torch.nn.Module]
+    hiding: list[str]
+
+
 def prove(
-    model: torch.nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]
-) -> tuple[dict[str, Finding], set[torch.nn.Module], set[int]]:
-    """`evidence` of one call that leaves no trace; the modules that were called, and the Parameters that were reached.
+    model: torch.nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], plain: Iterable[torch.nn.Module] = ()
+) -> Proof:
+    """What one call shows that leaves no trace, of the layers that have a rule and of `plain`.
 
     Raises ValueError for a model with a lazy layer, and what the call raises.
     """
-    called: set[torch.nn.Module] = set()
-    with _unchanged(model), torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
-        for layer in model.modules():
-            forget(layer)
-            layer.register_forward_pre_hook(lambda module, _: called.add(module))
-            # A frozen weight's reads have no edge.
-            for parameter in _own(layer) if isinstance(layer, FeedbackLayer) else ():
-                parameter.requires_grad_()
-        watch = Watch(model, eager=True)
-        try:
-            inputs, keywords = tree_map_only(Tensor, _trainable, (inputs, keywords))
-            outputs = model(*inputs, **keywords)
-        finally:
-            watch.close()
-        found = evidence(model, watch, outputs)
-        walk = _Walk([t for t in _tensors(outputs) if t.requires_grad])
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        return found, called, {id(p) for p in parameters if get_gradient_edge(p).node in walk.read}
-
-
-def _trainable(given: Tensor) -> Tensor:
-    # What was made in inference mode cannot be saved for a backward.
-    return given.clone() if given.is_inference() else given
-
-
-@contextmanager
-def _unchanged(model: torch.nn.Module) -> Iterator[None]:
-    # Attributes, what lists and dicts of them hold, buffers, and who requires a gradient.
     for name, module in model.named_modules():
         if any(map(torch.nn.parameter.is_lazy, [*module._parameters.values(), *module._buffers.values()])):
             checks.fail("model", "one that was called, so that all shapes are known", f"a lazy {name or 'root'}")
-    modules = [(m, dict(vars(m))) for m in model.modules()]
-    held = [(v, v.copy()) for _, own in modules for v in own.values() if isinstance(v, dict | list | set)]
-    contents = [(b, b.clone()) for b in model.buffers()]
-    gradients = [(p, p.requires_grad) for p in model.parameters()]
-    with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(buffers(model))
+    weights: list[Tensor] = [p for layer in plain for p in layer.parameters(recurse=False)]
+    weights += [p for layer in model.modules() if isinstance(layer, FeedbackLayer) for p in own(layer)]
+    # Their reads have no edge.
+    frozen = [p for p in weights if p.is_floating_point() and not p.requires_grad]
+    called: set[torch.nn.Module] = set()
+    copies: dict[int, Tensor] = {}
+    with unchanged(model), torch.inference_mode(False), torch.enable_grad():
+        for layer in model.modules():
+            forget(layer)
+            if not isinstance(layer, torch.jit.ScriptModule):
+                layer.register_forward_pre_hook(lambda module, _: called.add(module))
+        for parameter in frozen:
+            parameter.requires_grad_()
+        watch = Watch(model, plain, eager=True)
         try:
-            yield
+            inputs, keywords = tree_map_only(Tensor, partial(_copy, copies), (inputs, keywords))
+            outputs = model(*inputs, **keywords)
         finally:
-            for module, own in modules:
-                vars(module).clear()
-                vars(module).update(own)
-            for value, content in held:
-                value.clear()
-                (value.extend if isinstance(value, list) else value.update)(content)
-            with torch.no_grad():
-                # By another name than the buffer's, which is that of a copy meanwhile.
-                for buffer, before in contents:
-                    if buffer.shape != before.shape:
-                        buffer.data = before
-                    elif not torch.equal(buffer, before):
-                        buffer.copy_(before)
-            for parameter, requires in gradients:
-                parameter.requires_grad_(requires)
+            watch.close()
+        walk = _Walk(outputs)
+        read, of = set(), owners(model)
+        for layer in plain:
+            others = {m for p in layer.parameters(recurse=False) for m in of[id(p)].values()} - {layer}
+            nodes = [get_gradient_edge(p).node for p in layer.parameters(recurse=False) if p.requires_grad]
+            readers = [r for n in nodes for r in walk.readers.get(n, ()) if not watch.within(r, others)]
+            if walk.carries(readers, nodes):
+                read.add(layer)
+        return Proof(evidence(model, watch, walk, frozen), called, read, walk.hiding)
+
+
+def _copy(copies: dict[int, Tensor], given: Tensor) -> Tensor:
+    # One of each, for what is written in place; and what was made in inference mode cannot be saved for a backward.
+    if id(given) not in copies:
+        copy = given.clone()
+        copies[id(given)] = copy.detach().requires_grad_(given.requires_grad) if given.is_leaf else copy
+    return copies[id(given)]

@@ -1,54 +1,19 @@
-"""What proves that a rule acts: convert_'s example, its first forward, and check."""
+"""What proves that a rule acts: convert_'s example."""
 
-import copy
-import io
-import pickle
-import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-import fresh
 import pytest
 import torch
 import torch.nn.functional as F
-from small import gradients
+from proving import Reads, mlp, outcomes, pending, reason, x
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bioplaus_kernels as bk
-from bioplaus_kernels.proof import Once, Watch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def x(*shape: int) -> Tensor:
-    return torch.randn(*(shape or (3, 4)), requires_grad=True)
-
-
-def outcomes(report: bk.Report) -> dict[str, str]:
-    return {row.name: row.outcome for row in report.rows}
-
-
-def reason(report: bk.Report, name: str) -> str:
-    return next(row.reason for row in report.rows if row.name == name)
-
-
-def pending(model: nn.Module) -> bool:
-    hooks = [*model._forward_hooks.values(), *model._forward_pre_hooks.values()]
-    return any(isinstance(hook, Once) for hook in hooks)
-
-
-class Reads(nn.Module):
-    """A layer that is called, one whose weight is read, one that is neither."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.read, self.called, self.spare = (nn.Linear(4, 4) for _ in range(3))
-        self.norm, self.dropout = nn.BatchNorm1d(4), nn.Dropout()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.norm(self.called(x @ self.read.weight.t())))
 
 
 class Autoencoder(nn.Module):
@@ -60,13 +25,6 @@ class Autoencoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(torch.tanh(self.encoder(self.first(x))), self.encoder.weight.t())
-
-
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
-
-
-# The example.
 
 
 def test_an_example_proves_each_row_or_says_why_not() -> None:
@@ -144,40 +102,154 @@ def test_non_reentrant_checkpointing_is_seen_and_reentrant_is_not() -> None:
     assert "called without gradients, as in reentrant checkpointing" in reason(report, "inner.0")
 
 
-def test_a_checkpointed_first_layer_is_computed_again_as_it_was() -> None:
-    class Checkpointed(nn.Module):
+class Penalised(nn.Module):
+    """Experts of which one gets no token, and a scalar of its weight instead."""
+
+    def __init__(self, penalty: Callable[[Tensor], Tensor], called: bool) -> None:
+        super().__init__()
+        self.first, self.expert, self.penalty, self.called = nn.Linear(4, 4), nn.Linear(4, 4), penalty, called
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return (self.expert(h) if self.called else h) + self.penalty(self.expert.weight)
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        lambda w: 0.0 * sum(p.sum() for p in (w, w)),
+        lambda w: w.norm(),
+        lambda w: 1e-4 * w.pow(2).sum(),
+        lambda w: (w * w).mean(),
+        lambda w: (w @ w.t() - torch.eye(4)).norm(),
+        lambda w: (w - w.mean()).abs().max(),
+    ],
+)
+def test_a_scalar_of_a_weight_alone_is_no_read(penalty: Callable[[Tensor], Tensor]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = bk.convert_(model := Penalised(penalty, called=False), "usf", example=x())
+        assert outcomes(report) == {"first": "proven", "expert": "unused"}
+        assert "nothing but a scalar is made of its weight" in reason(report, "expert")
+        assert type(model.expert) is bk.nn.Linear
+        assert bk.convert_(Penalised(penalty, called=True), "usf", example=x()).proven == ["first", "expert"]
+        bk.convert_(model := Penalised(penalty, called=False), "usf")
+        model(x())
+
+
+@pytest.mark.parametrize("read", [lambda w: (w / w.norm())[0], lambda w: w.sum(0), lambda w: w.flatten()[:4]])
+def test_more_than_a_scalar_is(read: Callable[[Tensor], Tensor]) -> None:
+    assert outcomes(bk.check(_converted(Penalised(read, called=False)), x()))["expert"] == "read"
+
+
+def _converted(model: nn.Module) -> nn.Module:
+    bk.convert_(model, "usf")
+    return model
+
+
+class Tied(nn.Module):
+    """A head with an embedding's weight, or another layer's, whose own call is `calls`, and a read of it."""
+
+    def __init__(self, other: nn.Module, calls: bool, reads: bool) -> None:
+        super().__init__()
+        self.other, self.middle, self.head = other, nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+        self.head.weight = other.weight
+        self.calls, self.reads = calls, reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        embedding = isinstance(self.other, nn.Embedding)
+        y = self.middle(self.other(torch.arange(3)) if embedding else x)
+        y = self.head(y) if self.calls else y
+        return F.linear(y, self.head.weight) if self.reads else y
+
+
+@pytest.mark.parametrize("other", [nn.Embedding, nn.Linear])
+@pytest.mark.parametrize("calls", [False, True])
+def test_a_tied_weight_that_is_read_is_a_row_and_a_warning(other: Callable[..., nn.Module], calls: bool) -> None:
+    expected = "called and read" if calls else "read"
+    reports = []
+    with pytest.warns(UserWarning, match="does not act everywhere: .*head: its weight goes into TBackward0"):
+        reports.append(bk.convert_(model := Tied(other(4, 4), calls, reads=True), "usf"))
+        model(x())
+    with pytest.warns(UserWarning, match="head: its weight goes into TBackward0"):
+        reports.append(bk.convert_(Tied(other(4, 4), calls, reads=True), "usf", example=x()))
+    assert [outcomes(report)["head"] for report in reports] == [expected, expected if calls else "left"]
+    assert outcomes(bk.check(model, x()))["head"] == expected
+    assert outcomes(bk.check(Tied(other(4, 4), calls, reads=True), x()))["head"] == ("called" if calls else "read")
+
+
+@pytest.mark.parametrize("calls", [False, True])
+def test_a_tied_weight_that_only_its_owners_call(calls: bool) -> None:
+    model = Tied(nn.Embedding(4, 4), calls, reads=False)
+    assert outcomes(bk.check(model, x()))["head"] == ("called" if calls else "unused")
+    hooks = dict(model.other._forward_hooks), dict(model.other._forward_pre_hooks)
+    report = bk.convert_(model, "usf", example=x())
+    assert outcomes(report)["head"] == ("proven" if calls else "unused")
+    assert (dict(model.other._forward_hooks), dict(model.other._forward_pre_hooks)) == hooks
+    bk.convert_(model, "usf")
+    model(x())
+    assert (dict(model.other._forward_hooks), dict(model.other._forward_pre_hooks)) == hooks
+
+
+def test_a_function_with_a_feedback_of_its_own() -> None:
+    class Functional(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = nn.Sequential(nn.Conv1d(2, 2, 1), nn.Tanh(), nn.Conv1d(2, 2, 1))
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.inner, x, use_reentrant=False)
+            return bk.functional.linear(self.first(x), self.second.weight, feedback="usf")
 
-    report = bk.convert_(model := Checkpointed(), "usf")
-    model(torch.randn(1, 2, 3)).sum().backward()
-    assert outcomes(report) == {"inner.0": "converted", "inner.2": "proven"}
-    assert reason(report, "inner.0").startswith("not proven: its input needs no gradient")
-
-
-def test_a_replica_is_not_watched() -> None:
-    layer = bk.nn.Linear(4, 4, feedback="usf")
-    watch = Watch(layer)
-    assert not vars(layer._replicate_for_data_parallel()).keys() & {"used", "is_plain"}
-    watch.close()
+    report = bk.convert_(Functional(), "usf", example=torch.randn(3, 4))
+    assert outcomes(report) == {"first": "converted", "second": "converted"}
+    assert reason(report, "first").startswith("not proven: its input needs no gradient")
+    assert "its weight goes into a function that has a B of its own" in reason(report, "second")
 
 
-def test_another_threads_forward_is_its_own() -> None:
-    report = bk.convert_(model := mlp(), "usf")
+def test_each_of_an_attentions_weights_is_told() -> None:
+    class Attends(nn.Module):
+        def __init__(self, whole: bool) -> None:
+            super().__init__()
+            self.attention, self.whole = nn.MultiheadAttention(4, 2), whole
 
-    def other(module: nn.Module, *_: Any) -> None:
-        thread = threading.Thread(target=model, args=(torch.randn(3, 4),))
-        handle.remove()
-        thread.start()
-        thread.join()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x)[0] if self.whole else self.attention.out_proj(x)
 
-    handle = model[1].register_forward_pre_hook(other)
-    model(torch.randn(3, 4))
-    assert outcomes(report) == {"0": "converted", "2": "proven"} and not pending(model)
+    report = bk.convert_(Attends(True), "usf", example=torch.randn(3, 4))
+    idle = "not proven: its input needs no gradient, so none goes through B"
+    assert outcomes(report) == {"attention": "converted"}
+    assert reason(report, "attention") == f"in_proj_weight {idle}; out_proj.weight proven"
+    report = bk.convert_(Attends(False), "usf", example=x())
+    assert outcomes(report) == {"attention": "converted"}
+    assert reason(report, "attention") == "in_proj_weight unused; out_proj.weight proven"
+
+
+@pytest.mark.parametrize("hidden", ["checkpoint", "function"])
+def test_who_records_nothing_may_hide_a_read(hidden: str) -> None:
+    class Hides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.last = Reads(), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.inner.read.weight
+
+            class Function(torch.autograd.Function):
+                @staticmethod
+                def forward(ctx: Any, x: Tensor) -> Tensor:
+                    return x @ weight
+
+                @staticmethod
+                def backward(ctx: Any, grad: Tensor) -> Tensor:
+                    return grad @ weight.t()
+
+            y = checkpoint(self.inner, x, use_reentrant=True) if hidden == "checkpoint" else Function.apply(x)
+            return self.last(y)
+
+    report = bk.convert_(Hides(), "usf", example=x())
+    assert outcomes(report)["inner.read"] == "converted" and outcomes(report)["last"] == "proven"
+    name = {"checkpoint": "CheckpointFunctionBackward", "function": "FunctionBackward"}[hidden]
+    assert reason(report, "inner.read") == f"not proven: not called, and {name} may hide a read"
 
 
 def test_a_parameter_of_two_modules_is_nobodys_fault() -> None:
@@ -207,16 +279,16 @@ def test_parametrized_weights() -> None:
     nn.utils.parametrizations.weight_norm(model[0])
     assert bk.check(model, x()).proven == ["0", "2"]
 
-    class Penalty(nn.Module):
+    class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = model[0]
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x).sum() + self.layer.weight.sum()
+            return self.layer(x) @ self.layer.weight
 
     with pytest.warns(UserWarning, match="layer: its weight goes into"):
-        bk.convert_(whole := Penalty(), "usf")
+        bk.convert_(whole := Twice(), "usf")
         whole(x())
 
 
@@ -225,10 +297,24 @@ def test_frozen_weights() -> None:
     report = bk.convert_(model, "usf", example=x())
     assert outcomes(report) == {"read": "left", "called": "proven", "spare": "unused", "norm": "left"}
     assert not any(p.requires_grad for p in model.parameters())
-    report = bk.convert_(model := Reads().requires_grad_(False), "usf")
-    model(x())
-    assert outcomes(report)["called"] == "proven"
-    assert reason(report, "read") == "not proven: not called, and its weight is frozen, so a read cannot be seen"
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv1d(3, 3, 1), nn.MultiheadAttention(4, 2)])
+def test_a_frozen_first_layer_is_not_said_to_be_checkpointed(layer: nn.Module) -> None:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = layer.requires_grad_(False), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x, x, x)[0] if isinstance(self.first, nn.MultiheadAttention) else self.first(x)
+            return self.second(y)
+
+    example = torch.randn(3, 4)
+    reports = [bk.convert_(First(), "usf", example=example), bk.convert_(model := First(), "usf")]
+    model(example)
+    for report in reports:
+        assert outcomes(report)["first"] == "converted" and "checkpoint" not in reason(report, "first")
 
 
 class Output:
@@ -273,318 +359,3 @@ def test_an_example_that_raises_leaves_the_proof_to_the_first_forward() -> None:
     with pytest.raises(ValueError, match="input"):
         bk.convert_(model := mlp(), "usf", example=x(3, 5))
     assert pending(model) and "used" not in vars(model[0])
-
-
-# The first forward.
-
-
-def test_the_first_forward_with_gradients_proves() -> None:
-    report = bk.convert_(model := mlp(), "usf")
-    assert outcomes(report) == {"0": "converted", "2": "converted"}
-    with torch.no_grad():
-        model(x())
-    assert pending(model)
-    model(x())
-    assert report.proven == ["0", "2"] and not pending(model)
-    assert not any(vars(m).keys() & {"used", "is_plain"} for m in model.modules())
-    assert (model._forward_hooks, model._forward_hooks_always_called, model._forward_pre_hooks) == ({}, {}, {})
-
-
-def test_a_read_weight_raises_once() -> None:
-    report = bk.convert_(model := Reads(), "usf")
-    with pytest.raises(RuntimeError, match=r"^read: its weight goes into TBackward0 .* see \(root\) \(Reads\)"):
-        model(x())
-    assert outcomes(report) == {"read": "read", "called": "proven", "spare": "unused", "norm": "left"}
-    model(x()).sum().backward()
-
-
-def test_an_error_in_the_forward_leaves_the_proof_to_the_next() -> None:
-    report = bk.convert_(model := mlp(), "usf")
-    with pytest.raises(ValueError, match="input"):
-        model(x(3, 5))
-    assert pending(model) and "used" not in vars(model[0])
-    model(x())
-    assert report.proven == ["0", "2"]
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_prove_themselves(copied: Callable[[nn.Module], nn.Module]) -> None:
-    bk.convert_(model := Reads(), "usf")
-    other = copied(model)
-    for m in (other, model):
-        with pytest.raises(RuntimeError, match="without a call of the layer"):
-            m(x())
-        m(x())
-        assert not pending(m)
-
-
-def test_torch_save() -> None:
-    bk.convert_(model := mlp(), "usf")
-    torch.save(model, file := io.BytesIO())
-    file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    loaded(x())
-    assert not pending(loaded)
-
-
-def test_under_functional_call_and_autograd_grad() -> None:
-    report = bk.convert_(model := mlp(), "usf")
-    weights = {n: (p * 2).detach().requires_grad_() for n, p in model.named_parameters()}
-    torch.autograd.grad(torch.func.functional_call(model, weights, x()).sum(), list(weights.values()))
-    assert report.proven == ["0", "2"]
-    bk.convert_(model := Reads(), "usf")
-    weights = {n: (p * 2) for n, p in model.named_parameters()}
-    with pytest.raises(RuntimeError, match="read: its weight goes into"):
-        torch.func.functional_call(model, weights, x())
-
-
-def test_back_propagation_for_a_while_is_no_proof() -> None:
-    report = bk.convert_(model := mlp(), "usf")
-    with bk.metrics.backprop(model):
-        model(x())
-    assert pending(model) and report.proven == []
-    model(x())
-    assert report.proven == ["0", "2"]
-
-
-def test_hooks_of_a_part_and_of_the_whole() -> None:
-    part = bk.convert_((model := nn.Sequential(mlp(), nn.Linear(4, 4)))[0], "usf")
-    whole = bk.convert_(model, "fa", filter_fn=lambda m, name: name == "1")
-    model(x())
-    assert part.proven == ["0", "2"] and whole.proven == ["1"]
-    assert not any("used" in vars(m) for m in model.modules())
-
-
-def test_a_second_conversion_takes_the_hooks_place() -> None:
-    model = mlp()
-    bk.convert_(model, "usf")
-    bk.convert_(model, "fa")
-    assert len(model._forward_hooks) == len(model._forward_pre_hooks) == 1
-    bk.convert_(model, None)
-    assert not pending(model)
-
-
-def test_the_first_forward_is_the_same_as_the_second() -> None:
-    model, given = mlp(), torch.randn(3, 4)
-    bk.convert_(model, "usf")
-    first, second = (gradients(model, given.clone().requires_grad_()) for _ in range(2))
-    assert all(map(torch.equal, first, second))
-
-
-def test_a_replaced_layer_is_named() -> None:
-    report = bk.convert_(model := mlp(), "usf")
-    model[2] = nn.Linear(4, 6)
-    with pytest.warns(UserWarning, match="2 was replaced by a Linear: convert_ the model again"):
-        model(x())
-    assert report.left == ["2"] and report.proven == ["0"]
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_compiled_models_say_so_or_stay_silent(whole: bool) -> None:
-    report = bk.convert_(model := nn.Sequential(mlp(), nn.Tanh()), "usf")
-    torch.compiler.reset()
-    if whole:
-        torch.compile(model, backend="aot_eager", fullgraph=True)(x()).sum().backward()
-        assert pending(model) and report.proven == []
-        assert bk.check(torch.compile(model, backend="aot_eager"), x()).names("proven") == [
-            "_orig_mod.0.0",
-            "_orig_mod.0.2",
-        ]
-    else:
-        model[0].compile(backend="aot_eager", fullgraph=True)
-        model(x()).sum().backward()
-        assert reason(report, "0.0") == "not proven: compiled or replicated, cannot be seen"
-        assert bk.check(model, x()).proven == ["0.0", "0.2"]
-
-
-def test_a_part_compiled_after_the_conversion() -> None:
-    report = bk.convert_(model := nn.Sequential(mlp(), nn.Linear(4, 4)), "usf")
-    torch.compiler.reset()
-    model[0] = torch.compile(model[0], backend="aot_eager", fullgraph=True)
-    model(x())
-    assert report.proven == ["1"] and reason(report, "0.2") == "not proven: compiled or replicated, cannot be seen"
-
-
-def test_a_layer_within_an_adapter() -> None:
-    class Adapter(nn.Module):
-        def __init__(self, base: nn.Module) -> None:
-            super().__init__()
-            self.base_layer, self.down, self.up = base, nn.Linear(4, 2), nn.Linear(2, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.base_layer(x) + self.up(self.down(x))
-
-    report = bk.convert_(model := mlp(), "usf")
-    model.requires_grad_(False)
-    model[2] = Adapter(model[2])
-    model(x())
-    assert report.proven == ["0", "2"]
-
-
-def test_exporting_is_silent() -> None:
-    bk.convert_(model := mlp(), "usf")
-    with torch.no_grad():
-        for strict in (False, True):
-            torch.export.export(model, (x().detach(),), strict=strict)
-    assert pending(model)
-
-
-# Sharded models.
-
-SHARDED = {
-    "usf": bk.SignSymmetry(),
-    "usf-match": bk.SignSymmetry(scale="match"),
-    "fa": bk.FeedbackAlignment(),
-    "fa_signed_init": bk.SignedInit(),
-    "kp": bk.KolenPollack(),
-}
-
-
-class Block(nn.Module):
-    """Two layers, one of which may be read."""
-
-    def __init__(self, reads: bool) -> None:
-        super().__init__()
-        self.first, self.second, self.reads = nn.Linear(4, 4), nn.Linear(4, 4), reads
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x)
-        return y @ self.second.weight.t() if self.reads else self.second(y)
-
-
-def _sharded(rank: int, folder: str) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=1)
-    try:
-        found: dict[Any, Any] = {}
-        for rule in SHARDED:
-            for first in ("convert", "shard"):
-                model = nn.Sequential(Block(False), Block(False))
-                torch.manual_seed(0)
-                try:
-                    if first == "convert":
-                        report = bk.convert_(model, SHARDED[rule])
-                    fully_shard(model[0]), fully_shard(model)
-                    if first == "shard":
-                        report = bk.convert_(model, SHARDED[rule])
-                    model(x()).sum().backward()
-                    found[rule, first] = report.proven
-                except ValueError as error:
-                    found[rule, first] = str(error)
-        report = bk.convert_(model := nn.Sequential(Block(True)), "usf")
-        fully_shard(model[0]), fully_shard(model)
-        model(x())
-        found["read"] = outcomes(report), reason(report, "0.second")
-        found["layer"] = bk.convert_(fully_shard(nn.Linear(4, 4)), "usf").rows[0].reason
-        torch.save(found, f"{folder}/found")
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    if not torch.distributed.is_available():
-        pytest.skip("torch is built without torch.distributed")
-    folder = tmp_path_factory.mktemp("sharded")
-    torch.multiprocessing.start_processes(_sharded, (str(folder),), nprocs=1, start_method=fresh.START_METHOD)
-    return torch.load(folder / "found")
-
-
-@pytest.mark.parametrize("rule", SHARDED)
-def test_converted_then_sharded_is_proven(rule: str, sharded: dict[Any, Any]) -> None:
-    assert sharded[rule, "convert"] == ["0.first", "0.second", "1.first", "1.second"]
-
-
-@pytest.mark.parametrize("rule", SHARDED)
-def test_sharded_then_converted_works_or_says_the_order(rule: str, sharded: dict[Any, Any]) -> None:
-    keeps = rule in ("kp", "fa_signed_init")
-    expected = "this one is sharded already: convert_ first, then fully_shard"
-    assert expected in sharded[rule, "shard"] if keeps else sharded[rule, "shard"] == sharded[rule, "convert"]
-    assert sharded["layer"] == "sharded by itself: convert_ first, then fully_shard"
-
-
-def test_a_sharded_weight_that_is_not_called_is_never_proven(sharded: dict[Any, Any]) -> None:
-    found, why = sharded["read"]
-    assert found == {"0.first": "proven", "0.second": "converted"}
-    assert why == "not proven: not called, and its weight is sharded, so a read cannot be seen"
-
-
-# check.
-
-
-class Moving(nn.Module):
-    """Buffers that a call replaces, registers, grows and writes, and attributes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-        self.register_buffer("mean", torch.zeros(4))
-        self.register_buffer("cache", torch.zeros(0))
-        self.register_buffer("count", torch.tensor(0))
-        self.alias, self.seen = self.count, [1]
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.mean = 0.9 * self.mean + x.detach().mean(0)
-        self.cache.resize_(3).fill_(1)
-        self.alias += 1
-        self.steps = 1
-        self.seen.append(2)
-        self.register_buffer("born", torch.ones(2))
-        self.register_forward_hook(lambda *_: None)
-        return self.layer(x)
-
-
-def test_check_leaves_everything_as_it_was() -> None:
-    model = Moving()
-    bk.convert_(model, "fa")
-    model.layer.weight.grad = torch.ones(4, 4)
-    given, before, contents = x(), dict(vars(model)), {n: b.clone() for n, b in model.named_buffers()}
-    objects, hooks = dict(model.named_buffers()), dict(model._forward_hooks)
-    state, versions = torch.get_rng_state(), {n: b._version for n, b in model.layer.named_buffers()}
-    assert bk.check(model, given).proven == ["layer"]
-    assert vars(model) == before and model.seen == [1] and dict(model._forward_hooks) == hooks
-    assert list(dict(model.named_buffers())) == list(contents)
-    for name, buffer in model.named_buffers():
-        assert buffer is objects[name] and torch.equal(buffer, contents[name])
-    assert {n: b._version for n, b in model.layer.named_buffers()} == versions
-    assert torch.equal(model.layer.weight.grad, torch.ones(4, 4)) and torch.equal(torch.get_rng_state(), state)
-    assert pending(model)
-
-
-def test_check_between_a_forward_and_its_backward() -> None:
-    """Batch norm has saved its running statistics."""
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)).train()
-    bk.convert_(model, "fa", example=x())
-    loss = model.eval()(x()).sum()
-    bk.check(model.train(), x())
-    loss.backward()
-
-
-def test_check_restores_when_the_model_raises() -> None:
-    bk.convert_(model := nn.Sequential(nn.BatchNorm1d(5), nn.Linear(4, 4)), "fa")
-    with pytest.raises(ValueError, match="input"):
-        bk.check(model, x(3, 5))
-    assert not model[1]._forward_pre_hooks and "used" not in vars(model[1])
-    assert model[0].num_batches_tracked == 0
-
-
-def test_check_of_a_model_without_rules() -> None:
-    model = Reads()
-    report = bk.check(model, x=x())
-    assert outcomes(report) == {"read": "read", "called": "called", "spare": "unused"}
-
-
-def test_check_refuses_unknown_shapes() -> None:
-    with pytest.raises(ValueError, match=r"model: expected one that was called, .*got a lazy 0"):
-        bk.check(nn.Sequential(nn.LazyLinear(4)), x())
-
-
-def test_wrapped_models() -> None:
-    accelerate = pytest.importorskip("accelerate")
-    bk.convert_(model := mlp(), "usf")
-    accelerate.hooks.add_hook_to_module(model[0], accelerate.hooks.ModelHook())
-    assert bk.check(nn.DataParallel(model), x()).proven == ["module.0", "module.2"]
-    assert bk.convert_(model, None).restored == ["0", "2"]
-    assert type(model[0]) is bk.nn.Linear and type(model[2]) is nn.Linear
-    assert all(g.isfinite().all() for g in gradients(model, x()))
