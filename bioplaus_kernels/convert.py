@@ -208,7 +208,8 @@ def _obstacle(module: Any) -> str:
     if ours is None:
         if layer is not None:
             return f"subclass of {layer.__name__}: its forward may differ; {ALLOWS}({name_of(kind)})"
-        weight = module._parameters.get("weight")
+        # A ScriptModule's dictionary has no get.
+        weight = dict(module._parameters.items()).get("weight")
         is_matrix = weight is not None and weight.dim() == 2 and not isinstance(module, torch.nn.Embedding)
         theirs = is_matrix and not kind.__module__.startswith("torch.")
         linear = f"; if it is a linear map, {ALLOWS}({name_of(kind)}, torch.nn.Linear)" if theirs else ""
@@ -376,7 +377,7 @@ def check(model: torch.nn.Module, *inputs: Any, **keywords: Any) -> Report:
     """
     checks.module("model", model)
     modules = _modules(model)
-    plain = [m for _, m, _ in modules if _is_layer(m) and not _has_rule(m)]
+    plain = [m for _, m, _ in modules if _can_have_rule(m)]
     found, called, read, hiding = prove(model, inputs, keywords, plain)
     report = Report()
     for name, module, _ in modules:
@@ -390,9 +391,7 @@ def check(model: torch.nn.Module, *inputs: Any, **keywords: Any) -> Report:
     return report
 
 
-def _is_layer(module: torch.nn.Module) -> bool:
+def _can_have_rule(module: torch.nn.Module) -> bool:
+    if isinstance(module, FeedbackLayer) and module.uses_feedback:
+        return False
     return isinstance(module, (*PAIRS, *PLAIN, *OWN)) or layer_of(_kind(module)) is not None
-
-
-def _has_rule(module: torch.nn.Module) -> bool:
-    return isinstance(module, FeedbackLayer) and module.uses_feedback

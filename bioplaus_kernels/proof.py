@@ -147,8 +147,7 @@ def _tensors(outputs: Any) -> list[Tensor]:
 class _Walk:
     # From the outputs, without our Functions' edges to W.
     def __init__(self, outputs: Any) -> None:
-        # And their edges to the inputs whose gradient B makes, and to the weights.
-        self.functions: list[tuple[Node, list[Node | None], list[Node]]] = []
+        self.functions: list[Node] = []
         # By node those that have an edge to it; None is who called the model.
         self.readers: dict[Node, list[Node | None]] = {}
         # The same of what goes into our Functions as W.
@@ -169,10 +168,9 @@ class _Walk:
             edges = _edges(node)
             function = getattr(type(node), "_forward_cls", None)
             if function in _FUNCTIONS:
-                inputs, weights = _FUNCTIONS[function]
-                ws = [e for i in weights if (e := edges[i]) is not None]
-                self.functions.append((node, [edges[i] for i in inputs], ws))
-                fed += [(w, node) for w in ws]
+                self.functions.append(node)
+                _, weights = _FUNCTIONS[function]
+                fed += [(edges[i], node) for i in weights]
                 edges = [None if i in weights else e for i, e in enumerate(edges)]
             elif function is Broadcast and node.plan.kind == "shallow":  # type: ignore[attr-defined]
                 edges = edges[: -len(node.hidden)]  # type: ignore[attr-defined]
@@ -239,14 +237,14 @@ def evidence(model: torch.nn.Module, watch: Watch, walk: _Walk, frozen: Iterable
     unreal = walk.above(lent)
     acting: set[torch.nn.Module] = set()
     idle: set[torch.nn.Module] = set()
-    for node, inputs, weights in walk.functions:
+    for node in walk.functions:
         if i := bisect_right(watch.starts, node._sequence_nr()):
-            layer = watch.called[i - 1]
+            layer, edges = watch.called[i - 1], _edges(node)
+            inputs, weights = _FUNCTIONS[type(node)._forward_cls]  # type: ignore[attr-defined]
             # Else somebody called the Function with another weight.
-            taken = watch.taken.get(layer)
-            if taken is None or any(_leads(w, taken) for w in weights) or (not weights and len(layer.weights()) > 1):
-                acts = getattr(node, "carries", False) or any(e is not None and e not in unreal for e in inputs)
-                (acting if acts else idle).add(layer)
+            if layer not in watch.taken or any(_leads(edges[w], watch.taken[layer]) for w in weights):
+                below = [edges[k] for k in inputs if edges[k] is not None and edges[k] not in unreal]
+                (acting if below or getattr(node, "carries", False) else idle).add(layer)
     of = owners(model)
 
     def finding(name: str, layer: FeedbackLayer) -> Finding:

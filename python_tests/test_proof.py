@@ -33,7 +33,7 @@ def test_an_example_proves_each_row_or_says_why_not() -> None:
     assert outcomes(report) == {"read": "left", "called": "proven", "spare": "unused", "norm": "left"}
     assert reason(report, "read") == (
         "its weight goes into TBackward0 without a call of the layer; see (root) (Reads); "
-        "to allow it: bioplaus_kernels.register(test_proof.Reads)"
+        "to allow it: bioplaus_kernels.register(proving.Reads)"
     )
     assert type(model.read) is nn.Linear and type(model.spare) is bk.nn.Linear
     assert not pending(model)
