@@ -45,8 +45,8 @@ def parser() -> argparse.ArgumentParser:
         c.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load images of folders")
         c.add_argument("--no-measure", action="store_true", help="leave out the angles after every epoch")
     t = commands.add_parser("report", help="tables and pictures as a Markdown page, from runs or their copied logs")
-    t.add_argument("roots", nargs="+", type=Path, metavar="DIR", help="what --out was, or the page's own folder")
-    t.add_argument("--to", type=Path, default=Path("docs/results.md"), metavar="FILE.md", help="(default: %(default)s)")
+    t.add_argument("roots", nargs="+", type=Path, metavar="DIR", help="what --out was")
+    t.add_argument("--to", type=Path, required=True, metavar="FILE.md", help="the page; its own folder's logs stay")
     return p
 
 
@@ -57,6 +57,10 @@ def main(argv: list[str] | None = None) -> None:
         {"run": _run, "search": _search, "report": _report}[args.command](args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         p.error(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(
+            "stopped" if args.command == "report" else "stopped; the same command goes on after the last whole epoch"
+        ) from None
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -179,6 +179,26 @@ def check(content: dict[str, Any], overrides: dict[str, Any] | None = None) -> E
     return experiment
 
 
+def difference(made: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first key in which two experiments' contents differ, and its values; None where one goes on with the other.
+
+    More epochs go on with a run, unless its rates were falling towards the last one.
+    """
+    made, now = _flat(made), _flat(now)
+    for key in sorted(made.keys() | now.keys()):
+        more = key == "train.epochs" and not now.get("train.cosine")
+        if made.get(key) != now.get(key) and not more:
+            return key, made.get(key), now.get(key)
+    return None
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
 _PARTS = ("data", "model", "algorithm", "optimizer", "inverse_optimizer", "train", "search")
 _TARGETS = ("schedule", "auxiliary", "alpha", "sigma", "reduction", "mix", "inverse_objective")
 
