@@ -12,7 +12,8 @@ pytest.importorskip("pycocotools")
 from recipes import __main__ as cli
 from recipes import checkpoint, data, experiment, learn, report
 
-FILES = sorted((Path(experiment.__file__).parent / "experiments").glob("*/*.toml"))
+FILES = sorted((Path(experiment.__file__).parent / "experiments").glob("*.toml"))
+ROWS = [(path, row) for path in FILES for _, row, _ in experiment.entries(path)]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -126,20 +127,20 @@ def test_a_folder_of_another_experiment_is_left_alone(tmp_path, capsys):
 SIZES = {"lenet-mnist": 32, "lenet-cifar": 32, "resnet18": 32, "alexnet-bn": 63, "retinanet": 64, "retinanet-small": 64}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_files_load(path):
-    e = experiment.load(path)
+@pytest.mark.parametrize(("path", "row"), ROWS, ids=lambda part: getattr(part, "stem", part))
+def test_files_load(path, row):
+    e = experiment.load(path, row)
     for trial in range(3):
         drawn = e.draw(trial)
         assert drawn == e.draw(trial) and drawn.keys() == e.search.keys()
-        experiment.load(path, drawn)
+        experiment.load(path, row, drawn)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_files_take_a_step(path):
+@pytest.mark.parametrize(("path", "row"), ROWS, ids=lambda part: getattr(part, "stem", part))
+def test_files_take_a_step(path, row):
     """Two batches of noise through the network of each file, small images: every weight moves and stays finite."""
-    e = experiment.load(path)
+    e = experiment.load(path, row)
     size = SIZES.get(e.model.name, 28 if e.model.name == "lenet" else 8)
     shape = (1 if e.data.name in ("digits", "mnist", "fashion-mnist") else 3, size, size)
     trained = learn.build(e, shape, 10, 0, "cpu")
@@ -411,3 +412,56 @@ def test_the_order_of_samples_is_a_function_of_seed_and_epoch():
 
     numbers = {order(seed, epoch) for seed in range(30) for epoch in range(30)}
     assert len(numbers) == 900 and order(0, 1) == 599057444
+
+
+TABLE = """
+[base]
+data = { name = "digits" }
+model = { name = "mlp" }
+optimizer = { name = "adam", lr = 1e-3 }
+train = { epochs = 1 }
+[[row]]
+id = "bp"
+name = "BP"
+published = { test_error = 1.0 }
+algorithm = { name = "backprop" }
+[[row]]
+id = "bp-slow"
+like = "bp"
+optimizer = { lr = 1e-4 }
+"""
+
+
+def test_a_row_says_what_is_its_own(tmp_path, capsys):
+    path = tmp_path / "small.toml"
+    path.write_text(TABLE)
+    bp, slow = (experiment.load(path, row) for row in ("bp", "bp-slow"))
+    assert (bp.row, bp.published, bp.optimizer["lr"]) == ("BP", {"test_error": 1.0}, 1e-3)
+    assert (slow.row, slow.published, slow.algorithm) == ("bp-slow", {}, bp.algorithm)
+    assert slow.optimizer == {"name": "adam", "lr": 1e-4}
+    cli.main(["run", str(path), "--rows", "bp-slow", "--out", str(tmp_path / "out"), "--device", "cpu"])
+    assert [log.parts[-4:-1] for log in tmp_path.rglob("log.jsonl")] == [("small", "bp-slow", "seed-0")]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('like = "bp"', 'like = "fa"', "row bp-slow: like: got 'fa', want one of bp"),
+        ('id = "bp-slow"', 'id = "bp"', "id: got 'bp', which another row has"),
+        ('id = "bp-slow"', "", "row 1: id: got None, want a value of type str"),
+        ("[base]", "[bse]", "got 'bse', want one of base, row"),
+        ("lr = 1e-4", "rate = 1e-4", "row bp-slow: optimizer.rate: no such key"),
+    ],
+)
+def test_a_wrong_row_is_named(tmp_path, old, new, message):
+    path = tmp_path / "small.toml"
+    path.write_text(TABLE.replace(old, new))
+    with pytest.raises((ValueError, TypeError), match=message):
+        experiment.load(path, "bp-slow")
+
+
+def test_keys_names_every_key(capsys):
+    cli.main(["keys"])
+    shown = capsys.readouterr().out
+    for key in ("train.milestones", "data.augment", "model.init", "usf: scale, last_layer", "like =", "weight_decay"):
+        assert key in shown

@@ -387,8 +387,20 @@ def test_attention_is_measured():
 
 @pytest.mark.slow
 def test_quiet_without_a_terminal(tmp_path):
-    file = str(Path(experiment.__file__).parent / "experiments" / "digits" / "usf.toml")
-    command = [sys.executable, "-m", "recipes", "run", file, "--set", "train.epochs=1", "--out", str(tmp_path)]
+    file = str(Path(experiment.__file__).parent / "experiments" / "digits.toml")
+    command = [
+        sys.executable,
+        "-m",
+        "recipes",
+        "run",
+        file,
+        "--rows",
+        "usf",
+        "--set",
+        "train.epochs=1",
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "it/s" not in done.stderr and "batch/s" not in done.stderr
     assert str(tmp_path / "digits" / "curves.png") in done.stdout

@@ -1,4 +1,14 @@
-"""One experiment, a row of a paper's table: a TOML file, read and checked.
+"""Experiments, the rows of a paper's table: a TOML file, read and checked.
+
+A file of a table has `[base]`, what its rows share, and a `[[row]]` for each, which says what is its own:
+
+[[row]]
+id = "dtp-slow"                          its folder in the results
+name = "DTP, slow"                       what the table calls it
+like = "dtp"                             a row before it, in place of the base
+optimizer = {lr = 1e-5}                  keys of a table within are changed one by one
+
+A file without rows is one experiment. What an experiment may say:
 
 row = "DTP, parallel"                    what the table calls it
 published = {test_error = 2.86}          its figures, in percent
@@ -128,17 +138,65 @@ class Experiment:
         return drawn
 
 
-def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Experiment:
-    """The experiment in the file `path`; `overrides` maps dotted keys ("train.epochs") to other values.
+Entry = tuple[str, str, dict[str, Any]]
 
-    Raises ValueError or TypeError that names the key, what it got and what is wanted, and OSError for a missing file.
+
+def entries(path: str | Path, rows: list[str] | None = None) -> list[Entry]:
+    """(table, row's id, content) of the experiments in the file `path`, or of `rows` of them.
+
+    The table of a file with rows has the file's name; a file of one experiment is a row of its folder's table.
+    Raises ValueError or TypeError that names what is wrong, and OSError for a missing file.
     """
+    path = Path(path).absolute()
     try:
-        return check(tomllib.loads(Path(path).read_text()), overrides)
+        content = tomllib.loads(path.read_text())
+        found = _rows(content) if "row" in content and isinstance(content["row"], list) else {path.stem: content}
+        for row in rows or []:
+            _one_of("--rows", row, found)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not TOML: {error}") from error
     except (ValueError, TypeError) as error:
         raise type(error)(f"{path}: {error}") from error
+    table = path.parent.name if list(found.values()) == [content] else path.stem
+    return [(table, row, found[row]) for row in rows or found]
+
+
+def load(path: str | Path, row: str | None = None, overrides: dict[str, Any] | None = None) -> Experiment:
+    """The experiment `row` in the file `path`, by default the only one; `overrides` maps dotted keys ("train.epochs")
+    to other values.
+
+    Raises ValueError or TypeError that names the key, what it got and what is wanted, and OSError for a missing file.
+    """
+    found = entries(path, [row] if row else None)
+    if len(found) > 1:
+        raise ValueError(f"{path}: row: got none, want one of {', '.join(name for _, name, _ in found)}")
+    try:
+        return check(found[0][2], overrides)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{path}{f', row {row}' if row else ''}: {error}") from error
+
+
+def _rows(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    for key in content:
+        _one_of("the file's tables", key, ("base", "row"))
+    base = _typed("base", content.get("base", {}), dict)
+    found: dict[str, dict[str, Any]] = {}
+    for number, own in enumerate(content["row"]):
+        own = dict(_typed(f"row {number}", own, dict))
+        name = _typed(f"row {number}: id", own.pop("id", None), str)
+        like = own.pop("like", None)
+        if name in found:
+            raise ValueError(f"row {number}: id: got {name!r}, which another row has")
+        if like is not None:
+            _one_of(f"row {name}: like", like, found)
+        start = found[like] if like is not None else base
+        own["row"] = own.pop("name", name)
+        merged = {key: value for key, value in start.items() if key not in ("row", "published")}
+        for key, value in own.items():
+            both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+            merged[key] = merged[key] | value if both else value
+        found[name] = merged
+    return found
 
 
 def check(content: dict[str, Any], overrides: dict[str, Any] | None = None) -> Experiment:
@@ -197,6 +255,26 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in table.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
+
+
+def keys() -> str:
+    """What an experiment's file may say: this module's description, every key, its default and the names it takes."""
+    lines = [__doc__ or "", "Keys and their defaults:", ""]
+    for part, cls in (("data", Data), ("model", Model), ("train", Train)):
+        source = {}
+        for line in inspect.getsource(cls).splitlines():
+            name, _, rest = line.strip().partition(":")
+            source[name] = rest.partition("#")[2].strip()
+        lines += [f"{part}.{key} = {value!r}".ljust(40) + f" {source[key]}" for key, value in vars(cls()).items()]
+    lines += ["", "algorithm.name, and the other keys of [algorithm] with it:", ""]
+    for name, rule in (RULES | DIRECT).items():
+        own = [f.name for f in dataclasses.fields(rule)] + (["last_layer"] if name in RULES else ["blocks"])
+        lines.append(f"{name}: {', '.join(own)}")
+    lines += [f"{', '.join(VARIANTS)}: {', '.join(_TARGETS)}", "", "optimizer.name, and the keys with it:", ""]
+    for name, optimizer in OPTIMIZERS.items():
+        own = [p for p in inspect.signature(optimizer).parameters if p != "params"]
+        lines.append(f"{name}: {', '.join(own)}, last_layer (a table of the same keys)")
+    return "\n".join(lines)
 
 
 _PARTS = ("data", "model", "algorithm", "optimizer", "inverse_optimizer", "train", "search")

@@ -93,8 +93,8 @@ def read(folder: Path) -> Run:
 def collect(roots: Iterable[Path]) -> dict[str, list[list[Run]]]:
     """Runs below `roots` that have had an epoch, by table, in each by row its seeds, rows by their files' names.
 
-    Of a seed in two roots the longer run counts, of two as long the first. Raises ValueError for a root without runs and
-    for a seed whose runs are of different experiments.
+    Of a seed in two roots the longer run counts, of two as long the first. Raises ValueError for a root without runs
+    and for a seed whose runs are of different experiments.
     """
     tables: dict[str, dict[str, dict[str, Run]]] = {}
     for root in roots:
@@ -171,7 +171,9 @@ def table(rows: list[list[Run]], style: str = "simple") -> str:
 
 
 def order(rows: list[list[Run]]) -> str:
-    """The finished rows without failed runs from the lowest test error up, in the paper and here; empty where nothing is to compare."""
+    """The finished rows from the lowest test error up, in the paper and here, without those that have failed runs;
+    empty where nothing is to compare.
+    """
     known = [runs for runs in rows if "test_error" in runs[0].header["published"] and runs[0].score == "test_error"]
     known = [runs for runs in known if all(r.epochs >= r.planned and not r.failed for r in runs)]
     if len(known) < 3:
@@ -283,19 +285,22 @@ def write(roots: list[Path], to: Path) -> None:
 
 HEAD = """# Results
 
-Made by `python -m recipes report`, from the logs in [{folder}]({folder}). Errors are those of the epoch with the lowest
-test error, as the papers report it: chosen on test data, so a little too good. "last" is the last epoch's, which nothing
-chose. "train error" is on as many training images as there are test images. Figures are means over the seeds that are
-listed, ± their standard deviation; a row with one seed has none. Collapsed runs end within three standard errors of chance;
-they and diverged ones are in no order. "W to B" is the angle of the weights to the feedback at the end of training, over
-all layers but the first, "to BP" that of the weights' gradient to back-propagation's on one batch, over all but the last.
+Made by `python -m recipes report`, from the logs in [{folder}]({folder}). Errors are those of the epoch with the
+lowest test error, as the papers report it: chosen on test data, so a little too good. "last" is the last epoch's,
+which nothing chose. "train error" is on as many training images as there are test images. Figures are means over the
+seeds that are listed, ± their standard deviation; a row with one seed has none. Collapsed runs end within three
+standard errors of chance; they and diverged ones are in no order. "W to B" is the angle of the weights to the
+feedback at the end of training, over all layers but the first, "to BP" that of the weights' gradient to
+back-propagation's on one batch, over all but the last.
 """
 
 
 def _made(rows: list[list[Run]]) -> str:
     headers = [r.header for runs in rows for r in runs]
     facts = [", ".join(sorted({h[key] for h in headers})) for key in ("processor", "versions", "commit")]
-    commands = "\n".join(sorted({re.sub(r"[\w-]+\.toml", "*.toml", h["command"]) for h in headers}))
+    commands = "\n".join(
+        sorted({re.sub(r"(experiments/[\w-]+)/[\w-]+\.toml", r"\1.toml", h["command"]) for h in headers})
+    )
     return "{}; {}; commit {}.\n\n```\n{}\n```\n".format(*facts, commands)
 
 

@@ -1,7 +1,7 @@
 """Run an experiment, one folder a seed: log.jsonl (a header, then a row an epoch) and checkpoint.pt.
 
-Both are written after every epoch, whole or not at all; the same command goes on from there. A log that is missing or is
-not that of the checkpoint is written again from it, and no more is done where the run is finished.
+Both are written after every epoch, whole or not at all; the same command goes on from there. A log that is missing or
+is not that of the checkpoint is written again from it, and no more is done where the run is finished.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from recipes import data as datasets
 from recipes import checkpoint, detection, learn, models
+from recipes import data as datasets
 from recipes.experiment import Experiment, difference
 
 Row = dict[str, Any]
