@@ -94,12 +94,18 @@ def test_a_finished_run_is_not_repeated(tmp_path):
         ("algorithm.name=bp", "algorithm.name: got 'bp', want one of backprop, usf"),
         (
             "algorithm.alpha=0.1",
-            "algorithm.alpha: no such key, want one of scale, last_layer with algorithm.name = 'usf'",
+            "algorithm.alpha: no such key, want one of scale, last_layer, kinds, mirror with algorithm.name = 'usf'",
         ),
         ("algorithm.scale=big", "algorithm: scale: expected a positive finite number"),
         ("algorithm.name=dtp", "inverse_optimizer: got none, want one with algorithm.name = 'dtp'"),
         ("optimizer.name=lion", "optimizer.name: got 'lion', want one of sgd, adam"),
         ("optimizer.momentum=0.9", "optimizer.momentum: no such key, want one of lr, betas"),
+        ("optimizer.lr=fast", "optimizer.lr: got 'fast', want a value of type float"),
+        ("optimizer.betas=0.9", "optimizer.betas: got 0.9, want a value of type list"),
+        ("algorithm.last_layer={name = 'fa', size = 1}", "algorithm.last_layer: "),
+        ("algorithm.kinds.Conv2=fa", "algorithm.kinds: got 'Conv2', want names of torch.nn's layers"),
+        ("algorithm.kinds.Conv2d=bp", "algorithm.kinds.Conv2d: got 'bp', want one of backprop"),
+        ("algorithm.mirror.lr=0.1", "algorithm.mirror: got one, want none without wm"),
         ("optimizer.lr=-1", "optimizer: Invalid learning rate"),
         ("data.name=emnist", "data.name: got 'emnist', want digits"),
         ("model.name=lanet", "model.name: got 'lanet', want mlp"),
@@ -463,5 +469,32 @@ def test_a_wrong_row_is_named(tmp_path, old, new, message):
 def test_keys_names_every_key(capsys):
     cli.main(["keys"])
     shown = capsys.readouterr().out
-    for key in ("train.milestones", "data.augment", "model.init", "usf: scale, last_layer", "like =", "weight_decay"):
+    for key in (
+        "train.milestones",
+        "data.augment",
+        "model.init",
+        "usf: scale, last_layer, kinds, mirror",
+        "like =",
+        "weight_decay",
+    ):
         assert key in shown
+
+
+def test_rules_by_kind_and_of_the_last_layer():
+    algorithm = {"name": "usf", "kinds": {"Conv2d": {"name": "fa", "scale": "xavier"}}, "last_layer": {"name": "kp"}}
+    e = experiment.check({"model": {"name": "lenet"}, "algorithm": algorithm})
+    layers = [m for m in learn.build(e, (1, 28, 28), 10, 0, "cpu").model.modules() if hasattr(m, "feedback")]
+    found = [(type(m).__mro__, type(m.feedback).__name__) for m in layers]
+    names = [*("fa" if torch.nn.Conv2d in mro else "usf" for mro, _ in found[:-1]), "kp"]
+    assert [name for _, name in found] == [experiment.RULES[name].__name__ for name in names]
+    assert {"fa", "usf", "kp"} == set(names)
+
+
+@pytest.mark.parametrize("place", ["name", "last_layer", "kinds"])
+def test_a_weight_mirror_is_moved_wherever_it_is(monkeypatch, place):
+    algorithm = {"name": "usf", "mirror": {"decay": 0.25}, place: {"Linear": "wm"} if place == "kinds" else "wm"}
+    e = experiment.check({"model": {"name": "mlp"}, "algorithm": algorithm})
+    trained, calls = learn.build(e, (1, 4, 4), 10, 0, "cpu"), []
+    monkeypatch.setattr(learn.bk, "mirror_", lambda model, **options: calls.append(options))
+    trained.epoch([(torch.randn(2, 1, 4, 4), torch.tensor([0, 1]))] * 2)
+    assert calls == [{"lr": 0.1, "decay": 0.25, "batch_size": 64, "normalise": True}] * 2

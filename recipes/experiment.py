@@ -21,6 +21,13 @@ name = "mlp"                             as in recipes.models, or to detect: ret
 [algorithm]
 name = "dtp"                             a feedback rule, a direct rule or a variant of target propagation,
 alpha = 0.15                             and the arguments of its class
+[algorithm.last_layer]                    of a feedback rule: another in the last layer, or last_layer = "fa"
+name = "fa"
+scale = "xavier"
+[algorithm.kinds]                        of a feedback rule: another in layers of a class of torch.nn
+Conv2d = "usf"
+[algorithm.mirror]                       of wm: arguments of mirror_, which follows every step
+decay = 0.1
 [optimizer]
 name = "adam"                            sgd, adam, rmsprop, manhattan, and the arguments of its class
 lr = 1e-3
@@ -58,6 +65,8 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 RULES = bk.feedback.RULES
 DIRECT = bk.direct.RULES
 VARIANTS = bk.targetprop.VARIANTS
+# Of the weight mirror after each step, `[algorithm]` mirror: as `bioplaus_kernels.mirror_` takes them.
+MIRROR = {"lr": 0.1, "decay": 0.1, "batch_size": 64, "normalise": True}
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -268,7 +277,7 @@ def keys() -> str:
         lines += [f"{part}.{key} = {value!r}".ljust(40) + f" {source[key]}" for key, value in vars(cls()).items()]
     lines += ["", "algorithm.name, and the other keys of [algorithm] with it:", ""]
     for name, rule in (RULES | DIRECT).items():
-        own = [f.name for f in dataclasses.fields(rule)] + (["last_layer"] if name in RULES else ["blocks"])
+        own = [f.name for f in dataclasses.fields(rule)] + _beside(name)
         lines.append(f"{name}: {', '.join(own)}")
     lines += [f"{', '.join(VARIANTS)}: {', '.join(_TARGETS)}", "", "optimizer.name, and the keys with it:", ""]
     for name, optimizer in OPTIMIZERS.items():
@@ -324,15 +333,44 @@ def _algorithm(table: dict[str, Any]) -> dict[str, Any]:
         _one_of("algorithm.schedule", table.get("schedule", "parallel"), schedules.SCHEDULES)
     else:
         cls = (RULES | DIRECT)[name]
-        allowed = [f.name for f in dataclasses.fields(cls)] + (["last_layer"] if name in RULES else ["blocks"])
-        own = {key: value for key, value in table.items() if key in allowed and key not in ("last_layer", "blocks")}
+        allowed = [f.name for f in dataclasses.fields(cls)] + _beside(name)
+        own = {key: value for key, value in table.items() if key in allowed and key not in _beside(name)}
         _wrap("algorithm", lambda options: cls(**options), own)
         if "last_layer" in table:
-            _one_of("algorithm.last_layer", table["last_layer"], RULES)
+            rule("algorithm.last_layer", table["last_layer"])
+        for kind, value in _typed("algorithm.kinds", table.get("kinds", {}), dict).items():
+            layer = getattr(torch.nn, kind, None)
+            if not isinstance(layer, type) or not issubclass(layer, torch.nn.Module):
+                raise ValueError(f"algorithm.kinds: got {kind!r}, want names of torch.nn's layers, such as Conv2d")
+            rule(f"algorithm.kinds.{kind}", value)
+        for key, value in _typed("algorithm.mirror", table.get("mirror", {}), dict).items():
+            if key not in MIRROR:
+                raise ValueError(_unknown(f"algorithm.mirror.{key}", list(MIRROR)))
+            _typed(f"algorithm.mirror.{key}", value, type(MIRROR[key]))
+        others = [table.get("last_layer"), *table.get("kinds", {}).values()]
+        used = [name, *(other["name"] if isinstance(other, dict) else other for other in others)]
+        if "mirror" in table and "wm" not in used:
+            raise ValueError("algorithm.mirror: got one, want none without wm among the rules")
     for key in table:
         if key != "name" and key not in allowed:
             raise ValueError(f"{_unknown(f'algorithm.{key}', allowed)} with algorithm.name = {name!r}")
     return table
+
+
+def rule(key: str, value: Any) -> bk.Rule:
+    """The feedback rule that a name or a table of a name and its options states."""
+    options = {"name": value} if isinstance(value, str) else dict(_typed(key, value, dict))
+    name = options.pop("name", None)
+    _one_of(f"{key}.name" if options else key, name, RULES)
+    try:
+        return RULES[name](**options)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{key}: {error}") from error
+
+
+def _beside(name: str) -> list[str]:
+    # What [algorithm] takes beside the arguments of its class.
+    return ["blocks"] if name in DIRECT else ["last_layer", "kinds", "mirror"]
 
 
 def _optimizer(table: dict[str, Any], where: str) -> dict[str, Any]:
@@ -345,6 +383,11 @@ def _optimizer(table: dict[str, Any], where: str) -> dict[str, Any]:
             if name not in (*allowed, *(("name", "last_layer") if options is table else ())):
                 raise ValueError(_unknown(f"{key}.{name}", allowed))
         arguments = {k: v for k, v in options.items() if k not in ("name", "last_layer")}
+        for name, value in arguments.items():
+            default = inspect.signature(OPTIMIZERS[table["name"]]).parameters[name].default
+            if isinstance(default, bool | int | float | tuple):
+                number = type(default) if isinstance(default, bool) else list if isinstance(default, tuple) else float
+                _typed(f"{key}.{name}", value, number)
         _wrap(key, lambda a: OPTIMIZERS[table["name"]]([torch.zeros(1)], **a), arguments)
     return table
 
