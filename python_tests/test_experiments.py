@@ -11,6 +11,7 @@ from PIL import Image
 pytest.importorskip("pycocotools")
 from recipes import __main__ as cli
 from recipes import checkpoint, data, experiment, learn, report
+from recipes.run import order
 
 FILES = sorted((Path(experiment.__file__).parent / "experiments").glob("*.toml"))
 ROWS = [(path, row) for path in FILES for _, row, _ in experiment.entries(path)]
@@ -414,8 +415,6 @@ def test_stopping_by_hand_says_how_to_go_on(tmp_path, monkeypatch):
 
 
 def test_the_order_of_samples_is_a_function_of_seed_and_epoch():
-    from recipes.run import order
-
     numbers = {order(seed, epoch) for seed in range(30) for epoch in range(30)}
     assert len(numbers) == 900 and order(0, 1) == 599057444
 
