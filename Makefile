@@ -37,7 +37,7 @@ endif
 .PHONY: train test test-all test-amx test-installed check lint format build clean FORCE
 
 train: build
-	$(PY) -m recipes run recipes/experiments/digits/*.toml
+	$(PY) -m recipes run recipes/experiments/digits.toml
 
 test: lint
 	$(PY) -m pytest -m "not exhaustive" $(PYTEST_ARGS)

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 pytest.importorskip("torchvision")
 pytest.importorskip("pycocotools")
 from recipes import __main__ as cli
-from recipes import detection
+from recipes import checkpoint, detection
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -180,7 +180,7 @@ def run(path, out, root, *args):
     cli.main(["run", str(path), "--out", str(out), "--data-root", str(root), "--device", "cpu", *args])
     (log,) = (out / path.parent.name / path.stem).glob("seed-*/log.jsonl")
     _, *rows = map(json.loads, log.read_text().splitlines())
-    return rows, torch.load(log.parent / "checkpoint.pt", weights_only=True)["model"]
+    return rows, checkpoint.load(log.parent / "checkpoint.pt")["model"]
 
 
 @pytest.mark.slow

@@ -1,11 +1,12 @@
 """The papers' experiments: train them, search their hyperparameters, report.
 
-    python -m recipes run recipes/experiments/biotorch-fashion-mnist/*.toml
-    python -m recipes search recipes/experiments/bartunov-mnist-fc/fa.toml --set train.epochs=10 --trials 60
+    python -m recipes run recipes/experiments/biotorch-fashion-mnist.toml
+    python -m recipes run recipes/experiments/bartunov-mnist-fc.toml --rows fa,dfa --set train.epochs=10
+    python -m recipes search recipes/experiments/bartunov-mnist-fc.toml --rows fa --set train.epochs=10 --trials 60
     python -m recipes report runs --to docs/results.md
 
-Every command goes on where it was stopped. A row's runs are in OUT/TABLE/ROW/seed-N, after the TOML file's folder and
-name; recipes/experiment.py says what may be in such a file.
+Every command goes on where it was stopped. A row's runs are in OUT/TABLE/ROW/seed-N, after the TOML file's name and the
+row's id; `python -m recipes keys` says what may be in such a file and after --set.
 """
 
 from __future__ import annotations
@@ -37,16 +38,26 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--keep", type=int, default=1, metavar="N", help="how many go on (default: %(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for c in (r, s):
-        c.add_argument("files", nargs="+", type=Path, metavar="FILE.toml", help="experiments, one a row of a table")
-        c.add_argument("--set", action="append", default=[], type=_assignment, metavar="KEY=VALUE", dest="changes")
+        c.add_argument("files", nargs="+", type=Path, metavar="FILE.toml", help="a table's experiments, or one")
+        c.add_argument("--rows", type=lambda text: text.split(","), metavar="ID[,ID...]", help="of them (default: all)")
+        c.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            type=_assignment,
+            metavar="KEY=VALUE",
+            dest="changes",
+            help="in every row, such as train.epochs=10; the value is TOML, any other text a string; again for more",
+        )
         c.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="(default: %(default)s)")
         c.add_argument("--data-root", default="data", metavar="DIR", help="where data sets are (default: %(default)s)")
         c.add_argument("--device", type=_device, default=device, help="(default: %(default)s)")
         c.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load images of folders")
         c.add_argument("--no-measure", action="store_true", help="leave out the angles after every epoch")
     t = commands.add_parser("report", help="tables and pictures as a Markdown page, from runs or their copied logs")
-    t.add_argument("roots", nargs="+", type=Path, metavar="DIR", help="what --out was, or the page's own folder")
-    t.add_argument("--to", type=Path, default=Path("docs/results.md"), metavar="FILE.md", help="(default: %(default)s)")
+    t.add_argument("roots", nargs="+", type=Path, metavar="DIR", help="what --out was")
+    t.add_argument("--to", type=Path, required=True, metavar="FILE.md", help="the page; its own folder's logs stay")
+    commands.add_parser("keys", help="what an experiment's file may say")
     return p
 
 
@@ -54,17 +65,22 @@ def main(argv: list[str] | None = None) -> None:
     p = parser()
     args = p.parse_args(argv)
     try:
-        {"run": _run, "search": _search, "report": _report}[args.command](args)
+        {"run": _run, "search": _search, "report": _report, "keys": _keys}[args.command](args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         p.error(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(
+            "stopped" if args.command == "report" else "stopped; the same command goes on after the last whole epoch"
+        ) from None
 
 
 def _run(args: argparse.Namespace) -> None:
-    experiments = [(path, experiment.load(path, dict(args.changes))) for path in args.files]
-    for path, e in experiments:
+    found = _entries(args)
+    experiments = [experiment.load(path, row, dict(args.changes)) for path, _, row in found]
+    for e, (path, table, row) in zip(experiments, found, strict=True):
         for seed in args.seeds or e.seeds:
-            run(e, seed, args.out / path.parent.name / path.stem / f"seed-{seed}", **_options(args, path))
-    for name in dict.fromkeys(path.parent.name for path in args.files):
+            run(e, seed, args.out / table / row / f"seed-{seed}", **_options(args, path, table))
+    for name in dict.fromkeys(table for _, table, _ in found):
         rows = report.collect([args.out])[name]
         image = args.out / name / "curves.png"
         report.picture(rows, name, image)
@@ -72,18 +88,18 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _search(args: argparse.Namespace) -> None:
-    for path in args.files:
-        e = experiment.load(path, dict(args.changes))
+    for path, table, row in _entries(args):
+        e = experiment.load(path, row, dict(args.changes))
         if not e.search:
-            raise ValueError(f"{path}: search: got none, want keys and their ranges")
+            raise ValueError(f"{path}, row {row}: search: got none, want keys and their ranges")
         trials = range(args.trials)
         for epochs in dict.fromkeys((args.first or e.train.epochs, e.train.epochs)):
             scores = {}
             for trial in tqdm(trials, f"{e.row}, {epochs} epochs", leave=False, disable=None, unit="trial"):
                 drawn = e.draw(trial, args.seed)
-                one = experiment.load(path, dict(args.changes) | drawn | {"train.epochs": epochs})
-                folder = args.out / path.parent.name / f"{path.stem}-search" / f"trial-{trial}"
-                run(one, args.seed, folder, **_options(args, path, drawn=drawn))
+                one = experiment.load(path, row, dict(args.changes) | drawn | {"train.epochs": epochs})
+                folder = args.out / table / f"{row}-search" / f"trial-{trial}"
+                run(one, args.seed, folder, **_options(args, path, table, drawn=drawn))
                 trained = report.read(folder)
                 trained.rows = trained.rows[: epochs + 1]
                 scores[trial] = trained.rank
@@ -96,16 +112,23 @@ def _report(args: argparse.Namespace) -> None:
     print(args.to)
 
 
-def _options(args: argparse.Namespace, path: Path, **about: Any) -> dict[str, Any]:
+def _keys(args: argparse.Namespace) -> None:
+    print(experiment.keys())
+
+
+def _entries(args: argparse.Namespace) -> list[tuple[Path, str, str]]:
+    return [(path, table, row) for path in args.files for table, row, _ in experiment.entries(path, args.rows)]
+
+
+def _options(args: argparse.Namespace, path: Path, table: str, **about: Any) -> dict[str, Any]:
     # What changes a result, without where it is kept and computed.
     changes = [part for key, value in args.changes for part in ("--set", f"{key}={value}")]
     for name in ("seeds", "trials", "seed", "first", "keep"):
         if getattr(args, name, None) is not None:
             value = getattr(args, name)
             changes += [f"--{name}", ",".join(map(str, value)) if name == "seeds" else str(value)]
-    command = shlex.join(
-        ["python", "-m", "recipes", args.command, f"recipes/experiments/{path.parent.name}/{path.name}", *changes]
-    )
+    file = path.name if table == path.stem else f"{table}/{path.name}"
+    command = shlex.join(["python", "-m", "recipes", args.command, f"recipes/experiments/{file}", *changes])
     return {
         "data_root": args.data_root,
         "device": args.device,

@@ -1,4 +1,14 @@
-"""One experiment, a row of a paper's table: a TOML file, read and checked.
+"""Experiments, the rows of a paper's table: a TOML file, read and checked.
+
+A file of a table has `[base]`, what its rows share, and a `[[row]]` for each, which says what is its own:
+
+[[row]]
+id = "dtp-slow"                          its folder in the results
+name = "DTP, slow"                       what the table calls it
+like = "dtp"                             a row before it, in place of the base
+optimizer = {lr = 1e-5}                  keys of a table within are changed one by one
+
+A file without rows is one experiment. What an experiment may say:
 
 row = "DTP, parallel"                    what the table calls it
 published = {test_error = 2.86}          its figures, in percent
@@ -11,6 +21,13 @@ name = "mlp"                             as in recipes.models, or to detect: ret
 [algorithm]
 name = "dtp"                             a feedback rule, a direct rule or a variant of target propagation,
 alpha = 0.15                             and the arguments of its class
+[algorithm.last_layer]                    of a feedback rule: another in the last layer, or last_layer = "fa"
+name = "fa"
+scale = "xavier"
+[algorithm.kinds]                        of a feedback rule: another in layers of a class of torch.nn
+Conv2d = "usf"
+[algorithm.mirror]                       of wm: arguments of mirror_, which follows every step
+decay = 0.1
 [optimizer]
 name = "adam"                            sgd, adam, rmsprop, manhattan, and the arguments of its class
 lr = 1e-3
@@ -48,6 +65,8 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 RULES = bk.feedback.RULES
 DIRECT = bk.direct.RULES
 VARIANTS = bk.targetprop.VARIANTS
+# Of the weight mirror after each step, `[algorithm]` mirror: as `bioplaus_kernels.mirror_` takes them.
+MIRROR = {"lr": 0.1, "decay": 0.1, "batch_size": 64, "normalise": True}
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -128,17 +147,65 @@ class Experiment:
         return drawn
 
 
-def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Experiment:
-    """The experiment in the file `path`; `overrides` maps dotted keys ("train.epochs") to other values.
+Entry = tuple[str, str, dict[str, Any]]
 
-    Raises ValueError or TypeError that names the key, what it got and what is wanted, and OSError for a missing file.
+
+def entries(path: str | Path, rows: list[str] | None = None) -> list[Entry]:
+    """(table, row's id, content) of the experiments in the file `path`, or of `rows` of them.
+
+    The table of a file with rows has the file's name; a file of one experiment is a row of its folder's table.
+    Raises ValueError or TypeError that names what is wrong, and OSError for a missing file.
     """
+    path = Path(path).absolute()
     try:
-        return check(tomllib.loads(Path(path).read_text()), overrides)
+        content = tomllib.loads(path.read_text())
+        found = _rows(content) if "row" in content and isinstance(content["row"], list) else {path.stem: content}
+        for row in rows or []:
+            _one_of("--rows", row, found)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not TOML: {error}") from error
     except (ValueError, TypeError) as error:
         raise type(error)(f"{path}: {error}") from error
+    table = path.parent.name if list(found.values()) == [content] else path.stem
+    return [(table, row, found[row]) for row in rows or found]
+
+
+def load(path: str | Path, row: str | None = None, overrides: dict[str, Any] | None = None) -> Experiment:
+    """The experiment `row` in the file `path`, by default the only one; `overrides` maps dotted keys ("train.epochs")
+    to other values.
+
+    Raises ValueError or TypeError that names the key, what it got and what is wanted, and OSError for a missing file.
+    """
+    found = entries(path, [row] if row else None)
+    if len(found) > 1:
+        raise ValueError(f"{path}: row: got none, want one of {', '.join(name for _, name, _ in found)}")
+    try:
+        return check(found[0][2], overrides)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{path}{f', row {row}' if row else ''}: {error}") from error
+
+
+def _rows(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    for key in content:
+        _one_of("the file's tables", key, ("base", "row"))
+    base = _typed("base", content.get("base", {}), dict)
+    found: dict[str, dict[str, Any]] = {}
+    for number, own in enumerate(content["row"]):
+        own = dict(_typed(f"row {number}", own, dict))
+        name = _typed(f"row {number}: id", own.pop("id", None), str)
+        like = own.pop("like", None)
+        if name in found:
+            raise ValueError(f"row {number}: id: got {name!r}, which another row has")
+        if like is not None:
+            _one_of(f"row {name}: like", like, found)
+        start = found[like] if like is not None else base
+        own["row"] = own.pop("name", name)
+        merged = {key: value for key, value in start.items() if key not in ("row", "published")}
+        for key, value in own.items():
+            both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+            merged[key] = merged[key] | value if both else value
+        found[name] = merged
+    return found
 
 
 def check(content: dict[str, Any], overrides: dict[str, Any] | None = None) -> Experiment:
@@ -177,6 +244,46 @@ def check(content: dict[str, Any], overrides: dict[str, Any] | None = None) -> E
     )
     _check_values(experiment)
     return experiment
+
+
+def difference(made: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first key in which two experiments' contents differ, and its values; None where one goes on with the other.
+
+    More epochs go on with a run, unless its rates were falling towards the last one.
+    """
+    made, now = _flat(made), _flat(now)
+    for key in sorted(made.keys() | now.keys()):
+        more = key == "train.epochs" and not now.get("train.cosine")
+        if made.get(key) != now.get(key) and not more:
+            return key, made.get(key), now.get(key)
+    return None
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def keys() -> str:
+    """What an experiment's file may say: this module's description, every key, its default and the names it takes."""
+    lines = [__doc__ or "", "Keys and their defaults:", ""]
+    for part, cls in (("data", Data), ("model", Model), ("train", Train)):
+        source = {}
+        for line in inspect.getsource(cls).splitlines():
+            name, _, rest = line.strip().partition(":")
+            source[name] = rest.partition("#")[2].strip()
+        lines += [f"{part}.{key} = {value!r}".ljust(40) + f" {source[key]}" for key, value in vars(cls()).items()]
+    lines += ["", "algorithm.name, and the other keys of [algorithm] with it:", ""]
+    for name, rule in (RULES | DIRECT).items():
+        own = [f.name for f in dataclasses.fields(rule)] + _beside(name)
+        lines.append(f"{name}: {', '.join(own)}")
+    lines += [f"{', '.join(VARIANTS)}: {', '.join(_TARGETS)}", "", "optimizer.name, and the keys with it:", ""]
+    for name, optimizer in OPTIMIZERS.items():
+        own = [p for p in inspect.signature(optimizer).parameters if p != "params"]
+        lines.append(f"{name}: {', '.join(own)}, last_layer (a table of the same keys)")
+    return "\n".join(lines)
 
 
 _PARTS = ("data", "model", "algorithm", "optimizer", "inverse_optimizer", "train", "search")
@@ -226,15 +333,44 @@ def _algorithm(table: dict[str, Any]) -> dict[str, Any]:
         _one_of("algorithm.schedule", table.get("schedule", "parallel"), schedules.SCHEDULES)
     else:
         cls = (RULES | DIRECT)[name]
-        allowed = [f.name for f in dataclasses.fields(cls)] + (["last_layer"] if name in RULES else ["blocks"])
-        own = {key: value for key, value in table.items() if key in allowed and key not in ("last_layer", "blocks")}
+        allowed = [f.name for f in dataclasses.fields(cls)] + _beside(name)
+        own = {key: value for key, value in table.items() if key in allowed and key not in _beside(name)}
         _wrap("algorithm", lambda options: cls(**options), own)
         if "last_layer" in table:
-            _one_of("algorithm.last_layer", table["last_layer"], RULES)
+            rule("algorithm.last_layer", table["last_layer"])
+        for kind, value in _typed("algorithm.kinds", table.get("kinds", {}), dict).items():
+            layer = getattr(torch.nn, kind, None)
+            if not isinstance(layer, type) or not issubclass(layer, torch.nn.Module):
+                raise ValueError(f"algorithm.kinds: got {kind!r}, want names of torch.nn's layers, such as Conv2d")
+            rule(f"algorithm.kinds.{kind}", value)
+        for key, value in _typed("algorithm.mirror", table.get("mirror", {}), dict).items():
+            if key not in MIRROR:
+                raise ValueError(_unknown(f"algorithm.mirror.{key}", list(MIRROR)))
+            _typed(f"algorithm.mirror.{key}", value, type(MIRROR[key]))
+        others = [table.get("last_layer"), *table.get("kinds", {}).values()]
+        used = [name, *(other["name"] if isinstance(other, dict) else other for other in others)]
+        if "mirror" in table and "wm" not in used:
+            raise ValueError("algorithm.mirror: got one, want none without wm among the rules")
     for key in table:
         if key != "name" and key not in allowed:
             raise ValueError(f"{_unknown(f'algorithm.{key}', allowed)} with algorithm.name = {name!r}")
     return table
+
+
+def rule(key: str, value: Any) -> bk.Rule:
+    """The feedback rule that a name or a table of a name and its options states."""
+    options = {"name": value} if isinstance(value, str) else dict(_typed(key, value, dict))
+    name = options.pop("name", None)
+    _one_of(f"{key}.name" if options else key, name, RULES)
+    try:
+        return RULES[name](**options)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{key}: {error}") from error
+
+
+def _beside(name: str) -> list[str]:
+    # What [algorithm] takes beside the arguments of its class.
+    return ["blocks"] if name in DIRECT else ["last_layer", "kinds", "mirror"]
 
 
 def _optimizer(table: dict[str, Any], where: str) -> dict[str, Any]:
@@ -247,6 +383,11 @@ def _optimizer(table: dict[str, Any], where: str) -> dict[str, Any]:
             if name not in (*allowed, *(("name", "last_layer") if options is table else ())):
                 raise ValueError(_unknown(f"{key}.{name}", allowed))
         arguments = {k: v for k, v in options.items() if k not in ("name", "last_layer")}
+        for name, value in arguments.items():
+            default = inspect.signature(OPTIMIZERS[table["name"]]).parameters[name].default
+            if isinstance(default, bool | int | float | tuple):
+                number = type(default) if isinstance(default, bool) else list if isinstance(default, tuple) else float
+                _typed(f"{key}.{name}", value, number)
         _wrap(key, lambda a: OPTIMIZERS[table["name"]]([torch.zeros(1)], **a), arguments)
     return table
 

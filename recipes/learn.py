@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import bioplaus_kernels as bk
 from bioplaus_kernels import metrics
 from recipes import data, detection, models, schedules
-from recipes.experiment import AMP, DIRECT, OPTIMIZERS, RULES, Experiment
+from recipes.experiment import AMP, DIRECT, MIRROR, OPTIMIZERS, RULES, Experiment, rule
 from recipes.models import bartunov
 
 Shape = tuple[int, int, int]
@@ -27,9 +27,16 @@ class Learner:
         self.criterion = squared_error if experiment.reconstructs else nn.functional.cross_entropy
         options = dict(experiment.algorithm)
         name = options.pop("name")
+        used: set[type] = set()
         if experiment.family == "rule":
-            last = options.pop("last_layer", None)
-            bk.convert_(model, RULES[name](**options), last_layer=last, seed=seed)
+            last, kinds = options.pop("last_layer", None), options.pop("kinds", {})
+            self.mirror = MIRROR | options.pop("mirror", {})
+            # The nearest class counts, so nn.Module stands for all others.
+            rules = {nn.Module: RULES[name](**options)}
+            rules |= {getattr(nn, kind): rule(f"algorithm.kinds.{kind}", value) for kind, value in kinds.items()}
+            last = None if last is None else rule("algorithm.last_layer", last)
+            used = {type(r) for r in (*rules.values(), last)}
+            bk.convert_(model, rules if kinds else rules[nn.Module], last_layer=last, seed=seed)
         else:
             blocks = options.pop("blocks", None)
             if blocks is None:
@@ -43,8 +50,8 @@ class Learner:
         # The layout that convolutions and pooling compute in, so that they convert nothing.
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.network = torch.compile(self.model) if experiment.train.compile else self.model
-        self.mirrored = name == "wm"
-        self.aligned = name in ("sa", "aa", "ia")
+        self.mirrored = RULES["wm"] in used
+        self.aligned = not used.isdisjoint(RULES[learned] for learned in ("sa", "aa", "ia"))
         self.labelled = name == "drtp"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=experiment.train.amp == "fp16")
         self.optimizers = [optimizer(experiment.optimizer, self.model)]
@@ -71,7 +78,7 @@ class Learner:
             self.scaler.step(optimizer)
             self.scaler.update()
             if self.mirrored:
-                bk.mirror_(self.model, lr=0.1, decay=0.1)
+                bk.mirror_(self.model, **self.mirror)
             total += loss.detach()
             count += 1
         return total.item() / count

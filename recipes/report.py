@@ -20,7 +20,11 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from recipes.experiment import difference
+
 Row = dict[str, Any]
+# Classes and test images, for logs whose header does not say.
+SIZES = {"digits": (10, 360), "mnist": (10, 10000), "fashion-mnist": (10, 10000), "cifar10": (10, 10000)}
 MEASURES = {"angle_weight": "angle, W to B", "angle_grad": "angle to BP's gradient"}
 
 
@@ -49,6 +53,23 @@ class Run:
         return self.header["experiment"].get("train", {}).get("epochs", self.epochs)
 
     @property
+    def failed(self) -> str:
+        """ "diverged", "collapsed" or nothing.
+
+        Collapsed: the last epoch's test error is within three standard errors of chance, p = 1 - 1 / classes:
+        ``|error - p| <= 3 * sqrt(p * (1 - p) / test images)``.
+        """
+        last = self.rows[-1]
+        if self.epochs and last["train_loss"] is None:
+            return "diverged"
+        known = SIZES.get(self.header["experiment"]["data"]["name"], (None, None))
+        classes, images = (self.header.get(k, size) for k, size in zip(("classes", "test_images"), known, strict=True))
+        if self.score != "test_error" or classes is None or last["test_error"] is None:
+            return ""
+        chance = 1 - 1 / classes
+        return "collapsed" if abs(last["test_error"] - chance) <= 3 * math.sqrt(chance / classes / images) else ""
+
+    @property
     def rank(self) -> float:
         """The best epoch's score, lower is better."""
         return self._rank(self.best)
@@ -59,23 +80,40 @@ class Run:
 
 
 def read(folder: Path) -> Run:
-    header, *rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    """The run of `folder`. Raises ValueError where its log is damaged; `recipes run` writes it again."""
+    path = folder / "log.jsonl"
+    try:
+        header, *rows = map(json.loads, path.read_text().splitlines())
+        header["experiment"]["data"], header["row"], header["published"], [row["epoch"] for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a run's log; the command that made it writes it again") from error
     return Run(folder, header, rows)
 
 
 def collect(roots: Iterable[Path]) -> dict[str, list[list[Run]]]:
     """Runs below `roots` that have had an epoch, by table, in each by row its seeds, rows by their files' names.
 
-    Of a seed in two roots the longer run counts.
+    Of a seed in two roots the longer run counts, of two as long the first. Raises ValueError for a root without runs
+    and for a seed whose runs are of different experiments.
     """
     tables: dict[str, dict[str, dict[str, Run]]] = {}
     for root in roots:
-        for log in sorted(root.glob("*/*/*/log.jsonl")):
+        logs = sorted(root.glob("*/*/*/log.jsonl"))
+        if not logs:
+            raise ValueError(f"{root}: no runs in it, want TABLE/ROW/seed-N/log.jsonl below it")
+        for log in logs:
             table, row, seed = log.relative_to(root).parts[:3]
             found = read(log.parent)
             if len(found.rows) > 1:
                 seeds = tables.setdefault(table, {}).setdefault(row, {})
-                seeds[seed] = max(seeds.get(seed, found), found, key=lambda run: len(run.rows))
+                other = seeds.setdefault(seed, found)
+                if differs := difference(other.header["experiment"], found.header["experiment"]):
+                    key, one, two = differs
+                    raise ValueError(
+                        f"{key}: {one!r} in {other.folder}, {two!r} in {found.folder}; "
+                        "want one experiment in a row, move one of the two folders to a row of its own"
+                    )
+                seeds[seed] = max(other, found, key=lambda run: len(run.rows))
     return {table: [list(seeds.values()) for seeds in rows.values()] for table, rows in sorted(tables.items())}
 
 
@@ -108,30 +146,36 @@ def table(rows: list[list[Run]], style: str = "simple") -> str:
         line += [_mean([r.best.get(name) for r in runs], 100 if percent else 1) for name in names]
         epochs, planned = min(r.epochs for r in runs), max(r.planned for r in runs)
         line.append(epochs if epochs >= planned else f"{epochs} of {planned}")
-        line += [statistics.fmean(r.best["epoch"] for r in runs), len(runs)]
+        line.append(statistics.fmean(r.best["epoch"] for r in runs))
+        line.append(_mean([r.rows[-1].get(score) for r in runs], 100 if percent else 1))
+        line.append(", ".join(re.sub(r"\D+", "", r.folder.name) for r in runs))
+        failed = [r for r in runs if r.failed]
+        line.append(", ".join(f"{r.failed} ({re.sub('[^0-9]+', '', r.folder.name)})" for r in failed))
         line += [statistics.fmean(mean_angle(r.rows[-1], kind) for r in runs) for kind in MEASURES]
-        line.append(statistics.fmean(row["seconds"] for r in runs for row in r.rows[1:]) if runs[0].rows[1:] else None)
         lines.append(["" if isinstance(cell, float) and math.isnan(cell) else cell for cell in line])
     short = [name.replace("_", " ") + (" %" if percent else "") for name in names]
     headers = ["row", *(f"paper: {name}" for name in short), *short]
-    headers += ["epochs", "best epoch", "seeds", "W to B °", "to BP °", "s/epoch"]
+    last = f"last: {score.replace('_', ' ')}" + (" %" if percent else "")
+    headers += ["epochs", "best epoch", last, "seeds", "failed (seed)", "W to B °", "to BP °"]
     used = [i for i in range(len(headers)) if any(line[i] not in (None, "") for line in lines)]
-    formats = [""] + [".2f"] * (2 * len(names)) + [".0f", ".0f", ".0f", ".1f", ".1f", ".1f"]
+    formats = [""] + [".2f"] * (2 * len(names)) + ["", ".0f", ".2f", "", "", ".1f", ".1f"]
     return tabulate(
         [[line[i] for i in used] for line in lines],
         [headers[i] for i in used],
         tablefmt=style,
         floatfmt=[formats[i] for i in used],
-        disable_numparse=[0],
+        disable_numparse=[0, *(i for i, k in enumerate(used) if headers[k] in ("seeds", "failed (seed)"))],
         colalign=["left", *["right"] * (len(used) - 1)],
         missingval="",
     )
 
 
 def order(rows: list[list[Run]]) -> str:
-    """The finished rows from the lowest test error up, in the paper and here; empty where nothing is to compare."""
+    """The finished rows from the lowest test error up, in the paper and here, without those that have failed runs;
+    empty where nothing is to compare.
+    """
     known = [runs for runs in rows if "test_error" in runs[0].header["published"] and runs[0].score == "test_error"]
-    known = [runs for runs in known if all(r.epochs >= r.planned for r in runs)]
+    known = [runs for runs in known if all(r.epochs >= r.planned and not r.failed for r in runs)]
     if len(known) < 3:
         return ""
     paper = sorted(known, key=lambda runs: runs[0].header["published"]["test_error"])
@@ -198,19 +242,21 @@ def histogram(runs: list[Run], path: Path) -> None:
 def write(roots: list[Path], to: Path) -> None:
     """Write the Markdown page `to`, and beside it a folder of its name with the logs it is made of and the pictures.
 
-    Without the logs' folders, that folder as the only root gives the same page again. A file notes.md in the folder of
-    a table goes into the page below that table.
+    That folder is a root itself, after `roots`, so that nothing is lost from a page by writing it again: a table that
+    `roots` do not have stays, as does the longer run. A file notes.md in the folder of a table goes below that table.
+    Raises ValueError as `collect` does.
     """
     folder = to.with_suffix("")
     parts = [HEAD.format(folder=folder.name)]
-    for name, rows in collect(roots).items():
+    kept = [folder] if any(folder.glob("*/*/*/log.jsonl")) else []
+    for name, rows in collect([*roots, *kept]).items():
         place = folder / name
         for r in (r for runs in rows for r in runs):
-            kept = place / r.folder.parent.name / r.folder.name
+            copy = place / r.folder.parent.name / r.folder.name
             for file in ("log.jsonl", "reconstructions.png"):
-                if (r.folder / file).exists() and kept.resolve() != r.folder.resolve():
-                    kept.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(r.folder / file, kept / file)
+                if (r.folder / file).exists() and copy.resolve() != r.folder.resolve():
+                    copy.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(r.folder / file, copy / file)
         searches = [runs for runs in rows if runs[0].folder.name.startswith("trial-")]
         rows = [runs for runs in rows if runs not in searches]
         parts.append(f"## {name}\n")
@@ -239,17 +285,22 @@ def write(roots: list[Path], to: Path) -> None:
 
 HEAD = """# Results
 
-Made by `python -m recipes report`, from the logs in [{folder}]({folder}). Errors are those of the epoch with the lowest
-test error, "train error" on as many training images as there are test images, after that epoch. "W to B" is the angle
-of the weights to the feedback at the end of training, "to BP" that of the weights' gradient to back-propagation's on
-one batch, both as a mean over layers. Seconds are of shared cores and compare nothing.
+Made by `python -m recipes report`, from the logs in [{folder}]({folder}). Errors are those of the epoch with the
+lowest test error, as the papers report it: chosen on test data, so a little too good. "last" is the last epoch's,
+which nothing chose. "train error" is on as many training images as there are test images. Figures are means over the
+seeds that are listed, ± their standard deviation; a row with one seed has none. Collapsed runs end within three
+standard errors of chance; they and diverged ones are in no order. "W to B" is the angle of the weights to the
+feedback at the end of training, over all layers but the first, "to BP" that of the weights' gradient to
+back-propagation's on one batch, over all but the last.
 """
 
 
 def _made(rows: list[list[Run]]) -> str:
     headers = [r.header for runs in rows for r in runs]
     facts = [", ".join(sorted({h[key] for h in headers})) for key in ("processor", "versions", "commit")]
-    commands = "\n".join(sorted({re.sub(r"[\w-]+\.toml", "*.toml", h["command"]) for h in headers}))
+    commands = "\n".join(
+        sorted({re.sub(r"(experiments/[\w-]+)/[\w-]+\.toml", r"\1.toml", h["command"]) for h in headers})
+    )
     return "{}; {}; commit {}.\n\n```\n{}\n```\n".format(*facts, commands)
 
 

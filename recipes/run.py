@@ -1,16 +1,15 @@
 """Run an experiment, one folder a seed: log.jsonl (a header, then a row an epoch) and checkpoint.pt.
 
-Both are written after every epoch, whole or not at all; the same command goes on from there, and does nothing where the
-run is finished.
+Both are written after every epoch, whole or not at all; the same command goes on from there. A log that is missing or
+is not that of the checkpoint is written again from it, and no more is done where the run is finished.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import os
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -21,9 +20,9 @@ import torch
 import torchvision
 from tqdm import tqdm
 
+from recipes import checkpoint, detection, learn, models
 from recipes import data as datasets
-from recipes import detection, learn, models
-from recipes.experiment import Experiment
+from recipes.experiment import Experiment, difference
 
 Row = dict[str, Any]
 
@@ -42,13 +41,33 @@ def run(
     """Train one seed of `experiment` into `folder`, or go on with it; the rows of log.jsonl without its header.
 
     measure: angles and inverse losses after every epoch. about: more for the header.
-    Raises ValueError where `folder` holds a run of another experiment.
+    Raises ValueError where `folder` holds a run of another experiment or a damaged checkpoint, and RuntimeError where
+    another process trains into it.
     """
+    with checkpoint.lock(folder):
+        return _run(experiment, seed, folder, data_root, device, workers, measure, about)
+
+
+def _run(
+    experiment: Experiment,
+    seed: int,
+    folder: Path,
+    data_root: str | Path,
+    device: str,
+    workers: int,
+    measure: bool,
+    about: dict[str, Any] | None,
+) -> list[Row]:
     content = {k: v for k, v in experiment.resolved.items() if k not in ("seeds", "search", "published", "row")}
-    checkpoint = folder / "checkpoint.pt"
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None
+    path = folder / "checkpoint.pt"
+    saved = checkpoint.load(path) if path.exists() else None
     if saved is not None:
-        _same(json.loads(saved["experiment"]), content, checkpoint)
+        if other := difference(json.loads(saved["experiment"]), content):
+            key, made, now = other
+            raise ValueError(
+                f"{key}: got {now!r}, {path} was made with {made!r}; give another --out, or move that folder away"
+            )
+        _log(folder, json.loads(saved["header"]), saved["rows"])
         if len(saved["rows"]) > experiment.train.epochs or diverged(saved["rows"]):
             return saved["rows"]
 
@@ -61,7 +80,7 @@ def run(
     if experiment.train.batch_size > len(data.train):
         raise ValueError(f"train.batch_size: got {experiment.train.batch_size}, there are {len(data.train)} images")
     learner = learn.build(experiment, data.shape, data.classes, seed, device)
-    shuffle = torch.Generator().manual_seed(seed)
+    shuffle = torch.Generator()
     options: dict[str, Any] = {"device": device, "workers": workers, "collate": data.collate}
     options["reconstruct"] = experiment.reconstructs
     batches = datasets.Batches(data.train, experiment.train.batch_size, shuffle, **options)
@@ -79,13 +98,13 @@ def run(
         rows = saved["rows"]
         for name, holder in state.items():
             holder.load_state_dict(saved[name])
-        shuffle.set_state(saved["shuffle"])
         torch.set_rng_state(saved["rng"])
         if torch.cuda.is_available() and "cuda_rng" in saved:
             torch.cuda.set_rng_state_all(saved["cuda_rng"])
     header = {"row": experiment.row, "seed": seed, "published": experiment.published, "experiment": content}
+    if not experiment.detects and not experiment.reconstructs:
+        header |= {"classes": data.classes, "test_images": len(data.test)}
     header |= machine() | (about or {})
-    folder.mkdir(parents=True, exist_ok=True)
 
     epochs = experiment.train.epochs
     for epoch in range(len(rows), epochs + 1):
@@ -95,6 +114,7 @@ def run(
         row: Row = {"epoch": epoch, "lr": learner.optimizers[0].param_groups[0]["lr"], "seconds": 0.0}
         row["train_loss"] = math.nan
         if epoch > 0:
+            shuffle.manual_seed(order(seed, epoch))
             start = time.perf_counter()
             progress = tqdm(batches, f"{experiment.row} {epoch}/{epochs}", leave=False, disable=None, unit="batch")
             row["train_loss"] = learner.epoch(progress)
@@ -106,8 +126,8 @@ def run(
         if measure:
             row |= learner.measure(*probe)
         rows.append(row)
-        _save(checkpoint, {"rows": rows, "experiment": json.dumps(content)}, state, shuffle)
-        _write(folder / "log.jsonl", "".join(json.dumps(_short(r)) + "\n" for r in (header, *rows)).encode())
+        _save(path, {"rows": rows, "header": json.dumps(header), "experiment": json.dumps(content)}, state)
+        _log(folder, header, rows)
         if epoch > 0:
             shown = ", ".join(f"{name} {row[name]:.4f}" for name in row if name.startswith(("train_", "test_")))
             tqdm.write(f"{experiment.row} seed {seed} {epoch}/{epochs}: {shown}, {row['seconds']:.1f} s")
@@ -156,24 +176,13 @@ def _scheduler(experiment: Experiment, optimizer: torch.optim.Optimizer) -> Any:
     return torch.optim.lr_scheduler.MultiStepLR(optimizer, train.milestones, train.gamma)
 
 
+def order(seed: int, epoch: int) -> int:
+    """The seed of an epoch's order of samples, which so depends on nothing that went before."""
+    return random.Random(f"{seed} {epoch}").getrandbits(32)
+
+
 def diverged(rows: list[Row]) -> bool:
     return len(rows) > 1 and not math.isfinite(rows[-1]["train_loss"])
-
-
-def _same(made: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
-    made, now = _flat(made), _flat(now)
-    for key in sorted(made.keys() | now.keys()):
-        # More epochs go on with a run, unless its rates were falling towards the last one.
-        more = key == "train.epochs" and not now.get("train.cosine")
-        if made.get(key) != now.get(key) and not more:
-            raise ValueError(f"{key}: got {now.get(key)!r}, {checkpoint} was made with {made.get(key)!r}")
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in table.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def _short(row: Row) -> Row:
@@ -181,17 +190,15 @@ def _short(row: Row) -> Row:
     return {k: (float(f"{v:.6g}") if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in row.items()}
 
 
-def _save(path: Path, content: dict[str, Any], state: dict[str, Any], shuffle: torch.Generator) -> None:
+def _log(folder: Path, header: dict[str, Any], rows: list[Row]) -> None:
+    path, text = folder / "log.jsonl", "".join(json.dumps(_short(r)) + "\n" for r in (header, *rows)).encode()
+    if not path.exists() or path.read_bytes() != text:
+        checkpoint.write(path, text)
+
+
+def _save(path: Path, content: dict[str, Any], state: dict[str, Any]) -> None:
     content |= {name: holder.state_dict() for name, holder in state.items()}
-    content |= {"shuffle": shuffle.get_state(), "rng": torch.get_rng_state()}
+    content["rng"] = torch.get_rng_state()
     if torch.cuda.is_available():
         content["cuda_rng"] = torch.cuda.get_rng_state_all()
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    _write(path, buffer.getvalue())
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    checkpoint.save(path, content)
