@@ -124,10 +124,20 @@ def locally_connected() -> Iterator[Call]:
             }
             for name, arguments in calls.items():
                 op = name.split()[0]
-                yield Call(f"{name} {label}", partial(getattr(ops, op), *arguments), partial(_lc_error, op, arguments))
+                yield Call(f"{name} {label}", partial(getattr(ops, op), *arguments), partial(_sum_error, op, arguments))
 
 
-def _lc_error(op: str, arguments: tuple[Any, ...], result: Tensor) -> float:
+def convolutions() -> Iterator[Call]:
+    """Their input gradient with any B."""
+    for dtype in DTYPES:
+        w, g = torch.randn(16, 8, 3, 3).to(dtype), torch.randn(3, 16, 4, 5).to(dtype)
+        for name, cell in _cells(w, torch.rand(w.shape).to(dtype)).items():
+            arguments = (g, *cell, list(w.shape), [8, 9], [2, 2], [1, 1], [1, 1])
+            run = partial(ops.feedback_conv, *arguments)
+            yield Call(f"feedback_conv {str(dtype)[6:]} {name}", run, partial(_sum_error, "feedback_conv", arguments))
+
+
+def _sum_error(op: str, arguments: tuple[Any, ...], result: Tensor) -> float:
     plain = reference.OPS[op]
     exact, torchs = plain(*_cpu(arguments, torch.float64)), plain(*_cpu(arguments))
     return relative_gate(result.cpu(), exact, torchs)
@@ -182,6 +192,8 @@ def calls(backend: str) -> Iterator[Call]:
         sources.append(elementwise())
     if not lacks("lc_forward", backend):
         sources.append(locally_connected())
+    if not lacks("feedback_conv", backend):
+        sources.append(convolutions())
     if not lacks("recurrent_forward", backend):
         sources.append(recurrent())
     return (call for turn in zip_longest(*sources) for call in turn if call is not None)
