@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer
 from torch.utils._pytree import tree_leaves
 
 
@@ -29,7 +29,7 @@ def buffers(*models: torch.nn.Module | None) -> Iterator[None]:
         seen.add(module)
         left += module._modules.values()
         own = {a for held in vars(module).get("_held", {}).values() for a in (held.record, *held.kept.values())}
-        own |= {n for n, b in module._buffers.items() if b is not None and is_lazy(b)}
+        own |= {n for n, b in module._buffers.items() if isinstance(b, UninitializedBuffer)}
         theirs = {n: b for n, b in module._buffers.items() if n not in own}
         before.append((module, own, theirs, set(module._non_persistent_buffers_set)))
     # One copy of what modules share.

@@ -1,4 +1,4 @@
-"""LeNet on the real Fashion-MNIST, one epoch, with every rule."""
+"""LeNet on the real Fashion-MNIST, one epoch, with every rule that learns at one rate."""
 
 import math
 
@@ -22,7 +22,11 @@ EXPECTED = {
     "concordance": (0.20, (35, 55), (35, 65)),
     "kp": (0.20, (38, 65), (25, 60)),
     "wm": (0.20, (12, 36), (15, 50)),
+    "low_rank": (0.30, (65, 90), (50, 89)),
+    "sa": (0.18, (0, 10), (0, 15)),
 }
+# Whose B, by the loss of its alignment, diverges with this optimizer.
+DIVERGE = {"aa", "ia"}
 
 
 @pytest.mark.slow
@@ -31,7 +35,7 @@ EXPECTED = {
 )
 @pytest.mark.usefixtures("one_thread")
 def test_lenet_learns_fashion_mnist(tmp_path):
-    assert EXPECTED.keys() == bk.feedback.RULES.keys()
+    assert EXPECTED.keys() | DIVERGE == bk.feedback.RULES.keys()
     runs = {}
     for rule in EXPECTED:
         optimizer = {"name": "sgd", "lr": 0.03, "momentum": 0.9, "weight_decay": 1e-4}
