@@ -22,6 +22,25 @@ def _feedback_mm(grad_output: Shape, *feedback: Any, **_: Any) -> int:
     return 2 * math.prod(grad_output) * feedback[6]
 
 
+def _feedback_conv(grad_output: Shape, *rest: Any, **_: Any) -> int:
+    return 2 * math.prod(grad_output) * math.prod(rest[6][1:])
+
+
+def _recurrent_forward(input: Shape, hidden: Shape, *rest: Any, **_: Any) -> int:
+    projection: Shape | None = rest[3]
+    return 2 * math.prod(input) * hidden[1] + (
+        0 if projection is None else 2 * math.prod(input[:-1]) * math.prod(projection)
+    )
+
+
+def _recurrent_backward(grad_output: Shape, *rest: Any, out_shape: Any, **_: Any) -> int:
+    # B and the weight's gradient on the gates, then both of the projection.
+    feedback, projection, wanted = rest[7], rest[8], rest[12]
+    rows, made = math.prod(grad_output[:-1]), math.prod(out_shape[0])
+    gates = 2 * made * grad_output[-1] * ((feedback is not None) + wanted[0])
+    return gates + (0 if projection is None else 2 * rows * math.prod(projection) * (1 + wanted[2]))
+
+
 def _lc_forward(input: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     return 2 * input[0] * math.prod(weight)
 
@@ -34,9 +53,12 @@ def _lc_backward_weight(grad_output: Shape, *_: Any, out_shape: Shape, **__: Any
     return 2 * grad_output[0] * math.prod(out_shape)
 
 
-_FORMULAS = {
+FORMULAS = {
     "feedback_mm": _feedback_mm,
     "feedback_mm_by": _feedback_mm,
+    "feedback_conv": _feedback_conv,
+    "recurrent_forward": _recurrent_forward,
+    "recurrent_backward": _recurrent_backward,
     "lc_forward": _lc_forward,
     "lc_backward_input": _lc_backward_input,
     "lc_backward_weight": _lc_backward_weight,
@@ -46,7 +68,7 @@ _ops: list[tuple[Any, Any]] = []
 
 def count(namespace: str, name: str) -> None:
     """Let torch count `torch.ops.<namespace>.<name>`."""
-    _ops.append((getattr(getattr(torch.ops, namespace), name), _FORMULAS[name]))
+    _ops.append((getattr(getattr(torch.ops, namespace), name), FORMULAS[name]))
     if _COUNTER in sys.modules:
         _tell(sys.modules[_COUNTER])
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from ._flops import count
+from ._flops import FORMULAS, count
 from .backends import choice, native, reference
 from .backends.reference.lc import memory_format, output_size
 from .backends.reference.pack_signs import packed_shape
@@ -150,7 +150,7 @@ if native.library is not None:
         torch.library.register_fake(f"bioplaus::{_name}", _on_one_device(_name))
     if hasattr(torch.ops.bioplaus, "feedback_mm_by"):
         torch.library.register_fake("bioplaus::feedback_mm_by", _on_one_device("feedback_mm"))
-    for _name in ("feedback_mm", "feedback_mm_by", "lc_forward", "lc_backward_input", "lc_backward_weight"):
+    for _name in FORMULAS:
         if hasattr(torch.ops.bioplaus, _name):
             count("bioplaus", _name)
 

@@ -51,12 +51,22 @@ def test_a_whole_step(rule: str, backend: str | None) -> None:
             assert counted(lambda: model(x)) == 2 * FORWARD
 
 
+@pytest.mark.parametrize("size", [0, 3])
+def test_a_recurrent_step(size: int) -> None:
+    layer, x = bk.nn.LSTM(5, 4, proj_size=size, feedback="fa"), torch.randn(3, 2, 5, requires_grad=True)
+    # Three steps of two rows: of the input, of the state, and of the projection.
+    forward = 6 * (16 * 5 + 16 * (size or 4) + 4 * size)
+    assert counted(lambda: layer(x)[0].sum().backward()) == 2 * 3 * forward
+
+
 def test_every_product_of_a_namespace_is_counted() -> None:
     pytest.importorskip("triton")
     from bioplaus_kernels.backends.triton import feedback_mm, lc  # noqa: F401
 
     schemas = [str(schema) for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("bioplaus")]
-    products = {s.partition("(")[0] for s in schemas if "feedback_mm" in s or "lc_" in s}
+    products = {
+        s.partition("(")[0] for s in schemas if any(part in s for part in ("feedback_mm", "feedback_conv", "lc_"))
+    }
     assert len([name for name in products if name.startswith("bioplaus_triton")]) == 4
     for name in products:
         namespace, op = name.split("::")
@@ -64,6 +74,7 @@ def test_every_product_of_a_namespace_is_counted() -> None:
         b, w, signs = (torch.empty(size, device="meta") for size in ((2, 3, 4), (4, 5, 2, 3), (7, 5)))
         given = {
             "feedback_mm": ((signs, None, signs, None, None, "constant", 1.0, 9), 7 * 5 * 9),
+            "feedback_conv": ((b, *(None,) * 4, "", 1.0, [3, 6, 2], [5], [1], [0], [1]), 2 * 3 * 4 * 6 * 2),
             "lc_forward": ((b, w, None, [1], [0], [1], 1), 2 * math.prod(w.shape)),
             "lc_backward_input": ((b, w, *(None,) * 3, "", 1.0, w.shape, [4], [1], [0], [1], 1), 2 * 4 * 5 * 2 * 3),
             "lc_backward_weight": ((b, b, [2], [1], [0], [1], 1), 2 * math.prod(w.shape)),

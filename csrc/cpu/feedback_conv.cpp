@@ -1,4 +1,4 @@
-// The input gradient of a convolution by ±s (A = 1 group) on the CPU, as the integer products of feedback_mm.cpp.
+// The input gradient of a convolution of one group by ±s on the CPU, as the integer products of feedback_mm.cpp.
 //
 //     dX[n, c, x] = s · Σ over taps k and channels o of dY[n, o, (x + padding − k · dilation) / stride] · σ[o, c, k]
 //
