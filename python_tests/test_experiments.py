@@ -234,7 +234,19 @@ SEARCH = """
 """
 
 
-def test_search_goes_on_with_the_best_and_report_shows_it(tmp_path, capsys):
+def test_search_goes_on_with_the_best_and_report_shows_it(tmp_path, monkeypatch):
+    load, batches, tests = data.load, data.Batches, []
+
+    def loaded(*args):
+        tests.append(load(*args))
+        return tests[-1]
+
+    def make(dataset, *args, **options):
+        assert all(dataset is not one.test for one in tests), "a search looks at test images"
+        return batches(dataset, *args, **options)
+
+    monkeypatch.setattr(data, "load", loaded)
+    monkeypatch.setattr(data, "Batches", make)
     path = write(tmp_path, "usf")
     path.write_text(path.read_text() + SEARCH)
     arguments = ["search", str(path), "--trials", "3", "--first", "1", "--keep", "1", "--device", "cpu"]
@@ -244,13 +256,13 @@ def test_search_goes_on_with_the_best_and_report_shows_it(tmp_path, capsys):
     assert sorted(len(r.rows) for r in trials) == [2, 2, 3]
     first = {r.header["seed"]: None for r in trials}
     assert list(first) == [0] and len({r.header["drawn"]["optimizer.lr"] for r in trials}) == 3
-    errors = [r.rows[1]["test_error"] for r in trials]
+    errors = [r.rows[1]["validation_error"] for r in trials]
     assert len(trials[errors.index(min(errors))].rows) == 3
     before = [r.folder.joinpath("log.jsonl").stat().st_mtime_ns for r in trials]
     cli.main([*arguments, "--out", str(tmp_path / "out")])
     assert before == [r.folder.joinpath("log.jsonl").stat().st_mtime_ns for r in trials]
     cli.main(["report", str(tmp_path / "out"), "--to", str(tmp_path / "page.md")])
-    assert "3 trials, best test error" in (tmp_path / "page.md").read_text()
+    assert "3 trials, best validation error" in (tmp_path / "page.md").read_text()
     assert (tmp_path / "page" / path.parent.name / "usf-search.png").stat().st_size > 5000
 
 
@@ -269,7 +281,7 @@ def test_report_has_the_papers_figures_beside_ours(tmp_path):
     page = (tmp_path / "page.md").read_text()
     (line,) = (line for line in page.splitlines() if "8.00" in line)
     found = [report.read(tmp_path / "out" / path.parent.name / "backprop" / f"seed-{seed}") for seed in (0, 1)]
-    errors = [min(row["test_error"] for row in r.rows) * 100 for r in found]
+    errors = [min(r.rows, key=lambda row: row["validation_error"])["test_error"] * 100 for r in found]
     assert f"{sum(errors) / 2:.2f} ± {abs(errors[0] - errors[1]) / 2**0.5:.2f}" in line
     single = report.read(tmp_path / "out" / path.parent.name / "usf" / "seed-0")
     assert f" {100 * single.best['test_error']:.2f} |" in next(line for line in page.splitlines() if " 3.00 |" in line)
@@ -301,15 +313,45 @@ def test_autoencoder_reconstructs(tmp_path):
     assert image.size == (10 * 10 + 2, 2 * 10 + 2)
 
 
-def log(folder, errors, lr=0.1, losses=None, data_name="mnist"):
+def log(folder, errors, lr=0.1, losses=None, data_name="mnist", validation=()):
     folder.mkdir(parents=True)
     content = {"data": {"name": data_name}, "optimizer": {"lr": lr}, "train": {"epochs": len(errors) - 1}}
     header = {"row": folder.parent.name, "published": {"test_error": 1.0}, "experiment": content}
     header |= {"processor": "p", "versions": "v", "commit": "c", "command": "m"}
     rows = [{"epoch": n, "train_loss": 1.0, "test_error": error} for n, error in enumerate(errors)]
+    for row, error in zip(rows, validation, strict=False):
+        row["validation_error"] = error
     for row, loss in zip(rows, losses or [], strict=False):
         row["train_loss"] = loss
     (folder / "log.jsonl").write_text("".join(json.dumps(part) + "\n" for part in (header, *rows)))
+
+
+def test_the_best_epoch_is_that_of_the_validation_images(tmp_path):
+    log(tmp_path / "t" / "a" / "seed-0", [0.9, 0.1, 0.3], validation=[0.9, 0.4, 0.2])
+    log(tmp_path / "t" / "b" / "seed-0", [0.9, 0.1, 0.3])
+    ((a,), (b,)) = report.collect([tmp_path])["t"]
+    assert (a.best["epoch"], a.best["test_error"], b.best["epoch"]) == (2, 0.3, 1)
+    for run, on, figure in ((a, "validation", "30.00"), (b, "test", "10.00")):
+        (line,) = (part for part in report.table([[run]], "github").splitlines() if "1.00 |" in part)
+        assert on in line and figure in line
+    # The choice needs no test figure at all.
+    for row in a.rows:
+        del row["test_error"]
+    assert a.best["epoch"] == 2
+
+
+def test_a_run_from_before_validation_says_what_differs(tmp_path, capsys):
+    path = write(tmp_path, "usf")
+    run(path, tmp_path, "--set", "train.epochs=1")
+    (file,) = tmp_path.glob("*/usf/seed-0/checkpoint.pt")
+    saved = checkpoint.load(file)
+    content = json.loads(saved["experiment"])
+    del content["data"]["validation"]
+    checkpoint.save(file, saved | {"experiment": json.dumps(content)})
+    with pytest.raises(SystemExit):
+        run(path, tmp_path)
+    assert "data.validation: got 0.1, " in capsys.readouterr().err
+    run(path, tmp_path, "--set", "data.validation=0", "--set", "train.epochs=1")
 
 
 def test_a_page_keeps_the_tables_that_the_roots_do_not_have(tmp_path):

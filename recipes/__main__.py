@@ -92,6 +92,8 @@ def _search(args: argparse.Namespace) -> None:
         e = experiment.load(path, row, dict(args.changes))
         if not e.search:
             raise ValueError(f"{path}, row {row}: search: got none, want keys and their ranges")
+        if not e.data.validation:
+            raise ValueError(f"{path}, row {row}: data.validation: got 0, want validation images: trials see no others")
         trials = range(args.trials)
         for epochs in dict.fromkeys((args.first or e.train.epochs, e.train.epochs)):
             scores = {}
@@ -99,7 +101,7 @@ def _search(args: argparse.Namespace) -> None:
                 drawn = e.draw(trial, args.seed)
                 one = experiment.load(path, row, dict(args.changes) | drawn | {"train.epochs": epochs})
                 folder = args.out / table / f"{row}-search" / f"trial-{trial}"
-                run(one, args.seed, folder, **_options(args, path, table, drawn=drawn))
+                run(one, args.seed, folder, test=False, **_options(args, path, table, drawn=drawn))
                 trained = report.read(folder)
                 trained.rows = trained.rows[: epochs + 1]
                 scores[trial] = trained.rank

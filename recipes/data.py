@@ -35,6 +35,28 @@ class Data:
     shape: tuple[int, int, int]
     classes: int
     collate: Callable[[list[Any]], Any] | None = None  # of a DataLoader, where not torch's own
+    plain: datasets.VisionDataset | None = None  # the training images as test images are prepared, where that differs
+
+    def split(self, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Numbers of the training images to learn from, and of those to validate on: always the same `share` of them.
+
+        In proportion to the classes where the images have one each. Raises ValueError where that leaves a class or a
+        part without images.
+        """
+        if not share:
+            return torch.arange(len(self.train)), torch.arange(0)
+        held = round(share * len(self.train))
+        targets = (
+            self.train.tensors[1] if isinstance(self.train, TensorDataset) else getattr(self.train, "targets", None)
+        )
+        try:
+            parts = train_test_split(range(len(self.train)), test_size=held, stratify=targets, random_state=0)
+        except ValueError as error:
+            raise ValueError(
+                f"data.validation: got {share}, which is {held} of {len(self.train)} images: {error}"
+            ) from error
+        train, validation = (torch.tensor(sorted(part)) for part in parts)
+        return train, validation
 
 
 class Batches:
@@ -58,14 +80,11 @@ class Batches:
         reconstruct: bool = False,
     ) -> None:
         self.dataset, self.size, self.shuffle, self.device = dataset, size, shuffle, torch.device(device)
-        self.reconstruct = reconstruct
+        self.reconstruct, self.only = reconstruct, only
+        self.count = len(dataset) if only is None else len(only)
         self.loader: DataLoader | None = None
-        if isinstance(dataset, TensorDataset):
-            self.tensors = dataset.tensors if only is None else [t[only] for t in dataset.tensors]
-            self.count = len(self.tensors[0])
-        else:
+        if not isinstance(dataset, TensorDataset):
             part = dataset if only is None else Subset(dataset, only.tolist())
-            self.count = len(part)
             self.loader = DataLoader(
                 part,
                 size,
@@ -86,8 +105,11 @@ class Batches:
             yield x, x.flatten(1) if self.reconstruct else y
 
     def _in_memory(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        images, targets = self.tensors
-        order = None if self.shuffle is None else torch.randperm(self.count, generator=self.shuffle)
+        images, targets = self.dataset.tensors
+        order = self.only
+        if self.shuffle is not None:
+            drawn = torch.randperm(self.count, generator=self.shuffle)
+            order = drawn if order is None else order[drawn]
         for start in range(0, len(self) * self.size, self.size):
             part = slice(start, start + self.size)
             chosen = part if order is None else order[part]
@@ -145,6 +167,7 @@ def load(spec: str, root: str | Path, size: int, channels: int, augment: str = "
             datasets.CIFAR10(root, train=False, download=True, transform=v2.Compose(normalise)),
             shape,
             10,
+            plain=datasets.CIFAR10(root, train=True, transform=v2.Compose(normalise)),
         )
     folder = Path(spec.partition(":")[2])
     held_out = next((folder / part for part in ("val", "test") if (folder / part).is_dir()), None)
@@ -158,7 +181,8 @@ def load(spec: str, root: str | Path, size: int, channels: int, augment: str = "
     test_set = datasets.ImageFolder(str(held_out), v2.Compose([*middle, *normalise]))
     if train_set.classes != test_set.classes:
         raise ValueError(f"{folder}: train and {held_out.name} do not hold the same classes")
-    return Data(train_set, test_set, shape, len(train_set.classes))
+    plain = datasets.ImageFolder(str(folder / "train"), test_set.transform)
+    return Data(train_set, test_set, shape, len(train_set.classes), plain=plain)
 
 
 def _normalise(size: int, channels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> list[v2.Transform]:

@@ -76,6 +76,7 @@ class Data:
     path: str = ""  # of an image folder, below the data root
     size: int = 0  # height and width of the images; 0: as they are, or the smallest the model takes
     augment: str = "standard"  # as in recipes.data.load
+    validation: float = 0.1  # share of the training images that choose the best epoch; 0: the test images do
 
     def spec(self, root: str | Path) -> str:
         """What `recipes.data.load` takes; `root` is where the data sets are."""
@@ -130,6 +131,10 @@ class Experiment:
     def reconstructs(self) -> bool:
         """Whether the network is to give its input back, with squared error."""
         return self.model.name == "autoencoder"
+
+    @property
+    def classifies(self) -> bool:
+        return not self.detects and not self.reconstructs
 
     def draw(self, trial: int, seed: int = 0) -> dict[str, Any]:
         """Overrides for a trial of a random search: of each key of `search` a uniform or log-uniform number in
@@ -251,7 +256,8 @@ def difference(made: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any
 
     More epochs go on with a run, unless its rates were falling towards the last one.
     """
-    made, now = _flat(made), _flat(now)
+    # What does not say was made before there was the key.
+    made, now = ({"data.validation": 0, **_flat(content)} for content in (made, now))
     for key in sorted(made.keys() | now.keys()):
         more = key == "train.epochs" and not now.get("train.cosine")
         if made.get(key) != now.get(key) and not more:
@@ -305,6 +311,8 @@ def _check_values(e: Experiment) -> None:
     _least("train.epochs", e.train.epochs, 1)
     _least("train.batch_size", e.train.batch_size, 1)
     _least("data.size", e.data.size, 0)
+    if not 0 <= e.data.validation < 1:
+        raise ValueError(f"data.validation: got {e.data.validation}, want a share: at least 0 and less than 1")
     for key, space in e.search.items():
         good = isinstance(space, dict) and (
             (set(space) == {"choices"} and isinstance(space["choices"], list) and space["choices"])

@@ -185,7 +185,9 @@ class Detector(Learner):
     def evaluate(self, batches: data.Batches) -> dict[str, float]:
         """COCO's AP, AP50 and AP75 over all of `batches`; in full precision, which torchvision's suppression needs."""
         found = detection.detect(self.network.eval(), batches)
-        return detection.average_precision(batches.dataset.coco, found)
+        ids = batches.dataset.ids
+        images = ids if batches.only is None else [ids[i] for i in batches.only.tolist()]
+        return detection.average_precision(batches.dataset.coco, found, images)
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -36,12 +36,17 @@ class Run:
 
     @property
     def score(self) -> str:
-        """What its best epoch is best in: test error, average precision where objects are detected, or test loss."""
-        return next(name for name in ("test_error", "test_AP", "test_loss") if name in self.rows[0])
+        """What is shown of it: test error, average precision where objects are detected, or test loss."""
+        return self.chosen.replace("validation", "test")
+
+    @property
+    def chosen(self) -> str:
+        """What its best epoch is best in: that of validation images, of test images where there were none."""
+        names = (f"{split}_{name}" for split in ("validation", "test") for name in ("error", "AP", "loss"))
+        return next(name for name in names if name in self.rows[0])
 
     @property
     def best(self) -> Row:
-        """The best epoch on the test set, as both papers and BioTorch report it."""
         return min(self.rows, key=self._rank)
 
     @property
@@ -64,7 +69,7 @@ class Run:
             return "diverged"
         known = SIZES.get(self.header["experiment"]["data"]["name"], (None, None))
         classes, images = (self.header.get(k, size) for k, size in zip(("classes", "test_images"), known, strict=True))
-        if self.score != "test_error" or classes is None or last["test_error"] is None:
+        if classes is None or last.get("test_error") is None:
             return ""
         chance = 1 - 1 / classes
         return "collapsed" if abs(last["test_error"] - chance) <= 3 * math.sqrt(chance / classes / images) else ""
@@ -75,8 +80,8 @@ class Run:
         return self._rank(self.best)
 
     def _rank(self, row: Row) -> float:
-        value = row[self.score]
-        return math.inf if value is None else -value if self.score == "test_AP" else value
+        value = row[self.chosen]
+        return math.inf if value is None else -value if self.chosen.endswith("AP") else value
 
 
 def read(folder: Path) -> Run:
@@ -147,6 +152,7 @@ def table(rows: list[list[Run]], style: str = "simple") -> str:
         epochs, planned = min(r.epochs for r in runs), max(r.planned for r in runs)
         line.append(epochs if epochs >= planned else f"{epochs} of {planned}")
         line.append(statistics.fmean(r.best["epoch"] for r in runs))
+        line.append(", ".join(sorted({r.chosen.partition("_")[0] for r in runs})))
         line.append(_mean([r.rows[-1].get(score) for r in runs], 100 if percent else 1))
         line.append(", ".join(re.sub(r"\D+", "", r.folder.name) for r in runs))
         failed = [r for r in runs if r.failed]
@@ -156,9 +162,9 @@ def table(rows: list[list[Run]], style: str = "simple") -> str:
     short = [name.replace("_", " ") + (" %" if percent else "") for name in names]
     headers = ["row", *(f"paper: {name}" for name in short), *short]
     last = f"last: {score.replace('_', ' ')}" + (" %" if percent else "")
-    headers += ["epochs", "best epoch", last, "seeds", "failed (seed)", "W to B °", "to BP °"]
+    headers += ["epochs", "best epoch", "best on", last, "seeds", "failed (seed)", "W to B °", "to BP °"]
     used = [i for i in range(len(headers)) if any(line[i] not in (None, "") for line in lines)]
-    formats = [""] + [".2f"] * (2 * len(names)) + ["", ".0f", ".2f", "", "", ".1f", ".1f"]
+    formats = [""] + [".2f"] * (2 * len(names)) + ["", ".0f", "", ".2f", "", "", ".1f", ".1f"]
     return tabulate(
         [[line[i] for i in used] for line in lines],
         [headers[i] for i in used],
@@ -230,7 +236,7 @@ def histogram(runs: list[Run], path: Path) -> None:
     figure = Figure(figsize=(4 * (1 + len(keys)), 3.6), layout="constrained")
     figure.suptitle(f"{runs[0].header['row']}, {len(runs)} trials")
     first, *others = figure.subplots(1, 1 + len(keys), squeeze=False)[0]
-    score, scores = f"best {runs[0].score.replace('_', ' ')}", [abs(r.rank) for r in runs]
+    score, scores = f"best {runs[0].chosen.replace('_', ' ')}", [abs(r.rank) for r in runs]
     first.hist(scores, bins=20)
     first.set(xlabel=score, ylabel="trials")
     for axes, key in zip(others, keys, strict=True):
@@ -274,7 +280,7 @@ def write(roots: list[Path], to: Path) -> None:
             histogram(runs, place / f"{row}.png")
             best = min(runs, key=lambda r: r.rank)
             drawn = ", ".join(f"{key} = {value}" for key, value in best.header["drawn"].items())
-            text = f"{len(runs)} trials, best {best.score.replace('_', ' ')} {abs(best.rank):.4f} with {drawn}."
+            text = f"{len(runs)} trials, best {best.chosen.replace('_', ' ')} {abs(best.rank):.4f} with {drawn}."
             parts.append(f"### {row}\n\n{text}\n\n![histogram]({folder.name}/{name}/{row}.png)\n")
         if (place / "notes.md").exists():
             parts.append((place / "notes.md").read_text())
@@ -285,13 +291,13 @@ def write(roots: list[Path], to: Path) -> None:
 
 HEAD = """# Results
 
-Made by `python -m recipes report`, from the logs in [{folder}]({folder}). Errors are those of the epoch with the
-lowest test error, as the papers report it: chosen on test data, so a little too good. "last" is the last epoch's,
-which nothing chose. "train error" is on as many training images as there are test images. Figures are means over the
-seeds that are listed, ± their standard deviation; a row with one seed has none. Collapsed runs end within three
-standard errors of chance; they and diverged ones are in no order. "W to B" is the angle of the weights to the
-feedback at the end of training, over all layers but the first, "to BP" that of the weights' gradient to
-back-propagation's on one batch, over all but the last.
+Made by `python -m recipes report`, from the logs in [{folder}]({folder}). Errors are those of the best epoch. "best on"
+says what chose it: validation images, which were held out of training, or the test images themselves, as in the papers,
+and then errors are a little too good. "last" is the last epoch's, which nothing chose. "train error" is on as many
+training images as there are test images. Figures are means over the seeds that are listed, ± their standard deviation;
+a row with one seed has none. Collapsed runs end within three standard errors of chance; they and diverged ones are in
+no order. "W to B" is the angle of the weights to the feedback at the end of training, over all layers but the first,
+"to BP" that of the weights' gradient to back-propagation's on one batch, over all but the last.
 """
 
 
