@@ -258,7 +258,7 @@ def test_validation_images_are_held_out_of_training_by_class(share):
     expected = share * targets.bincount()
     assert (targets[held].bincount() - expected).abs().max() <= 1
     assert loaded.split(share)[1].equal(held)
-    with pytest.raises(ValueError, match=r"data\.validation: got 0\.001, which is 1 of 1437 images: .*classes"):
+    with pytest.raises(ValueError, match=r"data\.validation: got 0\.001, which is 1 of 1437 images; want one of each class"):
         loaded.split(0.001)
 
 
