@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -180,3 +181,33 @@ def test_schedules(variant: str, schedule: str, one_thread: None) -> None:
         schedules.train_epoch(tp, batches, forward, inverse, "both")
     with pytest.raises(ValueError, match="batches: expected at least one"):
         schedules.train_epoch(tp, iter(batches), forward, inverse, "alternating")
+    with pytest.raises(ValueError, match=r"inverse_steps: expected one number or \d, got \[1, 1, 1, 1\]"):
+        schedules.train_epoch(tp, batches, forward, inverse, schedule, [1, 1, 1, 1])
+
+
+class Counted(torch.optim.SGD):
+    """Counts the steps that each of its parameters has had a gradient in."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.01)
+        self.count = dict.fromkeys(self.param_groups[0]["params"], 0)
+
+    def step(self, closure: Any = None) -> None:
+        for p in self.count:
+            self.count[p] += p.grad is not None
+        super().step(closure)
+
+
+@pytest.mark.parametrize(("steps", "counts"), [([1], (2, 2)), ([3], (6, 6)), ([1, 4], (2, 8))])
+@pytest.mark.parametrize("schedule", [*schedules.SCHEDULES, "inverses alone"])
+def test_steps_of_the_inverses(schedule: str, steps: list[int], counts: tuple[int, int]) -> None:
+    tp = bartunov.target_prop(bartunov.lc(bartunov.Spec(((3, 4, 2),), (6,)), 1, 4, 3), (1, 4, 4), "sdtp")
+    batches = [(torch.randn(4, 1, 4, 4), torch.arange(4) % 3) for _ in range(2)]
+    inverse, forward = Counted(tp.inverses.parameters()), Counted(tp.layers.parameters())
+    if schedule == "inverses alone":
+        schedules.train_inverses(tp, batches, inverse, steps)
+    else:
+        schedules.train_epoch(tp, batches, forward, inverse, schedule, steps)
+    for k, count in enumerate(counts, 1):
+        assert {inverse.count[p] for p in tp.inverses[k].parameters()} == {count}
+    assert set(forward.count.values()) == {0 if schedule == "inverses alone" else 2}
