@@ -322,7 +322,11 @@ def _check_values(e: Experiment) -> None:
     for key, space in e.search.items():
         good = isinstance(space, dict) and (
             (set(space) == {"choices"} and isinstance(space["choices"], list) and space["choices"])
-            or ({"low", "high"} <= set(space) <= {"low", "high", "log"} and space["low"] < space["high"])
+            or (
+                {"low", "high"} <= set(space) <= {"low", "high", "log"}
+                and all(isinstance(space[end], int | float) for end in ("low", "high"))
+                and space["low"] < space["high"]
+            )
         )
         if not good:
             raise ValueError(f"search.{key}: got {space!r}, want {{choices = [...]}} or {{low, high, log = true}}")
@@ -353,6 +357,7 @@ def _algorithm(table: dict[str, Any]) -> dict[str, Any]:
     _one_of("algorithm.name", name, [*RULES, *DIRECT, *VARIANTS])
     if name in VARIANTS:
         allowed = list(_TARGETS)
+        _typed("algorithm.auxiliary", table.get("auxiliary", 512), int)
         _one_of("algorithm.schedule", table.get("schedule", "parallel"), schedules.SCHEDULES)
     else:
         cls = (RULES | DIRECT)[name]
@@ -414,9 +419,14 @@ def _optimizer(table: dict[str, Any], where: str) -> dict[str, Any]:
         arguments = {k: v for k, v in options.items() if k not in ("name", "last_layer")}
         for name, value in arguments.items():
             default = inspect.signature(OPTIMIZERS[table["name"]]).parameters[name].default
-            if isinstance(default, bool | int | float | tuple):
-                number = type(default) if isinstance(default, bool) else list if isinstance(default, tuple) else float
-                _typed(f"{key}.{name}", value, number)
+            if isinstance(default, tuple):
+                for number in _typed(f"{key}.{name}", value, list):
+                    _typed(f"{key}.{name}", number, float)
+                if len(value) != len(default):
+                    raise ValueError(f"{key}.{name}: got {value!r}, want {len(default)} numbers")
+            else:
+                # None stands for torch's own choice of yes or no.
+                _typed(f"{key}.{name}", value, bool if default is None or isinstance(default, bool) else float)
         _wrap(key, lambda a: OPTIMIZERS[table["name"]]([torch.zeros(1)], **a), arguments)
     return table
 

@@ -46,6 +46,10 @@ class Learner:
                         "algorithm.blocks: got none, want names; by default they are the model's Tanh, and it has none"
                     )
             example = torch.zeros(2, *shape)
+            missing = [block for block in blocks if block not in dict(model.named_modules())]
+            if missing or not blocks or len({*blocks}) < len(blocks):
+                names = ", ".join(n for n, m in model.named_modules() if n and not [*m.children()])
+                raise ValueError(f"algorithm.blocks: got {blocks}, want names, each once, among {names}")
             model = bk.DirectFeedback(model, blocks, DIRECT[name](**options), example=example, seed=seed)
         # The layout that convolutions and pooling compute in, so that they convert nothing.
         self.model = model.to(self.device, memory_format=torch.channels_last)
@@ -131,7 +135,16 @@ class TargetLearner(Learner):
         self.schedule = options.pop("schedule", "parallel")
         if experiment.reconstructs:
             options |= {"loss": squared_error, "output": nn.Identity()}
-        self.model = self.network = bartunov.target_prop(model, shape, variant, **options).to(self.device)
+        if not isinstance(model, nn.Sequential):
+            raise ValueError(
+                f"algorithm.name: got {variant!r} with model.name = {experiment.model.name!r}, want a network that is "
+                "its layers one after the other, such as mlp or lc-mnist"
+            )
+        try:
+            self.model = self.network = bartunov.target_prop(model, shape, variant, **options).to(self.device)
+        except (ValueError, TypeError) as error:
+            text = " ".join(str(error).split())
+            raise ValueError(f"algorithm: {variant} with model.name = {experiment.model.name!r}: {text}") from error
         self.optimizers = [optimizer(experiment.optimizer, self.model.layers)]
         if experiment.inverse_optimizer:
             self.optimizers.append(optimizer(experiment.inverse_optimizer, self.model.inverses))

@@ -91,7 +91,8 @@ def curves(rows: list[list[Run]], title: str, path: Path) -> None:
     unit = " %" if scale == 100 else ""
     text = f"{short(score)}{unit}: mean of the seeds, band ± their standard deviation; grey: the other rows"
     dotted = "; dotted: training" if trained else ""
-    dashed = "; dashed: the paper" if any(like_for_like(runs[0]) for runs in rows) else ""
+    paper = any(like_for_like(runs[0]) and score in runs[0].header["published"] for runs in rows)
+    dashed = "; dashed: the paper" if paper else ""
     figure.supxlabel(f"epoch\n{text}{dotted}{dashed}", fontsize=9)
     figure.savefig(path, dpi=100)
 
