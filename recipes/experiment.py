@@ -21,6 +21,8 @@ name = "mlp"                             as in recipes.models, or to detect: ret
 [algorithm]
 name = "dtp"                             a feedback rule, a direct rule or a variant of target propagation,
 alpha = 0.15                             and the arguments of its class
+auxiliary = 512                          units z of ao_sdtp
+hidden = 0                               units of ddtp's random hidden layer (DDTP-RHL), 0: linear inverses
 [algorithm.last_layer]                    of a feedback rule: another in the last layer, or last_layer = "fa"
 name = "fa"
 scale = "xavier"
@@ -76,6 +78,7 @@ class Data:
     path: str = ""  # of an image folder, below the data root
     size: int = 0  # height and width of the images; 0: as they are, or the smallest the model takes
     augment: str = "standard"  # as in recipes.data.load
+    normalise: bool = True  # pixels to mean 0 and deviation 1; false: they stay from 0 to 1
     validation: float = 0.1  # share of the training images that choose the best epoch; 0: the test images do
 
     def spec(self, root: str | Path) -> str:
@@ -293,7 +296,7 @@ def keys() -> str:
 
 
 _PARTS = ("data", "model", "algorithm", "optimizer", "inverse_optimizer", "train", "search")
-_TARGETS = ("schedule", "auxiliary", "alpha", "sigma", "reduction", "mix", "inverse_objective")
+_TARGETS = ("schedule", "auxiliary", "hidden", "alpha", "sigma", "reduction", "mix", "inverse_objective")
 
 
 def _check_values(e: Experiment) -> None:
@@ -339,6 +342,10 @@ def _algorithm(table: dict[str, Any]) -> dict[str, Any]:
     if name in VARIANTS:
         allowed = list(_TARGETS)
         _one_of("algorithm.schedule", table.get("schedule", "parallel"), schedules.SCHEDULES)
+        for key, least in (("auxiliary", 1), ("hidden", 0)):
+            _least(f"algorithm.{key}", _typed(f"algorithm.{key}", table.get(key, least), int), least)
+        if table.get("hidden") and not VARIANTS[name].direct:
+            raise ValueError(f"algorithm.hidden: got {table['hidden']}, want 0 with algorithm.name = {name!r}")
     else:
         cls = (RULES | DIRECT)[name]
         allowed = [f.name for f in dataclasses.fields(cls)] + _beside(name)
