@@ -10,7 +10,7 @@ from PIL import Image
 
 pytest.importorskip("pycocotools")
 from recipes import __main__ as cli
-from recipes import checkpoint, data, experiment, learn, report
+from recipes import checkpoint, data, experiment, learn, report, schedules
 from recipes.run import order
 
 FILES = sorted((Path(experiment.__file__).parent / "experiments").glob("*.toml"))
@@ -108,6 +108,10 @@ def test_a_finished_run_is_not_repeated(tmp_path):
         ("algorithm.kinds.Conv2=fa", "algorithm.kinds: got 'Conv2', want names of torch.nn's layers"),
         ("algorithm.kinds.Conv2d=bp", "algorithm.kinds.Conv2d: got 'bp', want one of backprop"),
         ("algorithm.mirror.lr=0.1", "algorithm.mirror: got one, want none without wm"),
+        ("train.inverse_steps=[0]", "train.inverse_steps: got 0, want at least 1"),
+        ("train.inverse_steps=[]", "train.inverse_steps: got none, want one number"),
+        ("train.inverse_first=2", "train.inverse_first: got 2, want none without inverse_optimizer"),
+        ("data.validation=1", "data.validation: got 1, want a share"),
         ("optimizer.lr=-1", "optimizer: Invalid learning rate"),
         ("data.name=emnist", "data.name: got 'emnist', want digits"),
         ("model.name=lanet", "model.name: got 'lanet', want mlp"),
@@ -203,6 +207,30 @@ def test_inverses_are_measured_against_the_transposed_weights():
     # The output layer learns from the loss itself.
     *_, last = (name for name in after if name.startswith("angle_grad/"))
     assert after[last] < 1e-3
+
+
+def test_epochs_of_the_inverses_alone(tmp_path, monkeypatch):
+    alone = []
+    monkeypatch.setattr(schedules, "train_inverses", lambda tp, batches, inverse, steps: alone.append(steps))
+    path = write(tmp_path, "dtp", inverse=INVERSE)
+    settings = ["train.inverse_first=3", "train.inverse_extra=2", "train.inverse_steps=[2]"]
+    run(path, tmp_path, "--no-measure", *[part for setting in settings for part in ("--set", setting)])
+    # 3 before the first epoch, 2 after each of two.
+    assert alone == [[2]] * 7
+
+
+def test_loss_scale_of_drtp():
+    x, y = torch.randn(4, 1, 2, 2), torch.arange(4)
+    gradients = []
+    for options in ({}, {"loss_scale": 3.0}):
+        e = experiment.check({"model": {"name": "mlp"}, "algorithm": {"name": "drtp", **options}})
+        trained = learn.build(e, (1, 2, 2), 10, 0, "cpu")
+        trained.loss(trained.model, x, y).backward()
+        gradients.append([p.grad for p in trained.model.parameters() if p.grad is not None])
+    for plain, scaled in list(zip(*gradients, strict=True))[:-2]:
+        torch.testing.assert_close(scaled, 3 * plain)
+    # The last layer learns from the loss.
+    assert torch.equal(gradients[0][-1], gradients[1][-1])
 
 
 def test_last_layers_own_rate():
@@ -450,7 +478,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, capsys, damage):
 
 
 def test_stopping_by_hand_says_how_to_go_on(tmp_path, monkeypatch):
-    def stopped(self, batches):
+    def stopped(self, batches, first):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(learn.Learner, "epoch", stopped)

@@ -64,7 +64,8 @@ class Data:
             parts = train_test_split(range(len(self.train)), test_size=held, stratify=targets, random_state=0)
         except ValueError as error:
             raise ValueError(
-                f"data.validation: got {share}, which is {held} of {len(self.train)} images: {error}"
+                f"data.validation: got {share}, which is {held} of {len(self.train)} images; "
+                "want one of each class at least in either part, or 0, and the test images choose"
             ) from error
         train, validation = (torch.tensor(sorted(part)) for part in parts)
         return train, validation

@@ -21,6 +21,9 @@ name = "mlp"                             as in recipes.models, or to detect: ret
 [algorithm]
 name = "dtp"                             a feedback rule, a direct rule or a variant of target propagation,
 alpha = 0.15                             and the arguments of its class
+blocks = ["tanh1"]                       of a direct rule: the modules that it feeds, by default every Tanh
+loss_scale = 1.0                         of drtp: a factor of what it feeds
+schedule = "parallel"                    of target propagation: or sequential, or alternating by epoch
 auxiliary = 512                          units z of ao_sdtp
 hidden = 0                               units of ddtp's random hidden layer (DDTP-RHL), 0: linear inverses
 [algorithm.last_layer]                    of a feedback rule: another in the last layer, or last_layer = "fa"
@@ -101,6 +104,9 @@ class Train:
     cosine: bool = False  # the rates fall to 0 along a cosine
     amp: str = "none"
     compile: bool = False
+    inverse_steps: list[int] = field(default_factory=lambda: [1])  # of the inverses a batch; of all, or each its own
+    inverse_first: int = 0  # epochs of the inverses alone before the first
+    inverse_extra: int = 0  # epochs of the inverses alone after each
 
 
 @dataclass(frozen=True)
@@ -325,11 +331,20 @@ def _check_values(e: Experiment) -> None:
             raise ValueError(f"search.{key}: got {space!r}, want {{choices = [...]}} or {{low, high, log = true}}")
     for epoch in e.train.milestones:
         _typed("train.milestones", epoch, int)
+    if not e.train.inverse_steps:
+        raise ValueError("train.inverse_steps: got none, want one number, or one for each inverse")
+    for steps in e.train.inverse_steps:
+        _least("train.inverse_steps", _typed("train.inverse_steps", steps, int), 1)
+    _least("train.inverse_first", e.train.inverse_first, 0)
+    _least("train.inverse_extra", e.train.inverse_extra, 0)
     if e.train.cosine and e.train.milestones:
         raise ValueError("train.cosine: got true beside train.milestones, want one of the two")
     learns = e.family == "targets" and VARIANTS[e.algorithm["name"]].inverse_loss is not None
     if learns and e.algorithm.get("mix") != 1 and not e.inverse_optimizer:
         raise ValueError(f"inverse_optimizer: got none, want one with algorithm.name = {e.algorithm['name']!r}")
+    for key in ("inverse_steps", "inverse_first", "inverse_extra"):
+        if not e.inverse_optimizer and getattr(e.train, key) != getattr(Train(), key):
+            raise ValueError(f"train.{key}: got {getattr(e.train, key)}, want none without inverse_optimizer")
     if not learns and e.inverse_optimizer:
         raise ValueError(f"inverse_optimizer: got one, want none with algorithm.name = {e.algorithm['name']!r}")
     if e.family == "targets" and (e.train.amp != "none" or e.train.compile):
@@ -351,6 +366,10 @@ def _algorithm(table: dict[str, Any]) -> dict[str, Any]:
         allowed = [f.name for f in dataclasses.fields(cls)] + _beside(name)
         own = {key: value for key, value in table.items() if key in allowed and key not in _beside(name)}
         _wrap("algorithm", lambda options: cls(**options), own)
+        if name in DIRECT:
+            for block in _typed("algorithm.blocks", table.get("blocks", []), list):
+                _typed("algorithm.blocks", block, str)
+            _typed("algorithm.loss_scale", table.get("loss_scale", 1.0), float)
         if "last_layer" in table:
             rule("algorithm.last_layer", table["last_layer"])
         for kind, value in _typed("algorithm.kinds", table.get("kinds", {}), dict).items():
@@ -385,7 +404,9 @@ def rule(key: str, value: Any) -> bk.Rule:
 
 def _beside(name: str) -> list[str]:
     # What [algorithm] takes beside the arguments of its class.
-    return ["blocks"] if name in DIRECT else ["last_layer", "kinds", "mirror"]
+    if name in DIRECT:
+        return ["blocks", "loss_scale"] if name == "drtp" else ["blocks"]
+    return ["last_layer", "kinds", "mirror"]
 
 
 def _optimizer(table: dict[str, Any], where: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Learner:
             used = {type(r) for r in (*rules.values(), last)}
             bk.convert_(model, rules if kinds else rules[nn.Module], last_layer=last, seed=seed)
         else:
-            blocks = options.pop("blocks", None)
+            blocks, self.loss_scale = options.pop("blocks", None), options.pop("loss_scale", 1.0)
             if blocks is None:
                 blocks = [n for n, m in model.named_modules() if isinstance(m, nn.Tanh)]
                 if not blocks:
@@ -60,8 +60,8 @@ class Learner:
     def state(self) -> dict[str, Any]:
         return {"model": self.model, "optimizer": self.optimizers[0], "scaler": self.scaler}
 
-    def epoch(self, batches: data.Batches) -> float:
-        """Train once through `batches`; the mean loss."""
+    def epoch(self, batches: data.Batches, first: bool = False) -> float:
+        """Train once through `batches`, for the `first` time or again; the mean loss."""
         self.network.train()
         total = torch.zeros((), device=self.device)
         (optimizer,) = self.optimizers
@@ -85,7 +85,7 @@ class Learner:
 
     def loss(self, model: nn.Module, x: Any, y: Any) -> Tensor:
         # DRTP projects the targets.
-        options = {"targets": y, "loss_scale": self.scaler.get_scale()} if self.labelled else {}
+        options = {"targets": y, "loss_scale": self.loss_scale * self.scaler.get_scale()} if self.labelled else {}
         return self.criterion(model(x, **options), y)
 
     @torch.no_grad()
@@ -141,10 +141,16 @@ class TargetLearner(Learner):
         names = ("optimizer", "inverse_optimizer")
         return {"model": self.model, **dict(zip(names, self.optimizers, strict=False))}
 
-    def epoch(self, batches: data.Batches) -> float:
+    def epoch(self, batches: data.Batches, first: bool = False) -> float:
         self.model.train()
-        inverse = self.optimizers[1] if len(self.optimizers) > 1 else None
-        return schedules.train_epoch(self.model, batches, self.optimizers[0], inverse, self.schedule)
+        train, inverse = self.experiment.train, self.optimizers[1] if len(self.optimizers) > 1 else None
+        steps = train.inverse_steps
+        for _ in range(train.inverse_first if first else 0):
+            schedules.train_inverses(self.model, batches, inverse, steps)
+        loss = schedules.train_epoch(self.model, batches, self.optimizers[0], inverse, self.schedule, steps)
+        for _ in range(train.inverse_extra):
+            schedules.train_inverses(self.model, batches, inverse, steps)
+        return loss
 
     def measure(self, x: Tensor, y: Tensor) -> dict[str, float]:
         """Of every layer `angle_grad/<layer>`; of every learned inverse its loss and its angle to the transposed W."""

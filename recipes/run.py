@@ -128,7 +128,7 @@ def _run(
             shuffle.manual_seed(order(seed, epoch))
             start = time.perf_counter()
             progress = tqdm(batches, f"{experiment.row} {epoch}/{epochs}", leave=False, disable=None, unit="batch")
-            row["train_loss"] = learner.epoch(progress)
+            row["train_loss"] = learner.epoch(progress, epoch == 1)
             row["seconds"] = time.perf_counter() - start
             for scheduler in schedulers:
                 scheduler.step()
