@@ -177,7 +177,7 @@ def test_schedules(variant: str, schedule: str, one_thread: None) -> None:
     assert losses[-1] < 0.5 * losses[0]
     after = tp.inverses.state_dict()
     assert not any(torch.equal(before[name], after[name]) for name in before)
-    with pytest.raises(ValueError, match="schedule: expected one of parallel, alternating, got 'both'"):
+    with pytest.raises(ValueError, match="schedule: expected one of parallel, sequential, alternating, got 'both'"):
         schedules.train_epoch(tp, batches, forward, inverse, "both")
     with pytest.raises(ValueError, match="batches: expected at least one"):
         schedules.train_epoch(tp, iter(batches), forward, inverse, "alternating")
@@ -211,3 +211,25 @@ def test_steps_of_the_inverses(schedule: str, steps: list[int], counts: tuple[in
     for k, count in enumerate(counts, 1):
         assert {inverse.count[p] for p in tp.inverses[k].parameters()} == {count}
     assert set(forward.count.values()) == {0 if schedule == "inverses alone" else 2}
+
+
+def test_a_sequential_step_uses_the_inverses_that_have_stepped() -> None:
+    tp = bartunov.target_prop(bartunov.fc(4, [6, 5], 3), (1, 2, 2), "sdtp", sigma=0.0)
+    batches = [(torch.randn(4, 1, 2, 2), torch.arange(4) % 3)]
+    found = []
+    for way in ("sequential", "by hand", "parallel"):
+        copied = copy.deepcopy(tp)
+        inverse, forward = (torch.optim.SGD(part.parameters(), lr=0.5) for part in (copied.inverses, copied.layers))
+        if way == "by hand":
+            schedules.train_inverses(copied, batches, inverse, [2])
+        schedules.train_epoch(copied, batches, forward, *((None,) if way == "by hand" else (inverse, way, [2])))
+        found.append(copied.layers[0][1].weight)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_inverses_of_ddtp_rhl_share_a_random_layer() -> None:
+    tp = bartunov.target_prop(bartunov.fc(4, [6, 5], 3), (1, 2, 2), "ddtp", hidden=7)
+    assert [type(part) for part in tp.inverses[1]] == [torch.nn.Sequential, torch.nn.Linear, torch.nn.Tanh]
+    assert tp.inverses[1][0][0].weight.shape == (7, 3) and not tp.inverses[1][0][0].weight.requires_grad
+    # That of the last hidden layer is linear in the logits' target.
+    assert tp.inverses[2][0].weight.shape == (5, 3)

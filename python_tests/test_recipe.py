@@ -221,6 +221,8 @@ def test_mnist(tmp_path):
     image, label = loaded.test[5]
     torch.testing.assert_close(image[0], (torch.from_numpy(pixels[5]) / 255 - 0.1307) / 0.3081)
     assert label == 5
+    plain = data.load("mnist", tmp_path, 28, 1, normalise=False)
+    torch.testing.assert_close(plain.test[5][0][0], torch.from_numpy(pixels[5]) / 255)
 
 
 def test_fashion_mnist_in_debians_place(tmp_path, monkeypatch):

@@ -23,7 +23,9 @@ name = "dtp"                             a feedback rule, a direct rule or a var
 alpha = 0.15                             and the arguments of its class
 blocks = ["tanh1"]                       of a direct rule: the modules that it feeds, by default every Tanh
 loss_scale = 1.0                         of drtp: a factor of what it feeds
-schedule = "parallel"                    of target propagation: or alternating, by epoch
+schedule = "parallel"                    of target propagation: or sequential, or alternating by epoch
+auxiliary = 512                          units z of ao_sdtp
+hidden = 0                               units of ddtp's random hidden layer (DDTP-RHL), 0: linear inverses
 [algorithm.last_layer]                    of a feedback rule: another in the last layer, or last_layer = "fa"
 name = "fa"
 scale = "xavier"
@@ -79,6 +81,7 @@ class Data:
     path: str = ""  # of an image folder, below the data root
     size: int = 0  # height and width of the images; 0: as they are, or the smallest the model takes
     augment: str = "standard"  # as in recipes.data.load
+    normalise: bool = True  # pixels to mean 0 and deviation 1; false: they stay from 0 to 1
     validation: float = 0.1  # share of the training images that choose the best epoch; 0: the test images do
 
     def spec(self, root: str | Path) -> str:
@@ -299,7 +302,7 @@ def keys() -> str:
 
 
 _PARTS = ("data", "model", "algorithm", "optimizer", "inverse_optimizer", "train", "search")
-_TARGETS = ("schedule", "auxiliary", "alpha", "sigma", "reduction", "mix", "inverse_objective")
+_TARGETS = ("schedule", "auxiliary", "hidden", "alpha", "sigma", "reduction", "mix", "inverse_objective")
 
 
 def _check_values(e: Experiment) -> None:
@@ -359,6 +362,10 @@ def _algorithm(table: dict[str, Any]) -> dict[str, Any]:
         allowed = list(_TARGETS)
         _typed("algorithm.auxiliary", table.get("auxiliary", 512), int)
         _one_of("algorithm.schedule", table.get("schedule", "parallel"), schedules.SCHEDULES)
+        for key, least in (("auxiliary", 1), ("hidden", 0)):
+            _least(f"algorithm.{key}", _typed(f"algorithm.{key}", table.get(key, least), int), least)
+        if table.get("hidden") and not VARIANTS[name].direct:
+            raise ValueError(f"algorithm.hidden: got {table['hidden']}, want 0 with algorithm.name = {name!r}")
     else:
         cls = (RULES | DIRECT)[name]
         allowed = [f.name for f in dataclasses.fields(cls)] + _beside(name)

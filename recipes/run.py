@@ -81,7 +81,9 @@ def _run(
         data = detection.load(spec, data_root, size)
     else:
         channels, native = models.input_for(experiment.model.name, *datasets.NATIVE[experiment.data.name])
-        data = datasets.load(spec, data_root, size or native, channels, experiment.data.augment)
+        data = datasets.load(
+            spec, data_root, size or native, channels, experiment.data.augment, experiment.data.normalise
+        )
     kept, validation = data.split(experiment.data.validation)
     if experiment.train.batch_size > len(kept):
         raise ValueError(f"train.batch_size: got {experiment.train.batch_size}, there are {len(kept)} images")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import bioplaus_kernels as bk
 
-SCHEDULES = ("parallel", "alternating")
+SCHEDULES = ("parallel", "sequential", "alternating")
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -30,8 +30,9 @@ def train_epoch(
 ) -> float:
     """One epoch; the mean task loss before each update of the layers.
 
-    parallel: targets, inverses' steps, layers' step on every batch. alternating: the inverses on all batches, then
-    the layers on all batches, so `batches` is gone through twice. inverse=None leaves the inverses as they are;
+    parallel: targets, inverses' steps, layers' step on every batch. sequential: the same with targets by the inverses
+    that have stepped (Ernoult et al. 2022, Shibuya et al. 2023). alternating: the inverses on all batches, then the
+    layers on all batches, so `batches` is gone through twice. inverse=None leaves the inverses as they are;
     inverse_steps: as `train_inverses` takes them. Raises ValueError for another schedule or number of steps, and where
     `batches` has none (a used-up iterator).
     """
@@ -42,6 +43,8 @@ def train_epoch(
     losses = []
     for x, y in batches:
         h = tp.activations(x)
+        if inverse is not None and schedule == "sequential":
+            _fit(tp, h, inverse, inverse_steps)
         targets = tp.targets(h, y)
         if inverse is not None and schedule == "parallel":
             _fit(tp, h, inverse, inverse_steps)
