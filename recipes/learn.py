@@ -153,7 +153,7 @@ class TargetLearner(Learner):
         return loss
 
     def measure(self, x: Tensor, y: Tensor) -> dict[str, float]:
-        """Of every layer `angle_grad/<layer>`; of every learned inverse its loss and its angle to the transposed W."""
+        """Of every layer `angle_grad/<number>`; of every learned inverse its loss and its angle to the transposed W."""
         tp = self.model
         weights = metrics.trained(tp.layers)
         found = {}
@@ -171,7 +171,7 @@ class TargetLearner(Learner):
             ours = torch.autograd.grad(tp.forward_loss(h, tp.targets(h, y), y), list(weights.values()))
             exact = torch.autograd.grad(tp.loss(tp(x), y), list(weights.values()))
             for name, g, e in zip(weights, ours, exact, strict=True):
-                found[f"angle_grad/{name.removesuffix('.weight')}"] = metrics.compare(g, e).angle
+                found[f"angle_grad/{int(name.partition('.')[0]) + 1}"] = metrics.compare(g, e).angle
             if tp.inverse_objective is not None:
                 with torch.no_grad():
                     losses = [loss.item() for loss in tp.inverse_losses(h)]

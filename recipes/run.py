@@ -115,7 +115,12 @@ def _run(
     header = {"row": experiment.row, "seed": seed, "published": experiment.published, "experiment": content}
     if experiment.classifies:
         header |= {"classes": data.classes, "test_images": len(data.test)}
-    header |= machine() | (about or {})
+    made = machine()
+    if saved is not None:
+        # Of every part of the run.
+        before = json.loads(saved["header"])
+        made = {key: now if now in before[key] else f"{before[key]}; {now}" for key, now in made.items()}
+    header |= made | (about or {})
 
     epochs = experiment.train.epochs
     for epoch in range(len(rows), epochs + 1):
