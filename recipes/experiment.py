@@ -92,7 +92,9 @@ class Data:
 @dataclass(frozen=True)
 class Model:
     name: str = "lenet"
-    init: str = "model"  # "model": its own, "xavier": Glorot's uniform weights and zero biases
+    init: str = "model"  # "model": its own, "xavier": Glorot's uniform weights and zero biases, "zero": both zero
+    hidden: list[int] = field(default_factory=list)  # of mlp: units of each hidden layer, none: 5 times 256
+    activation: str = "tanh"  # of mlp: tanh, sigmoid or relu
 
 
 @dataclass(frozen=True)
@@ -315,7 +317,12 @@ def _check_values(e: Experiment) -> None:
         _wrap("data.name", data.kind, e.data.spec("."))
         _wrap("model.name", models.check_name, e.model.name)
     _one_of("data.augment", e.data.augment, data.AUGMENT)
-    _one_of("model.init", e.model.init, ("model", "xavier"))
+    _one_of("model.init", e.model.init, ("model", "xavier", "zero"))
+    _one_of("model.activation", e.model.activation, models.bartunov.ACTIVATIONS)
+    for units in e.model.hidden:
+        _least("model.hidden", _typed("model.hidden", units, int), 1)
+    if e.model.name != "mlp" and (e.model.hidden or e.model.activation != "tanh"):
+        raise ValueError(f"model.hidden, model.activation: want neither with model.name = {e.model.name!r}")
     _one_of("train.amp", e.train.amp, AMP)
     _least("train.epochs", e.train.epochs, 1)
     _least("train.batch_size", e.train.batch_size, 1)

@@ -221,7 +221,8 @@ def build(experiment: Experiment, shape: Shape, classes: int, seed: int, device:
         model = models.DETECTORS[name](classes, shape[1])
     else:
         try:
-            model = models.build(name, shape, classes)
+            options = experiment.model
+            model = models.build(name, shape, classes, options.hidden, options.activation)
             with torch.no_grad():
                 model.eval()(torch.zeros(1, *shape))
         except (RuntimeError, ValueError, AssertionError) as error:
@@ -229,6 +230,9 @@ def build(experiment: Experiment, shape: Shape, classes: int, seed: int, device:
             raise ValueError(f"data.size: {name} takes no images of {size}: {str(error).splitlines()[0]}") from error
     if experiment.model.init == "xavier":
         bartunov.glorot(model)
+    elif experiment.model.init == "zero":
+        for p in model.parameters():
+            nn.init.zeros_(p)
     kind = Detector if experiment.detects else TargetLearner if experiment.family == "targets" else Learner
     return kind(experiment, model, shape, seed, device)
 

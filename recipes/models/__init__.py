@@ -6,7 +6,8 @@ name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torchvision
@@ -69,9 +70,16 @@ def input_for(name: str, channels: int, size: int) -> tuple[int, int]:
     return 3, max(size, 32)
 
 
-def build(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """Model ``name``, newly initialised, for images of ``shape`` (channels, height, width)."""
+def build(
+    name: str, shape: tuple[int, int, int], classes: int, hidden: Sequence[int] = (), activation: str = "tanh"
+) -> nn.Module:
+    """Model ``name``, newly initialised, for images of ``shape`` (channels, height, width).
+
+    hidden, activation: of "mlp", the units of its hidden layers in place of 5 x 256, and what follows them.
+    """
     channels, size, width = shape
+    if name == "mlp":
+        return bartunov.fc(math.prod(shape), hidden or [256] * 5, classes, activation)
     if name in MODELS:
         if size != width:
             raise ValueError(f"shape: expected square images, got {shape}")

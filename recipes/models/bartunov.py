@@ -32,10 +32,13 @@ SPECS = {
 }
 
 
-def fc(features: int, hidden: Sequence[int], classes: int) -> nn.Sequential:
-    """Fully connected: MNIST has hidden = 5 × 256, CIFAR-10 3 × 1024."""
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "relu": nn.ReLU}
+
+
+def fc(features: int, hidden: Sequence[int], classes: int, activation: str = "tanh") -> nn.Sequential:
+    """Fully connected: MNIST has hidden = 5 × 256, CIFAR-10 3 × 1024. activation: one of `ACTIVATIONS`."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
-    _dense(layers, features, hidden, classes)
+    _dense(layers, features, hidden, classes, activation=activation)
     return glorot(nn.Sequential(layers))
 
 
@@ -72,7 +75,7 @@ def blocks(model: nn.Sequential) -> list[nn.Sequential]:
         if any(True for _ in part.parameters()):
             found.append(nn.Sequential(*before, part))
             before = []
-        elif isinstance(part, nn.Tanh):
+        elif isinstance(part, tuple(ACTIVATIONS.values())):
             found[-1].append(part)
         else:
             before.append(part)
@@ -122,11 +125,16 @@ def _meta(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _dense(
-    layers: OrderedDict[str, nn.Module], features: int, hidden: Sequence[int], classes: int, tanhs: int = 0
+    layers: OrderedDict[str, nn.Module],
+    features: int,
+    hidden: Sequence[int],
+    classes: int,
+    before: int = 0,
+    activation: str = "tanh",
 ) -> None:
     for number, width in enumerate(hidden, 1):
         layers[f"fc{number}"] = nn.Linear(features, width)
-        layers[f"tanh{tanhs + number}"] = nn.Tanh()
+        layers[f"{activation}{before + number}"] = ACTIVATIONS[activation]()
         features = width
     layers[f"fc{len(hidden) + 1}"] = nn.Linear(features, classes)
 
