@@ -86,7 +86,8 @@ class Order(Sampler[list[list[int]]]):
             seeds = torch.randint(2**62, (count,), generator=self.shuffle)
             whole = torch.stack([drawn, seeds], 1)[: count // self.size * self.size]
             found = whole.view(-1, self.ranks, self.size // self.ranks, 2)[self.first :, self.rank]
-        return (batch.tolist() for batch in found)
+        # Drawn when the first is asked for: a DataLoader with workers makes two iterators and uses one.
+        yield from (batch.tolist() for batch in found)
 
 
 class _Drawn(Dataset[Any]):

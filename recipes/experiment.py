@@ -336,8 +336,8 @@ def _check_values(e: Experiment) -> None:
         raise ValueError(f"inverse_optimizer: got one, want none with algorithm.name = {e.algorithm['name']!r}")
     if e.family == "targets":
         for key in ("amp", "compile", "accumulate"):
-            if getattr(e.train, key) != getattr(Train, key):
-                raise ValueError(f"train.{key}: want none with algorithm.name = {e.algorithm['name']!r}")
+            if (got := getattr(e.train, key)) != (want := getattr(Train, key)):
+                raise ValueError(f"train.{key}: got {got}, want {want} with algorithm.name = {e.algorithm['name']!r}")
 
 
 def _algorithm(table: dict[str, Any]) -> dict[str, Any]:

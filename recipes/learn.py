@@ -64,15 +64,17 @@ class Learner:
             check_parallel(name, world)
             example = torch.zeros(2, *shape)
             model = bk.DirectFeedback(model, blocks, DIRECT[name](**options), example=example, seed=seed)
-        # The layout that convolutions and pooling compute in, so that they convert nothing.
-        self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.wrapped = world.wrap(self.model, self.device, unused=name == "shallow")
+        # The layout that convolutions and pooling compute in, so that they convert nothing; FSDP2 cuts no such weights.
+        layout = torch.preserve_format if world.kind == "fsdp2" else torch.channels_last
+        self.model = model.to(self.device, memory_format=layout)
+        self.wrapped = world.wrap(self.model, self.device)
         self.network = torch.compile(self.wrapped) if experiment.train.compile else self.wrapped
         self.mirrored = RULES["wm"] in used
         self.aligned = not used.isdisjoint(RULES[learned] for learned in ("sa", "aa", "ia"))
         self.labelled = name == "drtp"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=experiment.train.amp == "fp16")
-        self.optimizers = [optimizer(experiment.optimizer, self.model)]
+        # torch's fused SGD takes no shards.
+        self.optimizers = [optimizer(experiment.optimizer, self.model, fused=world.kind != "fsdp2")]
 
     @property
     def state(self) -> dict[str, Any]:
@@ -261,11 +263,10 @@ def build(experiment: Experiment, shape: Shape, classes: int, seed: int, device:
     return kind(experiment, model, shape, seed, device, world)
 
 
-def optimizer(options: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
+def optimizer(options: dict[str, Any], model: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
     """The optimizer that a TOML table describes; `last_layer` holds what differs for the last module with weights."""
     cls = OPTIMIZERS[options["name"]]
-    fused = {"fused": True} if "fused" in inspect.signature(cls).parameters else {}
-    options = {**fused, **options}
+    options = ({"fused": True} if fused and "fused" in inspect.signature(cls).parameters else {}) | options
     del options["name"]
     last = options.pop("last_layer", None)
     trained = [p for p in model.parameters() if p.requires_grad]

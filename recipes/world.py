@@ -34,10 +34,10 @@ class World:
         if self.size > 1 and not self.rank:
             distributed.barrier()
 
-    def wrap(self, model: nn.Module, device: torch.device, unused: bool) -> nn.Module:
-        """What is called to train `model`. unused: some of its Parameters get no gradient."""
+    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """What is called to train `model`."""
         if self.kind == "ddp":
-            return nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
+            return nn.parallel.DistributedDataParallel(model)
         if self.kind == "fsdp2":
             mesh = distributed.init_device_mesh(device.type, (self.size,))
             bk.distributed.fully_shard(model, mesh=mesh)
@@ -83,22 +83,27 @@ class World:
 
     def load(self, holder: Any, saved: dict[str, Any]) -> None:
         """`holder.load_state_dict` of what `whole` gave, in any other world."""
-        if self.kind == "fsdp2":
-            from torch.distributed.tensor import DTensor, distribute_tensor
-
-            def cut(saved: Any, like: Any) -> Any:
-                if not isinstance(like, DTensor) or not isinstance(saved, Tensor) or saved.shape != like.shape:
-                    return saved
-                return distribute_tensor(saved.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-            if isinstance(holder, nn.Module):
-                ours = holder.state_dict()
-                saved = {name: cut(value, ours.get(name)) for name, value in saved.items()}
-            elif isinstance(holder, torch.optim.Optimizer):
-                ours = dict(enumerate(p for group in holder.param_groups for p in group["params"]))
-                kept = {n: {k: cut(v, ours[n]) for k, v in values.items()} for n, values in saved["state"].items()}
-                saved = saved | {"state": kept}
+        if isinstance(holder, nn.Module):
+            ours = holder.state_dict()
+            saved = {name: self._cut(value, ours.get(name)) for name, value in saved.items()}
+        elif isinstance(holder, torch.optim.Optimizer):
+            params = [p for group in holder.param_groups for p in group["params"]]
+            state = {n: {k: self._cut(v, params[n]) for k, v in of.items()} for n, of in saved["state"].items()}
+            # How this world steps, not that of the checkpoint.
+            how = [{"fused": group["fused"]} if "fused" in group else {} for group in holder.param_groups]
+            groups = [group | own for group, own in zip(saved["param_groups"], how, strict=True)]
+            saved = {"state": state, "param_groups": groups}
         holder.load_state_dict(saved)
+
+    def _cut(self, saved: Any, like: Any) -> Any:
+        # This rank's shard of what belongs to `like`, where that is sharded.
+        if self.kind != "fsdp2" or not isinstance(saved, Tensor):
+            return saved
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if not isinstance(like, DTensor) or saved.shape != like.shape:
+            return saved
+        return distribute_tensor(saved.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 ALONE = World()
