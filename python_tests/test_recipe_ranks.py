@@ -196,7 +196,8 @@ def test_the_batches_of_ranks_are_parts_of_ones(tmp_path):
     for ranks in (1, 2, 3):
         made = [data.Batches(loaded.test, 2, rank=rank, ranks=ranks) for rank in range(ranks)]
         numbers = [[n for n, _ in batch] for one in made for batch in one.order]
-        assert sorted(sum(numbers, [])) == list(range(10)) and all(numbers) and max(map(len, numbers)) <= 2
+        assert sorted(n for batch in numbers for n in batch) == list(range(10))
+        assert all(numbers) and max(map(len, numbers)) <= 2
         assert len({len(one) for one in made}) == 1
 
 

@@ -116,8 +116,8 @@ def check(kind: str) -> None:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and not kind:
         raise ValueError(
-            f"--parallel: got none, want run --parallel {' or '.join(KINDS)} under torchrun, whose {launched} processes "
-            "would each do all of it into one folder"
+            f"--parallel: got none, want run --parallel {' or '.join(KINDS)} under torchrun, "
+            f"whose {launched} processes would each do all of it into one folder"
         )
 
 
