@@ -4,6 +4,7 @@
     python -m recipes run recipes/experiments/bartunov-mnist-fc.toml --rows fa,dfa --set train.epochs=10
     python -m recipes search recipes/experiments/bartunov-mnist-fc.toml --rows fa --set train.epochs=10 --trials 60
     python -m recipes report runs --to docs/results.md
+    torchrun --nproc-per-node 8 -m recipes run recipes/experiments/xiao-imagenet-resnet18.toml --parallel ddp
 
 Every command goes on where it was stopped. A row's runs are in OUT/TABLE/ROW/seed-N, after the TOML file's name and the
 row's id; `python -m recipes keys` says what may be in such a file and after --set.
@@ -26,7 +27,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from recipes import experiment, page, pictures, report
+from recipes import experiment, page, pictures, report, world
 from recipes.run import machine, run
 
 
@@ -37,6 +38,13 @@ def parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(dest="command", required=True)
     r = commands.add_parser("run", help="train experiments, or go on with them, then print their table")
     r.add_argument("--seeds", type=_seeds, metavar="N[,N...]", help="in place of the files' own")
+    r.add_argument(
+        "--parallel", choices=world.KINDS, default="", help="under torchrun: a run is that of all its processes"
+    )
+    r.add_argument(
+        "--checkpoint-steps", type=int, default=0, metavar="N", help="a checkpoint also after every N steps of an epoch"
+    )
+    r.add_argument("--tensorboard", action="store_true", help="the logs' figures as TensorBoard's events, too")
     s = commands.add_parser("search", help="random search in the files' own ranges")
     s.add_argument("--trials", type=int, default=60, metavar="N", help="(default: %(default)s)")
     s.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
@@ -71,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     p = parser()
     args = p.parse_args(argv)
     try:
+        world.check(getattr(args, "parallel", ""))
         {"run": _run, "search": _search, "report": _report, "keys": _keys}[args.command](args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         p.error(str(error))
@@ -85,9 +94,15 @@ def _run(args: argparse.Namespace) -> None:
     if "-dirty" in machine()["commit"]:
         print("the code has changes that are in no commit, and a report will say so of these runs", file=sys.stderr)
     experiments = [experiment.load(path, row, dict(args.changes)) for path, _, row in found]
-    for e, (path, table, row) in zip(experiments, found, strict=True):
-        for seed in args.seeds or e.seeds:
-            _train(path, row, e, seed, args.out / table / row / f"seed-{seed}", **_options(args, path, table))
+    more = {"checkpoint_steps": args.checkpoint_steps, "tensorboard": args.tensorboard}
+    with world.join(args.parallel, args.device) as ranks:
+        about = {"parallel": f"{ranks.kind}, {ranks.size} ranks"} if ranks.kind else {}
+        for e, (path, table, row) in zip(experiments, found, strict=True):
+            for seed in args.seeds or e.seeds:
+                options = _options(args, path, table, **about) | more
+                _train(path, row, e, seed, args.out / table / row / f"seed-{seed}", world=ranks, **options)
+    if ranks.rank > 0:
+        return
     for name in dict.fromkeys(table for _, table, _ in found):
         rows = report.collect([args.out])[name]
         image = args.out / name / "curves.png"

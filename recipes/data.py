@@ -11,7 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 from torchvision import datasets
 from torchvision.datasets.utils import extract_archive
 from torchvision.transforms import v2
@@ -82,12 +82,57 @@ class Data:
         return train, validation
 
 
+class Order(Sampler[list[list[int]]]):
+    """Batches of [number, seed] of the images `only`: of each its part for `rank` of `ranks`, equally many on all.
+
+    With a generator, which draws both, whole batches of `size` over the ranks, from the batch `first` on; each image's
+    seed is for what augments it. Without, all images as they come, in batches of at most `size` a rank.
+    """
+
+    def __init__(
+        self, only: torch.Tensor, size: int, shuffle: torch.Generator | None = None, rank: int = 0, ranks: int = 1
+    ) -> None:
+        self.only, self.size, self.shuffle, self.rank, self.ranks = only, size, shuffle, rank, ranks
+        self.first = 0
+
+    def __len__(self) -> int:
+        count = len(self.only)
+        return -(-count // (self.size * self.ranks)) if self.shuffle is None else count // self.size - self.first
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        count = len(self.only)
+        if self.shuffle is None:
+            numbers = self.only[self.rank :: self.ranks]
+            found = torch.stack([numbers, torch.zeros_like(numbers)], 1).tensor_split(len(self))
+        else:
+            drawn = self.only[torch.randperm(count, generator=self.shuffle)]
+            seeds = torch.randint(2**62, (count,), generator=self.shuffle)
+            whole = torch.stack([drawn, seeds], 1)[: count // self.size * self.size]
+            found = whole.view(-1, self.ranks, self.size // self.ranks, 2)[self.first :, self.rank]
+        # Drawn when the first is asked for: a DataLoader with workers makes two iterators and uses one.
+        yield from (batch.tolist() for batch in found)
+
+
+class _Drawn(Dataset[Any]):
+    """Images by [number, seed]: what is random in one depends on that seed alone, whichever process loads it when."""
+
+    def __init__(self, dataset: datasets.VisionDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, at: list[int]) -> Any:
+        number, seed = at
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self.dataset[number]
+
+
 class Batches:
     """Batches (images, targets) of a data set on `device`, any number of times over.
 
     shuffle: a generator, for a new order each time and no last batch of fewer images, which would stop batch norm.
     only: indices of the images to take. Images in memory are indexed there, others come from a DataLoader.
     reconstruct: targets are the images' numbers, (N, channels · height · width).
+    rank, ranks: what of each batch is ours, as in `Order`.
     """
 
     def __init__(
@@ -101,26 +146,26 @@ class Batches:
         device: torch.device | str = "cpu",
         workers: int = 0,
         reconstruct: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
-        self.dataset, self.size, self.shuffle, self.device = dataset, size, shuffle, torch.device(device)
-        self.reconstruct, self.only = reconstruct, only
-        self.count = len(dataset) if only is None else len(only)
-        self.loader: DataLoader | None = None
+        self.dataset, self.device, self.reconstruct = dataset, torch.device(device), reconstruct
+        self.only = torch.arange(len(dataset)) if only is None else only
+        self.count = len(self.only)
+        self.order = Order(self.only, size, shuffle, rank, ranks)
+        self.loader: DataLoader[Any] | None = None
         if not isinstance(dataset, TensorDataset):
-            part = dataset if only is None else Subset(dataset, only.tolist())
             self.loader = DataLoader(
-                part,
-                size,
-                shuffle=shuffle is not None,
-                drop_last=shuffle is not None,
-                generator=shuffle,
+                _Drawn(dataset),
+                batch_sampler=self.order,
                 collate_fn=collate,
                 num_workers=workers,
+                persistent_workers=workers > 0,
                 pin_memory=self.device.type == "cuda",
             )
 
     def __len__(self) -> int:
-        return self.count // self.size if self.shuffle is not None else -(-self.count // self.size)
+        return len(self.order)
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         for batch in self.loader or self._in_memory():
@@ -129,13 +174,8 @@ class Batches:
 
     def _in_memory(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         images, targets = self.dataset.tensors
-        order = self.only
-        if self.shuffle is not None:
-            drawn = torch.randperm(self.count, generator=self.shuffle)
-            order = drawn if order is None else order[drawn]
-        for start in range(0, len(self) * self.size, self.size):
-            part = slice(start, start + self.size)
-            chosen = part if order is None else order[part]
+        for batch in self.order:
+            chosen = torch.tensor(batch)[:, 0]
             yield images[chosen], targets[chosen]
 
 

@@ -100,15 +100,18 @@ class Model:
 @dataclass(frozen=True)
 class Train:
     epochs: int = 20
-    batch_size: int = 64
+    batch_size: int = 64  # images a step, of all ranks together
+    accumulate: int = 1  # parts of a batch, on each rank, that go forward and back one after the other
     milestones: list[int] = field(default_factory=list)  # epochs after which the rates are multiplied by gamma
     gamma: float = 0.1
     cosine: bool = False  # the rates fall to 0 along a cosine
-    amp: str = "none"
+    warmup: int = 0  # epochs over which the rates rise, linearly, to what they would be
+    amp: str = "none"  # autocast: none, bf16, fp16
     compile: bool = False
     inverse_steps: list[int] = field(default_factory=lambda: [1])  # of the inverses a batch; of all, or each its own
     inverse_first: int = 0  # epochs of the inverses alone before the first
     inverse_extra: int = 0  # epochs of the inverses alone after each
+    sync_bn: bool = False  # batch norm over the images of all ranks
 
 
 @dataclass(frozen=True)
@@ -326,6 +329,8 @@ def _check_values(e: Experiment) -> None:
     _one_of("train.amp", e.train.amp, AMP)
     _least("train.epochs", e.train.epochs, 1)
     _least("train.batch_size", e.train.batch_size, 1)
+    _least("train.accumulate", e.train.accumulate, 1)
+    _least("train.warmup", e.train.warmup, 0)
     _least("data.size", e.data.size, 0)
     if not 0 <= e.data.validation < 1:
         raise ValueError(f"data.validation: got {e.data.validation}, want a share: at least 0 and less than 1")
@@ -358,8 +363,10 @@ def _check_values(e: Experiment) -> None:
             raise ValueError(f"train.{key}: got {getattr(e.train, key)}, want none without inverse_optimizer")
     if not learns and e.inverse_optimizer:
         raise ValueError(f"inverse_optimizer: got one, want none with algorithm.name = {e.algorithm['name']!r}")
-    if e.family == "targets" and (e.train.amp != "none" or e.train.compile):
-        raise ValueError(f"train.amp, train.compile: want neither with algorithm.name = {e.algorithm['name']!r}")
+    if e.family == "targets":
+        for key in ("amp", "compile", "accumulate"):
+            if (got := getattr(e.train, key)) != (want := getattr(Train, key)):
+                raise ValueError(f"train.{key}: got {got}, want {want} with algorithm.name = {e.algorithm['name']!r}")
 
 
 def _algorithm(table: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 import bioplaus_kernels as bk
 from bioplaus_kernels import metrics
 from recipes import data, detection, models, schedules
-from recipes.experiment import AMP, DIRECT, MIRROR, OPTIMIZERS, RULES, Experiment, rule
+from recipes.experiment import AMP, DIRECT, MIRROR, OPTIMIZERS, RULES, VARIANTS, Experiment, rule
 from recipes.models import bartunov
+from recipes.world import ALONE, World
 
 Shape = tuple[int, int, int]
 
@@ -21,13 +23,25 @@ class Learner:
     """Back-propagation with a feedback rule in the layers, or direct feedback to the blocks."""
 
     def __init__(
-        self, experiment: Experiment, model: nn.Module, shape: tuple[int, ...], seed: int, device: Any
+        self,
+        experiment: Experiment,
+        model: nn.Module,
+        shape: tuple[int, ...],
+        seed: int,
+        device: Any,
+        world: World = ALONE,
     ) -> None:
-        self.experiment, self.device = experiment, torch.device(device)
+        self.experiment, self.device, self.world = experiment, torch.device(device), world
+        # Of the epoch so far: this rank's part of the sum of the steps' losses, and of their number.
+        self.total = torch.zeros(2, device=self.device)
         self.criterion = squared_error if experiment.reconstructs else nn.functional.cross_entropy
         options = dict(experiment.algorithm)
         name = options.pop("name")
         used: set[type] = set()
+        if world.kind and experiment.train.sync_bn:
+            if self.device.type == "cpu":
+                raise ValueError("train.sync_bn: got true on a CPU, and torch synchronises batch norm on GPUs alone")
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if experiment.family == "rule":
             last, kinds = options.pop("last_layer", None), options.pop("kinds", {})
             self.mirror = MIRROR | options.pop("mirror", {})
@@ -36,6 +50,8 @@ class Learner:
             rules |= {getattr(nn, kind): rule(f"algorithm.kinds.{kind}", value) for kind, value in kinds.items()}
             last = None if last is None else rule("algorithm.last_layer", last)
             used = {type(r) for r in (*rules.values(), last)}
+            for own in (n for n, kind in RULES.items() if kind in used):
+                check_parallel(own, world)
             bk.convert_(model, rules if kinds else rules[nn.Module], last_layer=last, seed=seed)
         else:
             blocks, self.loss_scale = options.pop("blocks", None), options.pop("loss_scale", 1.0)
@@ -45,36 +61,44 @@ class Learner:
                     raise ValueError(
                         "algorithm.blocks: got none, want names; by default they are the model's Tanh, and it has none"
                     )
+            check_parallel(name, world)
             example = torch.zeros(2, *shape)
             missing = [block for block in blocks if block not in dict(model.named_modules())]
             if missing or not blocks or len({*blocks}) < len(blocks):
                 names = ", ".join(n for n, m in model.named_modules() if n and not [*m.children()])
                 raise ValueError(f"algorithm.blocks: got {blocks}, want names, each once, among {names}")
             model = bk.DirectFeedback(model, blocks, DIRECT[name](**options), example=example, seed=seed)
-        # The layout that convolutions and pooling compute in, so that they convert nothing.
-        self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.network = torch.compile(self.model) if experiment.train.compile else self.model
+        # The layout that convolutions and pooling compute in, so that they convert nothing; FSDP2 cuts no such weights.
+        layout = torch.preserve_format if world.kind == "fsdp2" else torch.channels_last
+        self.model = model.to(self.device, memory_format=layout)
+        self.wrapped = world.wrap(self.model, self.device)
+        self.network = torch.compile(self.wrapped) if experiment.train.compile else self.wrapped
         self.mirrored = RULES["wm"] in used
         self.aligned = not used.isdisjoint(RULES[learned] for learned in ("sa", "aa", "ia"))
         self.labelled = name == "drtp"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=experiment.train.amp == "fp16")
-        self.optimizers = [optimizer(experiment.optimizer, self.model)]
+        # torch's fused SGD takes no shards.
+        self.optimizers = [optimizer(experiment.optimizer, self.model, fused=world.kind != "fsdp2")]
 
     @property
     def state(self) -> dict[str, Any]:
         return {"model": self.model, "optimizer": self.optimizers[0], "scaler": self.scaler}
 
-    def epoch(self, batches: data.Batches, first: bool = False) -> float:
-        """Train once through `batches`, for the `first` time or again; the mean loss."""
+    def epoch(self, batches: Iterable[Any], first: bool = False) -> float:
+        """Train on `batches`, the rest of an epoch, which may be the `first`; the mean loss of its steps, over the ranks."""
         self.network.train()
-        total = torch.zeros((), device=self.device)
         (optimizer,) = self.optimizers
-        count = 0
+        parts = self.experiment.train.accumulate
         for x, y in batches:
-            with self._autocast():
-                loss = self.loss(self.network, x, y)
             optimizer.zero_grad()
-            self.scaler.scale(loss).backward()
+            size = len(x) // parts
+            for part in range(parts):
+                chosen = slice(part * size, (part + 1) * size)
+                with self.world.apart(self.wrapped, part < parts - 1):
+                    with self._autocast():
+                        loss = self.loss(self.network, x[chosen], y[chosen]) / parts
+                    self.scaler.scale(loss).backward()
+                self.total[0] += loss.detach() / self.world.size
             if self.aligned:
                 # Its gradient is of no scaled loss.
                 self.scaler.unscale_(optimizer)
@@ -83,19 +107,22 @@ class Learner:
             self.scaler.update()
             if self.mirrored:
                 bk.mirror_(self.model, **self.mirror)
-            total += loss.detach()
-            count += 1
-        return total.item() / count
+            self.total[1] += 1 / self.world.size
+        total, steps = self.world.sum(self.total.clone()).tolist()
+        self.total.zero_()
+        return total / steps
 
     def loss(self, model: nn.Module, x: Any, y: Any) -> Tensor:
         # DRTP projects the targets.
-        options = {"targets": y, "loss_scale": self.loss_scale * self.scaler.get_scale()} if self.labelled else {}
+        scale = self.loss_scale * self.scaler.get_scale() / self.experiment.train.accumulate
+        options = {"targets": y, "loss_scale": scale} if self.labelled else {}
         return self.criterion(model(x, **options), y)
 
     @torch.no_grad()
     def evaluate(self, batches: data.Batches) -> dict[str, float]:
         """Mean loss over `batches`, and of classes top-1 and (of more than 10) top-5 error."""
         self.network.eval()
+        self.world.agree(self.model)
         total = torch.zeros(3, device=self.device)
         for x, y in batches:
             with self._autocast():
@@ -104,7 +131,7 @@ class Learner:
             if not self.experiment.reconstructs:
                 total[1] += (outputs.argmax(1) != y).sum()
                 total[2] += (outputs.topk(min(5, outputs.shape[1])).indices != y[:, None]).all(1).sum()
-        loss, top1, top5 = (total / batches.count).tolist()
+        loss, top1, top5 = (self.world.sum(total) / batches.count).tolist()
         if self.experiment.reconstructs:
             return {"loss": loss}
         return {"loss": loss, "error": top1} | ({"top5": top5} if outputs.shape[1] > 10 else {})
@@ -126,12 +153,21 @@ class TargetLearner(Learner):
     """Target propagation, its layers and its inverses each with an optimizer of their own."""
 
     def __init__(
-        self, experiment: Experiment, model: nn.Module, shape: tuple[int, ...], seed: int, device: Any
+        self,
+        experiment: Experiment,
+        model: nn.Module,
+        shape: tuple[int, ...],
+        seed: int,
+        device: Any,
+        world: World = ALONE,
     ) -> None:
-        self.experiment, self.device = experiment, torch.device(device)
+        self.experiment, self.device, self.world = experiment, torch.device(device), world
+        # Of the epoch so far: this rank's part of the sum of the steps' losses, and of their number.
+        self.total = torch.zeros(2, device=self.device)
         self.criterion = squared_error if experiment.reconstructs else nn.functional.cross_entropy
         options = dict(experiment.algorithm)
         variant = options.pop("name")
+        check_parallel(variant, world)
         self.schedule = options.pop("schedule", "parallel")
         if experiment.reconstructs:
             options |= {"loss": squared_error, "output": nn.Identity()}
@@ -203,9 +239,10 @@ class Detector(Learner):
 
     def evaluate(self, batches: data.Batches) -> dict[str, float]:
         """COCO's AP, AP50 and AP75 over all of `batches`; in full precision, which torchvision's suppression needs."""
-        found = detection.detect(self.network.eval(), batches)
-        ids = batches.dataset.ids
-        images = ids if batches.only is None else [ids[i] for i in batches.only.tolist()]
+        self.world.agree(self.model)
+        parts = self.world.gather(detection.detect(self.network.eval(), batches))
+        found = [one for part in parts for one in part]
+        images = [batches.dataset.ids[i] for i in batches.only.tolist()]
         return detection.average_precision(batches.dataset.coco, found, images)
 
 
@@ -214,7 +251,19 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets).square().flatten(1).sum(1).mean()
 
 
-def build(experiment: Experiment, shape: Shape, classes: int, seed: int, device: Any) -> Learner:
+# Why not on many ranks.
+_ONE_RANK = {"wm": "mirror_ draws its noise on each", "sdfa": "mean|e| is that of each one's batch"}
+_ONE_RANK |= dict.fromkeys(("sa", "aa", "ia"), "align_ adds its gradient after theirs are averaged")
+_ONE_RANK |= dict.fromkeys(VARIANTS, "two losses and no module's output give its gradients")
+
+
+def check_parallel(name: str, world: World) -> None:
+    """Raises ValueError where the algorithm or rule `name` would not be the same on many ranks as on one."""
+    if world.kind and name in _ONE_RANK:
+        raise ValueError(f"--parallel: got {world.kind} with {name}, which one process trains: {_ONE_RANK[name]}")
+
+
+def build(experiment: Experiment, shape: Shape, classes: int, seed: int, device: Any, world: World = ALONE) -> Learner:
     torch.manual_seed(seed)
     name = experiment.model.name
     if experiment.detects:
@@ -234,14 +283,13 @@ def build(experiment: Experiment, shape: Shape, classes: int, seed: int, device:
         for p in model.parameters():
             nn.init.zeros_(p)
     kind = Detector if experiment.detects else TargetLearner if experiment.family == "targets" else Learner
-    return kind(experiment, model, shape, seed, device)
+    return kind(experiment, model, shape, seed, device, world)
 
 
-def optimizer(options: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
+def optimizer(options: dict[str, Any], model: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
     """The optimizer that a TOML table describes; `last_layer` holds what differs for the last module with weights."""
     cls = OPTIMIZERS[options["name"]]
-    fused = {"fused": True} if "fused" in inspect.signature(cls).parameters else {}
-    options = {**fused, **options}
+    options = ({"fused": True} if fused and "fused" in inspect.signature(cls).parameters else {}) | options
     del options["name"]
     last = options.pop("last_layer", None)
     trained = [p for p in model.parameters() if p.requires_grad]

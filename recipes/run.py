@@ -1,7 +1,8 @@
 """Run an experiment, one folder a seed: log.jsonl (a header, then a row an epoch) and checkpoint.pt.
 
-Both are written after every epoch, whole or not at all; the same command goes on from there. A log that is missing or
-is not that of the checkpoint is written again from it, and no more is done where the run is finished.
+Both are written after every epoch, the checkpoint also within one, whole or not at all; the same command goes on from
+there, with any number of ranks. A log that is missing or is not that of the checkpoint is written again from it, and no
+more is done where the run is finished. Of many ranks the first one writes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from tqdm import tqdm
 from recipes import checkpoint, detection, learn, models
 from recipes import data as datasets
 from recipes.experiment import Experiment, difference
+from recipes.world import ALONE, World
 
 Row = dict[str, Any]
 
@@ -37,17 +42,22 @@ def run(
     workers: int = 0,
     measure: bool = True,
     test: bool = True,
+    checkpoint_steps: int = 0,
+    tensorboard: bool = False,
     about: dict[str, Any] | None = None,
+    world: World = ALONE,
 ) -> list[Row]:
     """Train one seed of `experiment` into `folder`, or go on with it; the rows of log.jsonl without its header.
 
     measure: angles and inverse losses after every epoch. test: the test images after every epoch; without, none of them
-    is ever loaded. about: more for the header.
+    is ever loaded. checkpoint_steps: steps within an epoch after which there is a checkpoint, 0 for none. tensorboard:
+    the rows as TensorBoard's events beside. about: more for the header. world: the ranks, each of which calls this.
     Raises ValueError where `folder` holds a run of another experiment or a damaged checkpoint, and RuntimeError where
-    another process trains into it.
+    another process trains into it, or where ranks do not see the same one.
     """
-    with checkpoint.lock(folder):
-        return _run(experiment, seed, folder, data_root, device, workers, measure, test, about)
+    with checkpoint.lock(folder) if world.rank == 0 else nullcontext():
+        how = data_root, device, workers, measure, test, checkpoint_steps, tensorboard
+        return _run(experiment, seed, folder, *how, about, world)
 
 
 def _run(
@@ -59,12 +69,19 @@ def _run(
     workers: int,
     measure: bool,
     test: bool,
+    checkpoint_steps: int,
+    tensorboard: bool,
     about: dict[str, Any] | None,
+    world: World,
 ) -> list[Row]:
     content = {k: v for k, v in experiment.resolved.items() if k not in ("seeds", "search", "published", "row")}
     content["data"] = content.get("data", {}) | {"validation": experiment.data.validation}
     path = folder / "checkpoint.pt"
     saved = checkpoint.load(path) if path.exists() else None
+    within = {"step": 0, "seconds": 0.0, "total": [0.0, 0.0]} | ((saved or {}).get("within") or {})
+    places = world.gather((len(saved["rows"]), within["step"]) if saved else None)
+    if places != places[:1] * world.size:
+        raise RuntimeError(f"{folder}: the ranks see checkpoints of {places}; want one --out for all machines")
     if saved is not None:
         if other := difference(json.loads(saved["experiment"]), content):
             key, made, now = other
@@ -72,34 +89,45 @@ def _run(
                 f"{key}: got {_said(now)}, {path} was made with {_said(made)}; want the same to go on with it, another "
                 "--out to train beside it, or that folder away to start anew"
             )
-        _log(folder, json.loads(saved["header"]), saved["rows"])
+        if world.rank == 0:
+            _log(folder, json.loads(saved["header"]), saved["rows"])
         if len(saved["rows"]) > experiment.train.epochs or diverged(saved["rows"]):
             return saved["rows"]
 
     spec, size = experiment.data.spec(data_root), experiment.data.size
-    if experiment.detects:
-        data = detection.load(spec, data_root, size)
-    else:
-        channels, native = models.input_for(experiment.model.name, *datasets.NATIVE[experiment.data.name])
-        data = datasets.load(
-            spec, data_root, size or native, channels, experiment.data.augment, experiment.data.normalise
-        )
+    with world.first():
+        if experiment.detects:
+            data = detection.load(spec, data_root, size)
+        else:
+            channels, native = models.input_for(experiment.model.name, *datasets.NATIVE[experiment.data.name])
+            data = datasets.load(
+                spec, data_root, size or native, channels, experiment.data.augment, experiment.data.normalise
+            )
     kept, validation = data.split(experiment.data.validation)
-    if experiment.train.batch_size > len(kept):
-        raise ValueError(f"train.batch_size: got {experiment.train.batch_size}, there are {len(kept)} images")
-    learner = learn.build(experiment, data.shape, data.classes, seed, device)
+    train = experiment.train
+    if train.batch_size > len(kept):
+        raise ValueError(f"train.batch_size: got {train.batch_size}, there are {len(kept)} images")
+    if train.batch_size % (world.size * train.accumulate):
+        raise ValueError(
+            f"train.batch_size: got {train.batch_size}, want a multiple of {world.size} ranks times "
+            f"{train.accumulate} parts"
+        )
+    if checkpoint_steps and experiment.family == "targets":
+        raise ValueError("--checkpoint-steps: want none with target propagation, whose passes are of whole epochs")
+    learner = learn.build(experiment, data.shape, data.classes, seed, device, world)
     shuffle = torch.Generator()
     options: dict[str, Any] = {"device": device, "workers": workers, "collate": data.collate}
     options["reconstruct"] = experiment.reconstructs
-    batches = datasets.Batches(data.train, experiment.train.batch_size, shuffle, only=kept, **options)
+    shares = {"rank": world.rank, "ranks": world.size}
+    batches = datasets.Batches(data.train, train.batch_size, shuffle, only=kept, **shares, **options)
     # Of the training images as many as there are test images, evenly spread.
     part = kept[torch.linspace(0, len(kept) - 1, min(len(kept), len(data.test))).long()]
     size = 32 if experiment.detects else 500
-    held = {"train": datasets.Batches(data.train, 500, only=part, **options)} if experiment.classifies else {}
+    held = {"train": datasets.Batches(data.train, 500, only=part, **shares, **options)} if experiment.classifies else {}
     if len(validation):
-        held["validation"] = datasets.Batches(data.plain or data.train, size, only=validation, **options)
+        held["validation"] = datasets.Batches(data.plain or data.train, size, only=validation, **shares, **options)
     if test:
-        held["test"] = datasets.Batches(data.test, size, **options)
+        held["test"] = datasets.Batches(data.test, size, **shares, **options)
     many = 32 if experiment.detects else 128
     probe = next(iter(datasets.Batches(data.train, many, only=part[:: max(1, len(part) // many)], **options)))
     schedulers = [_scheduler(experiment, optimizer) for optimizer in learner.optimizers]
@@ -109,10 +137,9 @@ def _run(
     if saved is not None:
         rows = saved["rows"]
         for name, holder in state.items():
-            holder.load_state_dict(saved[name])
-        torch.set_rng_state(saved["rng"])
-        if torch.cuda.is_available() and "cuda_rng" in saved:
-            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+            world.load(holder, saved[name])
+        if world.rank == 0:
+            learner.total.copy_(torch.tensor(within["total"]))
     header = {"row": experiment.row, "seed": seed, "published": experiment.published, "experiment": content}
     if experiment.classifies:
         header |= {"classes": data.classes, "test_images": len(data.test)}
@@ -123,18 +150,42 @@ def _run(
         made = {key: now if now in before[key] else f"{before[key]}; {now}" for key, now in made.items()}
     header |= made | (about or {})
 
-    epochs = experiment.train.epochs
-    for epoch in range(len(rows), epochs + 1):
+    def save(**within: Any) -> None:
+        content_now = {"rows": rows, "header": json.dumps(header), "experiment": json.dumps(content), "within": within}
+        content_now |= {name: world.whole(holder.state_dict()) for name, holder in state.items()}
+        if world.rank == 0:
+            checkpoint.save(path, content_now)
+
+    board = _board(folder, len(rows)) if tensorboard and world.rank == 0 else None
+    for epoch in range(len(rows), train.epochs + 1):
         if diverged(rows):
-            tqdm.write(f"{folder}: stopped, the loss is {rows[-1]['train_loss']}; try a smaller rate")
+            if world.rank == 0:
+                tqdm.write(f"{folder}: stopped, the loss is {rows[-1]['train_loss']}; try a smaller rate")
             break
         row: Row = {"epoch": epoch, "lr": learner.optimizers[0].param_groups[0]["lr"], "seconds": 0.0}
         row["train_loss"] = math.nan
         if epoch > 0:
             shuffle.manual_seed(order(seed, epoch))
-            start = time.perf_counter()
-            progress = tqdm(batches, f"{experiment.row} {epoch}/{epochs}", leave=False, disable=None, unit="batch")
-            row["train_loss"] = learner.epoch(progress, epoch == 1)
+            batches.order.first = first = within["step"]
+            start = time.perf_counter() - within["seconds"]
+            within = {"step": 0, "seconds": 0.0}
+            progress = tqdm(
+                batches,
+                f"{experiment.row} {epoch}/{train.epochs}",
+                first + len(batches),
+                initial=first,
+                leave=False,
+                disable=None if world.rank == 0 else True,
+                unit="batch",
+            )
+
+            def after(step: int, start: float = start) -> None:
+                if checkpoint_steps and step % checkpoint_steps == 0:
+                    total = world.sum(learner.total.clone()).tolist()
+                    save(step=step, seconds=time.perf_counter() - start, total=total)
+
+            steps = _Steps(progress, first, (seed, epoch, world.rank), after)
+            row["train_loss"] = learner.epoch(steps, epoch == 1)
             row["seconds"] = time.perf_counter() - start
             for scheduler in schedulers:
                 scheduler.step()
@@ -145,18 +196,26 @@ def _run(
         if measure:
             row |= learner.measure(*probe)
         rows.append(row)
-        _save(path, {"rows": rows, "header": json.dumps(header), "experiment": json.dumps(content)}, state)
+        save()
+        if world.rank > 0:
+            continue
         _log(folder, header, rows)
+        for name, value in row.items() if board else ():
+            board.add_scalar(name, value, epoch)
         if epoch > 0:
             shown = ", ".join(
                 f"{name} {row[name]:.4f}" for name in row if name.startswith(("train_", "validation_", "test_"))
             )
-            tqdm.write(f"{experiment.row} seed {seed} {epoch}/{epochs}: {shown}, {row['seconds']:.1f} s")
+            tqdm.write(f"{experiment.row} seed {seed} {epoch}/{train.epochs}: {shown}, {row['seconds']:.1f} s")
             sys.stdout.flush()
+    if board:
+        board.close()
     if experiment.reconstructs and test:
         images = next(iter(held["test"]))[0][:10]
         with torch.no_grad():
-            reconstructions(images, learner.model(images).view_as(images), folder / "reconstructions.png")
+            made = learner.model(images).view_as(images)
+        if world.rank == 0:
+            reconstructions(images, made, folder / "reconstructions.png")
     return rows
 
 
@@ -191,15 +250,47 @@ def machine() -> dict[str, str]:
 
 
 def _scheduler(experiment: Experiment, optimizer: torch.optim.Optimizer) -> Any:
-    train = experiment.train
+    train, of = experiment.train, torch.optim.lr_scheduler
     if train.cosine:
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, train.epochs)
-    return torch.optim.lr_scheduler.MultiStepLR(optimizer, train.milestones, train.gamma)
+        main: Any = of.CosineAnnealingLR(optimizer, train.epochs)
+    else:
+        main = of.MultiStepLR(optimizer, train.milestones, train.gamma)
+    if not train.warmup:
+        return main
+    # Epoch k of them at k / (warmup + 1) of the rate.
+    return of.ChainedScheduler([main, of.LinearLR(optimizer, 1 / (train.warmup + 1), total_iters=train.warmup)])
 
 
-def order(seed: int, epoch: int) -> int:
-    """The seed of an epoch's order of samples, which so depends on nothing that went before."""
-    return random.Random(f"{seed} {epoch}").getrandbits(32)
+def order(*numbers: int) -> int:
+    """Of (seed, epoch) the seed of an epoch's order of samples, which so depends on nothing that went before."""
+    return random.Random(" ".join(map(str, numbers))).getrandbits(32)
+
+
+@dataclass
+class _Steps:
+    """The batches of an epoch from step `first` on, in each of which what is random depends on `numbers` and the step.
+
+    after: called with a step's number when it is done.
+    """
+
+    batches: Iterable[Any]
+    first: int
+    numbers: tuple[int, ...]
+    after: Callable[[int], None]
+
+    def __iter__(self) -> Iterator[Any]:
+        for step, batch in enumerate(self.batches, self.first + 1):
+            torch.manual_seed(order(*self.numbers, step))
+            yield batch
+            self.after(step)
+
+
+def _board(folder: Path, epoch: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(f"--tensorboard: {error}; pip install tensorboard") from error
+    return SummaryWriter(str(folder), purge_step=epoch)
 
 
 def diverged(rows: list[Row]) -> bool:
@@ -219,11 +310,3 @@ def _log(folder: Path, header: dict[str, Any], rows: list[Row]) -> None:
     path, text = folder / "log.jsonl", "".join(json.dumps(_short(r)) + "\n" for r in (header, *rows)).encode()
     if not path.exists() or path.read_bytes() != text:
         checkpoint.write(path, text)
-
-
-def _save(path: Path, content: dict[str, Any], state: dict[str, Any]) -> None:
-    content |= {name: holder.state_dict() for name, holder in state.items()}
-    content["rng"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        content["cuda_rng"] = torch.cuda.get_rng_state_all()
-    checkpoint.save(path, content)
