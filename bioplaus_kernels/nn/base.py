@@ -1,7 +1,7 @@
 """What every layer with a feedback rule has: the rule, and B in a call."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -21,8 +21,11 @@ class FeedbackLayer(StatefulLayer):
     """Mixin before a torch.nn class: `feedback=`, a rule, and what it keeps for each weight (`StatefulLayer`)."""
 
     _feedback: Rule
-    # Whether no backward may read W: distributed.fully_shard frees it after the forward.
+    # Whether no backward may read W: distributed.fully_shard frees it after the forward. What gathers it again.
     reads_no_weight: bool = False
+    gather_again: Callable[[], None] | None = None
+    # Whether a proof has seen W read without a call of the layer.
+    read_besides: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
