@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .backends.reference import checks
 from .feedback import Frozen
@@ -99,7 +100,7 @@ def fully_shard(module: nn.Module, *, blocks: Iterable[nn.Module] | None = None,
     # From outside in, as torch looks for no Parameters in what is sharded already.
     if module not in free:
         shard(module, groups.pop((module, False)))
-    for block, once in sorted(groups, key=lambda group: (names[group[0]].count("."), not group[1])):
+    for block, once in sorted((group for group in groups if groups[group]), key=lambda group: (names[group[0]].count("."), not group[1])):
         own = groups[block, once]
         # What is computed from Parameters is so where the layer is called.
         layers = [m for m in names if own.keys() & set(m.parameters(recurse=is_parametrized(m)))]
@@ -134,7 +135,9 @@ class _Freed:
         name = layer.called(layer.weights()[0])
         warnings.warn(f"{name}: activation checkpointing computes it anew, so its block is gathered twice", stacklevel=2)
         self.gather_again()
-        self.group.unshard()
+        # Not an operator of what is computed anew, which selective checkpointing compares with the first forward's.
+        with _disable_current_modes():
+            self.group.unshard()
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
@@ -201,11 +204,11 @@ def _reads_weight(layer: FeedbackLayer, name: str, in_root: bool) -> str:
     if in_root and isinstance(layer, nn.RNNCellBase):
         return "it is called at every step"
     layer.reads_no_weight = True
-    kept: list[Tensor] = [*layer.parameters(recurse=False)]
+    kept: list[Tensor] = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
     for weight in layer.weights():
         op = layer.used(weight)[1]
         if op.role:
             return "its rule reads W"
-        if op.magnitude is not None and not any(op.magnitude is t for t in kept):
+        if op.magnitude is not None and not any(torch._C._is_alias_of(op.magnitude, t) for t in kept):
             return "its rule makes B in the forward, which stays as W would"
     return ""
