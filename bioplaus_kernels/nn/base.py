@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import ops
 from .._restore import sharded
@@ -14,6 +15,7 @@ from ..backends.reference import checks
 from ..feedback import BACKPROP, Fans, Operands, Record, Rule, State, as_rule, encode, fill, weight_rms, whole
 from ..functional import CUT, captured, formed, needs_feedback
 from .held import FrozenSigns
+from .in_forward import in_forward
 from .state import StatefulLayer
 
 
@@ -85,6 +87,8 @@ class FeedbackLayer(StatefulLayer):
             return weight, BACKPROP
         state = self._call_state(name, weight)
         op = self._rule(name).operands(weight, state) if feedback else BACKPROP
+        if self.reads_no_weight and is_compiling():
+            op = in_forward(op)
         if learns:
             weight = self._rule(name).learning(weight, cast(Tensor, self._parameters[trained]), state)
         return weight, op
