@@ -1,12 +1,13 @@
 """What every layer with a feedback rule has: the rule, and B in a call."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import ops
 from .._restore import sharded
@@ -14,6 +15,7 @@ from ..backends.reference import checks
 from ..feedback import BACKPROP, Fans, Operands, Record, Rule, State, as_rule, encode, fill, weight_rms, whole
 from ..functional import CUT, captured, formed, needs_feedback
 from .held import FrozenSigns
+from .in_forward import in_forward
 from .state import StatefulLayer
 
 
@@ -21,8 +23,11 @@ class FeedbackLayer(StatefulLayer):
     """Mixin before a torch.nn class: `feedback=`, a rule, and what it keeps for each weight (`StatefulLayer`)."""
 
     _feedback: Rule
-    # Whether no backward may read W: distributed.fully_shard frees it after the forward.
+    # Whether no backward may read W: distributed.fully_shard frees it after the forward. What gathers it again.
     reads_no_weight: bool = False
+    gather_again: Callable[[], None] | None = None
+    # Whether a proof has seen W read without a call of the layer.
+    read_besides: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -82,6 +87,8 @@ class FeedbackLayer(StatefulLayer):
             return weight, BACKPROP
         state = self._call_state(name, weight)
         op = self._rule(name).operands(weight, state) if feedback else BACKPROP
+        if self.reads_no_weight and is_compiling():
+            op = in_forward(op)
         if learns:
             weight = self._rule(name).learning(weight, cast(Tensor, self._parameters[trained]), state)
         return weight, op
