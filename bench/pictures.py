@@ -60,7 +60,7 @@ def split(case: str) -> tuple[str, str, int]:
 
 
 def state(result: dict[str, Any]) -> str:
-    """The state that pictures and goals are of: calls one after another, on a GPU as graphs, without the host's time."""
+    """What pictures and goals are of: calls one after another, on a GPU as graphs, without the host's time."""
     return "graph" if "gpu" in result["machine"] else "warm"
 
 

@@ -32,15 +32,16 @@ GOALS = (
     "those that are not reached: [notes](../benchmarks-notes.md#what-bounds-the-goals)."
 )
 METHOD = """\
-Times are medians with the 20th and 80th percentile, variants of a case interleaved in one process, over the quiet
-samples where a row has their number ([what a quiet sample is](../benchmarks-notes.md#what-a-quiet-sample-is)). A variant whose error is over
-its bound (twice torch's own in the same dtype plus one rounding, against float64) is not timed. Ratios are to the first
-row of a case; rows that lose are here too. The roofline's share is max(flops / product rate, bytes / rate of memory),
-pass by pass and from the rates below, over the time taken; a product by int8 digits can pass 100 % of the float32 rate.
-Peak is what torch's allocator held for one call, results included. On a GPU calls are timed by CUDA events, eager with
-a warm and a cold L2 cache, and cold as the replay of a CUDA graph, which alone tells what the kernels take: a short
-eager call takes what the processor needs to launch it, the column of host µs. There float32 is computed without TF32
-but where a variant names it."""
+Times are medians, variants of a case interleaved in one process, over the quiet samples where a page has their number
+([what they are](../benchmarks-notes.md#what-a-quiet-sample-is)). A variant whose error is over its bound (twice
+torch's own in the same dtype plus one rounding, against float64) is not timed. Ratios are to the first row of a case;
+rows that lose are here too. Peak is what torch's allocator held for one call, results included. On a GPU calls are
+timed by CUDA events, eager with a warm and a cold L2 cache, and cold as the replay of a CUDA graph, which alone tells
+what the kernels take: a short eager call takes what the processor needs to launch it, the column of host µs. There
+float32 is computed without TF32 but where a variant names it. The 20th and 80th percentile and the share of the
+roofline are in what `python -m bench run` prints, the latter as max(flops / product rate, bytes / rate of memory),
+pass by pass and from the rates below, over the time taken; a product by int8 digits can pass 100 % of the float32
+rate."""
 
 _STATES = {"warm": "", "cold": " (cold)", "graph": " (cold, CUDA graph)"}
 _COLUMNS = ("variant", "ms (p20–p80)", "ratio", "share of roofline", "peak MiB", "error / bound")
@@ -126,10 +127,12 @@ def loud(result: dict[str, Any]) -> list[str]:
 
 
 def pivot(rows: list[dict[str, Any]]) -> str:
-    """Ways by batch: ratio and milliseconds, then the worst error over its bound and the most memory."""
+    """Ways by batch: ratio and milliseconds; then over all batches the worst error, the most memory, and the fewest
+    quiet samples where they were counted."""
     cells: dict[str, dict[int, str]] = {}
     errors: dict[str, float] = {}
     peaks: dict[str, int] = {}
+    quiet: dict[str, int] = {}
     for row in rows:
         way, batch = row["variant"], pictures.split(row["case"])[2]
         ratio = "" if row.get("ratio") is None else f"**{row['ratio']:.2f}** · "
@@ -137,14 +140,18 @@ def pivot(rows: list[dict[str, Any]]) -> str:
         cells.setdefault(way, {})[batch] = found
         errors[way] = max(errors.get(way, 0), row["error_over_bound"] or 0)
         peaks[way] = max(peaks.get(way, 0), row.get("peak_bytes") or 0)
+        if "quiet" in row:
+            quiet[way] = min(quiet.get(way, row["quiet"]), row["quiet"])
     batches = sorted({batch for found in cells.values() for batch in found})
-    header = ("way", *(f"batch {batch}" if batch else "ratio · time" for batch in batches), "error / bound", "peak MiB")
+    columns = [f"batch {batch}" if batch else "ratio · time" for batch in batches]
+    header = ("way", *columns, "error / bound", "peak MiB", *["quiet samples"] * bool(quiet))
     lines = [
         [
             way,
             *(found.get(batch, "") for batch in batches),
             f"{errors[way]:.2g}" if errors[way] else "",
             f"{peaks[way] / 2**20:.3g}" if peaks[way] else "",
+            *[str(quiet.get(way, ""))] * bool(quiet),
         ]
         for way, found in cells.items()
     ]
@@ -182,7 +189,8 @@ def page(op: str, results: list[dict[str, Any]], folder: Path) -> str:
         works: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for row in rows:
             part, name, _ = pictures.split(row["case"])
-            works.setdefault(f"{part}{_STATES[row['state']]}".strip() or "all cases", {}).setdefault(name, []).append(row)
+            work = f"{part}{_STATES[row['state']]}".strip() or "all cases"
+            works.setdefault(work, {}).setdefault(name, []).append(row)
         parts.append("### Figures")
         for work, cases in works.items():
             parts.append(_folded(work, "\n\n".join(f"**{case}**\n\n{pivot(found)}" for case, found in cases.items())))
@@ -267,9 +275,9 @@ def write(results: list[Path], out: Path, draft: bool = False) -> None:
         out,
         f"""# Benchmarks
 
-{warning}Time of each rule beside back-propagation's, which is 1: what lies in the shade is faster. A dot is the geometric mean over
-the cases of a work, its line goes from the best to the worst. Locally-connected layers, of which torch has none, are beside
-unfold and bmm.
+{warning}Time of each rule beside back-propagation's, which is 1: what lies in the shade is faster. A dot is the
+geometric mean over the cases of a work, its line goes from the best to the worst. Locally-connected layers, of which
+torch has none, are beside unfold and bmm.
 
 {chr(10).join(_summary(result, out) for result in shown)}
 ## Pages

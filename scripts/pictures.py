@@ -1,6 +1,6 @@
-"""Makes docs/pictures: what each rule's B is, its angles over training, and the error by depth, on scikit-learn's digits.
+"""Makes docs/pictures: what each rule's B is, its angles over training, and the error by depth, on real digits.
 
-    python scripts/pictures.py            minutes on one core; the figures of docs/choose.md are printed
+python scripts/pictures.py            minutes on one core; the figures of docs/choose.md are printed
 """
 
 from collections.abc import Callable
@@ -126,7 +126,9 @@ def _labels(axes: plt.Axes, ends: dict[str, float], apart: float) -> None:
     previous = float("-inf")
     for name, y in sorted(ends.items(), key=lambda item: item[1]):
         previous = max(y, previous + apart)
-        axes.text(1.02, previous, name, color=COLOURS[name], fontsize=9, va="center", transform=axes.get_yaxis_transform())
+        axes.text(
+            1.02, previous, name, color=COLOURS[name], fontsize=9, va="center", transform=axes.get_yaxis_transform()
+        )
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -152,7 +154,8 @@ def angles() -> None:
             if values:
                 ax.plot(values, color=COLOURS[rule], lw=1.6)
                 end[rule] = values[-1]
-    for ax, end, title in zip(axes, ends, ("W to B, second layer", "gradient to back-propagation's, first layer"), strict=True):
+    titles = "W to B, second layer", "gradient to back-propagation's, first layer"
+    for ax, end, title in zip(axes, ends, titles, strict=True):
         ax.set_title(title, fontsize=10, loc="left")
         ax.set_xlabel("epoch", fontsize=9)
         ax.set_ylim(0, 95)
