@@ -1,4 +1,4 @@
-# make train | test | test-all | test-amx | test-torch-2.11 | test-torch-2.13 | check | lint | format | build | clean
+# make train | test | test-all | test-amx | test-torch-2.11 | test-torch-2.13 | check | lint | docs | format | build | clean
 #
 # Every target makes what it needs first: the environment in VENV, then the package with its native library.
 
@@ -34,7 +34,7 @@ ifneq ($(shell cat $(VENV)/.checkout 2>/dev/null),$(CURDIR))
 STALE = FORCE
 endif
 
-.PHONY: train test test-all test-amx test-installed check lint format build clean FORCE
+.PHONY: train test test-all test-amx test-installed check lint docs site format build clean FORCE
 
 train: build
 	$(PY) -m recipes run recipes/experiments/digits.toml
@@ -81,6 +81,14 @@ lint: build
 	$(BIN)/ruff format --check --exclude '*.md' .
 	$(BIN)/mypy bioplaus_kernels
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+# The site, into build/site: by what requirements-docs.txt names, in an environment beside VENV. A dead link is an error.
+docs:
+	$(MAKE) site VENV=$(VENV)-docs REQUIREMENTS=requirements-docs.txt
+
+site: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "$(CURDIR)/build/site/index.html"
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix-only .

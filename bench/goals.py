@@ -7,6 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from . import pictures
 from .report import least_seconds
 
 Result = dict[str, Any]
@@ -26,7 +27,7 @@ PLAIN = {
 
 def cases(result: Result, op: str) -> Cases:
     """Timed rows of `op` by case and variant: calls one after another, on a GPU as graphs, without the host's time."""
-    state = "graph" if "gpu" in result["machine"] else "warm"
+    state = pictures.state(result)
     found: Cases = {}
     for row in result["rows"]:
         if row["op"] == op and row["state"] == state and "ms" in row:
@@ -60,10 +61,10 @@ def _faster(result: Result) -> float | None:
 def _against_plain(result: Result) -> float | None:
     return max(
         (
-            rows[ours]["ms"] / min(rows[p]["ms"] for p in plain)
+            rows[ours]["ms"] / min(rows[p]["ms"] for p in plain if p in rows)
             for rows in cases(result, "feedback_mm").values()
             for ours, plain in PLAIN.items()
-            if ours in rows
+            if ours in rows and not rows.keys().isdisjoint(plain)
         ),
         default=None,
     )

@@ -1,5 +1,6 @@
 """What is measured: cases by op, each with interleaved variants, a correctness gate and its least work."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -70,6 +71,13 @@ def register(op: str) -> Callable[[Callable[[], Iterator[Case]]], Callable[[], I
         return function
 
     return add
+
+
+def about(op: str) -> str:
+    """The sentence that the module of an op's cases begins with; nothing for an op that is no longer measured."""
+    cases([])
+    found = _REGISTRY.get(op)
+    return (sys.modules[found.__module__].__doc__ or "").partition("\n")[0] if found else ""
 
 
 def cases(ops: list[str] | None = None, quick: bool = False, headline: bool = False) -> list[Case]:

@@ -1,16 +1,47 @@
-"""The Markdown report and its pictures, from a result file."""
+"""The benchmark pages, from result files: a summary, a page for each op, the goals and the method."""
 
 import json
+import re
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from tabulate import tabulate
 
+from . import pictures, registry
 from .quiet import LEAST
+
+# The ops whose baseline is back-propagation, or for locally-connected layers what torch has for it.
+AGAINST = {
+    "feedback_mm": "input gradient of a linear layer",
+    "convolution": "input gradient of a convolution",
+    "low_rank": "low-rank feedback, a linear layer",
+    "recurrent": "recurrent layers",
+    "locally_connected": "locally-connected layers",
+    "untied_nets": "layers of untied nets",
+    "training_step": "training steps",
+    "alignment": "steps that learn B",
+    "overhead": "a layer of eight units",
+}
+HOW = (
+    "Time over the baseline's, the first way of each case, whose line is at 1: lower is faster. "
+    "[How it is measured](method.md)."
+)
+GOALS = (
+    "What the kernels are to reach, and what these runs reached: the worst row unless a mean is named. What bounds "
+    "those that are not reached: [notes](../benchmarks-notes.md#what-bounds-the-goals)."
+)
+METHOD = """\
+Times are medians, variants of a case interleaved in one process, over the quiet samples where a page has their number
+([what they are](../benchmarks-notes.md#what-a-quiet-sample-is)). A variant whose error is over its bound (twice
+torch's own in the same dtype plus one rounding, against float64) is not timed. Ratios are to the first row of a case;
+rows that lose are here too. Peak is what torch's allocator held for one call, results included. On a GPU calls are
+timed by CUDA events, eager with a warm and a cold L2 cache, and cold as the replay of a CUDA graph, which alone tells
+what the kernels take: a short eager call takes what the processor needs to launch it, the column of host µs. There
+float32 is computed without TF32 but where a variant names it. The 20th and 80th percentile and the share of the
+roofline are in what `python -m bench run` prints, the latter as max(flops / product rate, bytes / rate of memory),
+pass by pass and from the rates below, over the time taken; a product by int8 digits can pass 100 % of the float32
+rate."""
 
 _STATES = {"warm": "", "cold": " (cold)", "graph": " (cold, CUDA graph)"}
 _COLUMNS = ("variant", "ms (p20–p80)", "ratio", "share of roofline", "peak MiB", "error / bound")
@@ -77,29 +108,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _picture(op: str, result: dict[str, Any], path: Path) -> None:
-    chosen = {key: rows for key, rows in groups(result).items() if key[0] == op and key[2] == "warm"}
-    variants = list(dict.fromkeys(row["variant"] for rows in chosen.values() for row in rows if row.get("ratio")))
-    labels = [key[1] for key in chosen]
-    figure, axes = plt.subplots(figsize=(max(6.0, 0.35 * len(labels) + 3), 4.5), layout="constrained")
-    for variant in variants:
-        found = [
-            next((r["ratio"] for r in rows if r["variant"] == variant and r.get("ratio")), None)
-            for rows in chosen.values()
-        ]
-        axes.plot(
-            range(len(labels)), [float("nan") if f is None else f for f in found], marker="o", ms=3, lw=1, label=variant
-        )
-    axes.axhline(1.0, color="black", lw=0.8)
-    axes.set_yscale("log")
-    axes.set_ylabel("time / baseline's (lower is faster)")
-    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
-    axes.legend(fontsize=6, ncols=2)
-    axes.set_title(op)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def _properties(title: str, values: dict[str, Any]) -> str:
     return tabulate(values.items(), (title, ""), tablefmt="pipe", disable_numparse=True)
 
@@ -118,8 +126,118 @@ def loud(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def pivot(rows: list[dict[str, Any]]) -> str:
+    """Ways by batch: ratio and milliseconds; then over all batches the worst error, the most memory, and the fewest
+    quiet samples where they were counted."""
+    cells: dict[str, dict[int, str]] = {}
+    errors: dict[str, float] = {}
+    peaks: dict[str, int] = {}
+    quiet: dict[str, int] = {}
+    for row in rows:
+        way, batch = row["variant"], pictures.split(row["case"])[2]
+        ratio = "" if row.get("ratio") is None else f"**{row['ratio']:.2f}** · "
+        found = f"{ratio}{row['ms']:.3g} ms" if "ms" in row else row.get("failed", "not timed")
+        cells.setdefault(way, {})[batch] = found
+        errors[way] = max(errors.get(way, 0), row["error_over_bound"] or 0)
+        peaks[way] = max(peaks.get(way, 0), row.get("peak_bytes") or 0)
+        if "quiet" in row:
+            quiet[way] = min(quiet.get(way, row["quiet"]), row["quiet"])
+    batches = sorted({batch for found in cells.values() for batch in found})
+    columns = [f"batch {batch}" if batch else "ratio · time" for batch in batches]
+    header = ("way", *columns, "error / bound", "peak MiB", *["quiet samples"] * bool(quiet))
+    lines = [
+        [
+            way,
+            *(found.get(batch, "") for batch in batches),
+            f"{errors[way]:.2g}" if errors[way] else "",
+            f"{peaks[way] / 2**20:.3g}" if peaks[way] else "",
+            *[str(quiet.get(way, ""))] * bool(quiet),
+        ]
+        for way, found in cells.items()
+    ]
+    return tabulate(lines, header, tablefmt="pipe", disable_numparse=True)
+
+
+def _folded(title: str, text: str) -> str:
+    return f'<details markdown="1">\n<summary>{title}</summary>\n\n{text}\n\n</details>\n'
+
+
+def where(result: dict[str, Any]) -> str:
+    """A heading for the machine."""
+    machine = result["machine"]
+    if "gpu" in machine:
+        return f"{machine['gpu']} ({machine['library_level']})"
+    return f"CPU, {machine['library_level']}"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def page(op: str, results: list[dict[str, Any]], folder: Path) -> str:
+    """The page of one op, and its pictures in `folder`."""
+    parts = [f"# {op}", registry.about(op), HOW]
+    for result in results:
+        rows = [row for row in result["rows"] if row["op"] == op]
+        if not rows:
+            continue
+        parts.append(f"## {where(result)}")
+        for part, named in pictures.panels(result, op).items():
+            picture = folder / f"{_slug(f'{op} {where(result)} {part}')}.svg"
+            parts += [f"### {part}"] * bool(part)
+            parts += [f"![{op}, {part or 'all cases'}]({made.name})" for made in pictures.multiples(named, picture)]
+        works: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for row in rows:
+            part, name, _ = pictures.split(row["case"])
+            work = f"{part}{_STATES[row['state']]}".strip() or "all cases"
+            works.setdefault(work, {}).setdefault(name, []).append(row)
+        parts.append("### Figures")
+        for work, cases in works.items():
+            parts.append(_folded(work, "\n\n".join(f"**{case}**\n\n{pivot(found)}" for case, found in cases.items())))
+    return "\n\n".join(parts) + "\n"
+
+
+def ranges(result: dict[str, Any]) -> list[tuple[str, str, float, float, float]]:
+    """Our ways: (work, way, geometric mean, least and most of its ratios over the work's cases)."""
+    found = []
+    for op, title in AGAINST.items():
+        parts = pictures.panels(result, op)
+        # The whole where there is a whole.
+        whole = any(part.startswith("forward + backward") for part in parts)
+        for part, named in parts.items():
+            if whole and not part.startswith("forward + backward"):
+                continue
+            ways: dict[str, list[float]] = {}
+            for panel in named.values():
+                for way, points in list(panel.items())[1:]:
+                    ways.setdefault(way, []).extend(points.values())
+            for way, values in ways.items():
+                if not pictures.THEIRS.match(way):
+                    dtype = part.split(",")[0].removeprefix("forward + backward").strip()
+                    work = f"{title}, {dtype}" if dtype else title
+                    found.append((work, pictures.label(way), geometric_mean(values), min(values), max(values)))
+    return found
+
+
+def _summary(result: dict[str, Any], out: Path) -> str:
+    rows = ranges(result)
+    picture = out.with_suffix("") / f"summary-{_slug(where(result))}.svg"
+    if rows:
+        pictures.ranges(rows, picture)
+    sides: dict[str, tuple[list[str], list[str]]] = {}
+    for work, way, mean, least, most in sorted(rows, key=lambda row: row[2]):
+        sides.setdefault(work, ([], []))[mean >= 1].append(f"{way} **{mean:.2f}** ({least:.2f} to {most:.2f})")
+    cells = [[work, *("; ".join(side) for side in both)] for work, both in sides.items()]
+    return f"""## {where(result)}
+
+{f"![time over the baseline's, by work and way]({out.stem}/{picture.name})" if rows else ""}
+
+{tabulate(cells, ("geometric mean (best to worst case)", "faster", "slower"), tablefmt="pipe", disable_numparse=True)}
+"""
+
+
 def write(results: list[Path], out: Path, draft: bool = False) -> None:
-    """Write `out` and a picture for each op of the first result beside it; the goals are looked up in all results.
+    """Write the summary `out`, and beside it a folder of its name with a page for each op, goals, and the method.
 
     Raises ValueError that names the rows with too few quiet samples, unless it is a draft.
     """
@@ -132,52 +250,47 @@ def write(results: list[Path], out: Path, draft: bool = False) -> None:
             f"--results: expected at least {LEAST} quiet samples in every row, got fewer in {len(rows)} (run these "
             "cases --again, or report a --draft):\n" + "\n".join(rows)
         )
-    result = loaded[0]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    pictures = []
-    for op in dict.fromkeys(row["op"] for row in result["rows"]):
-        picture = out.parent / f"{out.stem}-{op}.png"
-        _picture(op, result, picture)
-        pictures.append(f"![{op}]({picture.name})")
-    notes = out.with_name(f"{out.stem}-notes.md")
-    text = f"""# Benchmarks
+    folder = out.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    # What an earlier report made may not be made again.
+    for old in (*folder.glob("*.md"), *folder.glob("*.svg")):
+        old.unlink()
+    warning = f"A draft: {len(rows)} rows have fewer than {LEAST} quiet samples.\n\n" if rows else ""
+    ops = list(dict.fromkeys(row["op"] for result in loaded for row in result["rows"]))
+    for op in ops:
+        _put(folder / f"{op}.md", page(op, loaded, folder))
+    _put(folder / "goals.md", f"# Goals\n\n{GOALS}\n\n{goals.table(loaded)}\n")
+    machines = "\n\n".join(
+        f"## {where(result)}\n\n{_properties('machine', result['machine'])}\n\n"
+        f"{_properties('measured in this run, 1e9 flop/s or byte/s', _rates(result))}"
+        for result in loaded
+    )
+    _put(folder / "method.md", f"# How it is measured\n\n{METHOD}\n\n{machines}\n")
+    # Levels of one processor differ in the products alone; a GPU is a machine of its own.
+    shown = [r for i, r in enumerate(loaded) if not i or "gpu" in r["machine"]]
+    pages = tabulate(
+        [[f"[{op}]({out.stem}/{op}.md)", registry.about(op)] for op in ops], ("page", "what"), tablefmt="pipe"
+    )
+    _put(
+        out,
+        f"""# Benchmarks
 
-{f"A draft: {len(rows)} rows have fewer than {LEAST} quiet samples.{chr(10) * 2}" if rows else ""}\
-Written by `python -m bench report` from `python -m bench run`. Times are medians with the 20th and 80th percentile,
-variants of a case interleaved in one process, over the quiet samples where a row has their number. A variant whose
-error is over its bound (twice torch's own in the same dtype plus one rounding, against float64) is not timed. Ratios
-are to the first row of a case; rows that lose are here too. The roofline's share is max(flops / product rate, bytes /
-rate of memory), pass by pass and from the rates below, over the time taken; a product by int8 digits can pass 100 % of
-the float32 rate. Peak is what torch's allocator held for one call, results included. On a GPU calls are timed by CUDA
-events, eager with a warm and a cold L2 cache, and cold as the replay of a CUDA graph, which alone tells what the
-kernels take: a short eager call takes what the processor needs to launch it, the column of host µs. There float32 is
-computed without TF32 but where a variant names it.
+{warning}Time of each rule beside back-propagation's, which is 1: what lies in the shade is faster. A dot is the
+geometric mean over the cases of a work, its line goes from the best to the worst. Locally-connected layers, of which
+torch has none, are beside unfold and bmm.
 
-{_properties("machine", result["machine"])}
+{chr(10).join(_summary(result, out) for result in shown)}
+## Pages
 
-{_properties("measured in this run, 1e9 flop/s or byte/s", _rates(result))}
+{pages}
 
-## Goals
+Times are medians of `python -m bench run`, these pages are made by `python -m bench report`:
+[how it is measured]({out.stem}/method.md), [goals]({out.stem}/goals.md). No row is left out because it loses.
+""",
+    )
 
-{goals.table(loaded)}
 
-{notes.read_text() if notes.exists() else ""}
-## Pictures
-
-{chr(10).join(pictures)}
-
-{table(result)}"""
-    for other in loaded[1:]:
-        machine = other["machine"]
-        where = f"{machine['gpu']}, " if "gpu" in machine else "Level "
-        text += f"""
-# {where}{machine["library_level"]}
-
-{_properties("machine", machine)}
-
-{_properties("measured in this run, 1e9 flop/s or byte/s", _rates(other))}
-
-{table(other)}"""
-    temporary = out.with_suffix(".tmp")
+def _put(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
-    temporary.replace(out)
+    temporary.replace(path)

@@ -3,6 +3,7 @@
 `pytest python_tests/test_bench.py --benchmark-enable` times them; without it each runs once.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import device, feedback_mm, machine, registry, report, runner
+from bench import device, feedback_mm, machine, pictures, registry, report, runner
 from bench.gate import mm_gate
 from bioplaus_kernels.backends import native
 
@@ -106,8 +107,8 @@ def test_command_line(tmp_path: Path) -> None:
     assert {row["op"] for row in json.loads(out.read_text())["rows"]} == {"overhead"}
     done = bench("report", "--results", str(out), "--out", str(tmp_path / "report.md"), "--draft")
     assert done.returncode == 0, done.stderr
-    assert "Linear 1x8x8 forward" in (tmp_path / "report.md").read_text()
-    assert (tmp_path / "report-overhead.png").stat().st_size > 10_000
+    assert "report/overhead.md" in (tmp_path / "report.md").read_text()
+    assert "**Linear 1x8x8**" in (tmp_path / "report" / "overhead.md").read_text()
 
 
 class Gpu:
@@ -406,9 +407,51 @@ def test_gpu_from_the_command_line_to_the_report(tmp_path: Path, monkeypatch: py
         assert {name, f"{name}, cpu"} <= timed
     assert {"usf, packed signs, feedback_weight + cuBLAS", "torch dY @ W"} <= timed
     report.write([cpu, out], tmp_path / "report.md", draft=True)
-    text = (tmp_path / "report.md").read_text()
-    first, second = text.split("# Test GPU, CUDA sm_80")
-    assert "Test GPU" not in first and "(cold, CUDA graph)" in second and "| driver " in second
+    first, second = (tmp_path / "report" / "overhead.md").read_text().split("## Test GPU (CUDA sm_80)")
+    assert "Test GPU" not in first and "(cold, CUDA graph)" in second
+    assert "| driver " in (tmp_path / "report" / "method.md").read_text()
+    assert "## Test GPU (CUDA sm_80)" in (tmp_path / "report.md").read_text()
+
+
+def _row(case: str, variant: str, ratio: float, op: str = "feedback_mm") -> dict:
+    timed = {"state": "warm", "error_over_bound": None, "ms": ratio, "ratio": ratio}
+    return {"op": op, "case": case, "variant": variant, **timed}
+
+
+def test_pages_say_what_is_faster_and_what_loses(tmp_path: Path) -> None:
+    rows = [
+        _row(f"{size} M={batch} float32", variant, ratio)
+        for size, scale in (("64x64", 1.0), ("128x128", 4.0))
+        for batch in (1, 8)
+        for variant, ratio in (("torch dY @ W", 1.0), ("usf, packed signs", 0.2 * scale), ("fa stored", 1.5))
+    ]
+    rows += [
+        _row("LeNet N=64", way, ratio, "training_step") for way, ratio in (("torch.nn, backprop", 1.0), ("usf", 0.5))
+    ]
+    result = {"machine": {"library_level": "AMX"}, "roofline": {}, "rows": rows}
+    (tmp_path / "cpu.json").write_text(json.dumps(result))
+    report.write([tmp_path / "cpu.json"], tmp_path / "report.md")
+    summary, page = ((tmp_path / name).read_text() for name in ("report.md", "report/feedback_mm.md"))
+    line = next(line for line in summary.splitlines() if "input gradient of a linear layer" in line)
+    _, _, faster, slower, _ = line.split("|")
+    assert "usf, packed signs **0.40** (0.20 to 0.80)" in faster and "fa stored **1.50**" in slower
+    # A panel for each size, an axis of batches, a way's colour the same in every picture.
+    found = pictures.panels(result, "feedback_mm")["float32"]
+    assert found["128x128"]["usf, packed signs"] == {1: 0.8, 8: 0.8} and list(found) == ["64x64", "128x128"]
+    drawn = [path.read_text() for path in sorted(tmp_path.glob("report/*.svg"))]
+    shade, _ = pictures.colour("usf", "torch.nn, backprop")
+    assert len(drawn) == 3 and all(shade in picture for picture in drawn)
+    assert all(name in "".join(drawn) for name in ("64x64", "128x128", "LeNet", ">batch<"))
+    assert page.count("**0.80** · 0.8 ms") == 2
+    assert "(feedback-mm-cpu-amx-float32.svg)" in page
+
+
+@pytest.mark.parametrize("values", [[0.1, 0.1, 0.1], [0.9, 0.95, 1.2], [0.5], []])
+def test_labels_are_apart_and_in_order(values: list[float]) -> None:
+    placed = pictures._spread(values, 0.0, 1.0, 0.1)
+    assert all(0 <= y <= 1 + 1e-9 for y in placed)
+    order = sorted(range(len(values)), key=values.__getitem__)
+    assert all(placed[b] - placed[a] >= 0.1 - 1e-9 for a, b in itertools.pairwise(order))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -71,8 +71,8 @@ def test_a_class_is_registered(section: str) -> None:
 
 def test_the_rules_of_a_users_own_train() -> None:
     names: dict[str, object] = {"__name__": __name__}
-    (block,) = blocks((DOCS / "rules.md").read_text())
-    exec(compile(block, "rules.md", "exec"), names)
+    *_, block = blocks((DOCS / "own-rule.md").read_text())
+    exec(compile(block, "own-rule.md", "exec"), names)
     model, x = names["model"], torch.randn(8, 20, requires_grad=True)
     assert isinstance(model, torch.nn.Module)
     first, last = (model[i].feedback_matrix() for i in (0, 2))

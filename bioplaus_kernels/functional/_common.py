@@ -235,6 +235,7 @@ def check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def explain(input: Tensor, weight: Tensor, bias: Tensor | None, out: int | None = None) -> None:
+    """Raise TypeError or ValueError for what does not fit among the operands of a product that has failed."""
     checks.tensor("input", input)
     if input.is_nested:
         checks.fail("input", "a dense tensor, such as the values() of a nested one", "a nested tensor", TypeError)

@@ -155,6 +155,7 @@ class RNNCell(_Cell, torch.nn.RNNCell):
 
     @property
     def mode(self) -> str:  # type: ignore[override]
+        """The cell as the ops name it: RNN_TANH or RNN_RELU."""
         return f"RNN_{self.nonlinearity.upper()}"
 
 

@@ -1,0 +1,40 @@
+"""An extension of griffe, which reads the docstrings for the site: they are plain text, and the site wants Markdown."""
+
+import re
+from typing import Any
+
+import griffe
+
+_ARGUMENT = re.compile(r"^(\*{0,2}\w+(?:, \*{0,2}\w+)*): (?=\S)")
+
+
+def markdown(text: str) -> str:
+    """Stars that are no list's as they are, and lines `name: what it is` as a list."""
+    lines: list[str] = []
+    within = False
+    for line in text.splitlines():
+        if line.startswith("    "):
+            lines.append(line)
+            continue
+        star, rest = (line[:2], line[2:]) if line.startswith("* ") else ("", line)
+        found = _ARGUMENT.match(rest) if not star else None
+        # Code keeps its stars.
+        parts = re.split(r"(`[^`]*`)", rest[found.end() :] if found else rest)
+        rest = "".join(part if i % 2 else part.replace("*", r"\*") for i, part in enumerate(parts))
+        if found:
+            names = ", ".join(f"`{name}`" for name in found[1].split(", "))
+            lines += ([] if within else [""]) + [f"* {names}: {rest}"]
+        elif star:
+            lines += ([] if within else [""]) + [star + rest]
+        else:
+            lines.append(f"  {rest}" if within and rest else rest)
+        within = bool(rest) and (bool(found) or bool(star) or within)
+    return "\n".join(lines)
+
+
+class Markdown(griffe.Extension):
+    """Every docstring as Markdown."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        if obj.docstring:
+            obj.docstring.value = markdown(obj.docstring.value)
