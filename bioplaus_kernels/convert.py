@@ -220,15 +220,20 @@ def _obstacle(module: Any) -> str:
     names = _weights(module)
     if not isinstance(module, FeedbackLayer):
         parts = [module.out_proj] if attention else []
-        if not (module._parameters.keys() >= {*names} and all("weight" in part._parameters for part in parts)):
-            # By torch.nn.utils, or by a function given to `register`.
-            computed = is_parametrized(module, "weight") or any(n.startswith("weight_") for n in module._parameters)
-            if names != ["weight"] or not (computed or ours.weight_of is not StatefulLayer.weight_of):
-                return "its weight is no Parameter, and who computes it is not known"
+        there = all(_is_there(module, names, n) for n in names) or ours.weight_of is not StatefulLayer.weight_of
+        if not (there and all(_is_there(part, ["weight"], "weight") for part in parts)):
+            return "its weight is no Parameter, and who computes it is not known"
         if any("forward" in vars(m) for m in (module, *parts)):
             return "its forward is the instance's own, as a wrapper's: convert_ first, then wrap"
     own = (w for n, w in module._parameters.items() if n in names or n.endswith("weight"))
     return next(filter(None, map(_unfit, own)), "")
+
+
+def _is_there(module: Any, names: list[str], name: str) -> bool:
+    # A Parameter, or computed: by parametrize, or before each call from Parameters named after it, by torch.nn.utils.
+    parameters = module._parameters
+    made = (n for n in parameters if n.startswith(f"{name}_") and n not in names)
+    return name in parameters or is_parametrized(module, name) or any(made)
 
 
 def _weights(module: Any) -> list[str]:

@@ -5,8 +5,10 @@
 //
 // The backward forms what multiplies each gate's gradient for all steps at once, before its loop, which is left with
 // one product, by B in the weight's place, and three or four pointwise operators a step. The weights' gradients are one
-// product each after it.
+// product each after it. What is pointwise in an LSTM is one pass on the CPU, where calls of nine operators a step are as
+// long as its product in small layers.
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
@@ -17,6 +19,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "cpu/lstm.h"
 
 namespace bioplaus {
 namespace {
@@ -187,6 +190,40 @@ struct Plain {
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
+// Fewer units than this are not worth a second thread.
+constexpr int64_t kGrain = 4096;
+
+// Whether csrc/cpu/lstm_kernel.cpp has the pass.
+bool in_one_pass(const Tensor& x) {
+  return x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
+}
+
+template <typename Params>
+void over_rows(int64_t rows, const Params& p) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / p.units),
+                   [&](int64_t begin, int64_t end) { BK_PICK(lstm_step<Params>)(p, begin, end); });
+}
+
+// Of a step's sums g (rows, 4 units) the gates, in place, of the state `before` the next, c, and o tanh(c). All are
+// contiguous.
+void lstm_step(const Tensor& g, const Tensor& before, const Tensor& c, const Tensor& out) {
+  const int64_t u = c.size(1);
+  if (in_one_pass(g)) {
+    AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "recurrent_forward", [&] {
+      over_rows(g.size(0), LstmStep<scalar_t>{u, g.mutable_data_ptr<scalar_t>(), before.const_data_ptr<scalar_t>(),
+                                              c.mutable_data_ptr<scalar_t>(), out.mutable_data_ptr<scalar_t>()});
+    });
+    return;
+  }
+  g.narrow(1, 0, 2 * u).sigmoid_();
+  const Tensor proposed = g.narrow(1, 2 * u, u).tanh_(), open = g.narrow(1, 3 * u, u).sigmoid_();
+  Tensor to_c = c, to_out = out;
+  at::mul_out(to_c, g.narrow(1, u, u), before);
+  to_c.addcmul_(g.narrow(1, 0, u), proposed);
+  at::tanh_out(to_out, c);
+  to_out.mul_(open);
+}
+
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Forward recurrent_forward(const Tensor& input, const Tensor& hidden, const Optional& cell, const Tensor& weight,
@@ -213,24 +250,17 @@ Forward recurrent_forward(const Tensor& input, const Tensor& hidden, const Optio
   if (lstm) {
     cells = fresh(u);
   }
-  Running state(hidden), memory(cell);
+  Running state(hidden), memory(cell ? cell->contiguous() : cell);
   for (const auto [start, rows] : l.steps) {
     const Tensor h = state.first(rows), g = gates.narrow(0, start, rows);
     Tensor out = output.narrow(0, start, rows);
     if (lstm) {
       g.addmm_(h, w);
-      g.narrow(1, 0, 2 * u).sigmoid_();
-      const Tensor proposed = g.narrow(1, 2 * u, u).tanh_();
-      const Tensor open = g.narrow(1, 3 * u, u).sigmoid_();
-      Tensor c = cells.narrow(0, start, rows);
-      at::mul_out(c, g.narrow(1, u, u), memory.first(rows));
-      c.addcmul_(g.narrow(1, 0, u), proposed);
+      const Tensor c = cells.narrow(0, start, rows), inner = projection ? at::empty_like(c) : out;
+      lstm_step(g, memory.first(rows), c, inner);
       memory.set(c);
       if (projection) {
-        at::mm_out(out, at::tanh(c).mul_(open), projection->t());
-      } else {
-        at::tanh_out(out, c);
-        out.mul_(open);
+        at::mm_out(out, inner, projection->t());
       }
     } else if (gru) {
       Tensor p = product.narrow(0, 0, rows), rz = g.narrow(1, 0, 2 * u), n = g.narrow(1, 2 * u, u);
@@ -289,24 +319,29 @@ Backward recurrent_backward(const Tensor& grad_output, const Tensor& grad_hidden
   const auto none = [&] { return at::empty({0}, output.options()); };
   const Tensor y = l.matrix(output), grads = l.matrix(grad_output);
   Tensor states = wanted[0] || gru ? l.before(y, hidden) : Tensor();
-  Tensor dh = grad_hidden.clone(at::MemoryFormat::Contiguous), dc, forget, slope, dp;
+  Tensor dh = grad_hidden.clone(at::MemoryFormat::Contiguous), dc, c, c_before, forget, slope, dp;
 
   // What multiplies each gate's gradient, and then the gradients themselves. GRU's are n's of the hidden state, r, z
   // and n's of the input, so that the hidden state's and the input's lie together each.
   Tensor d = at::empty({l.rows, lstm || gru ? 4 : 1, u}, output.options());
-  Tensor g = lstm || gru ? gates.view({l.rows, 4, u}) : Tensor();
+  const bool one_pass = lstm && in_one_pass(output);
+  const Tensor g = lstm || gru ? gates.reshape({l.rows, 4, u}).contiguous() : Tensor();
   const auto gate = [&](int64_t k) { return g.select(1, k); };
   const auto factor = [&](int64_t k) { return d.select(1, k); };
   if (lstm) {
     dc = grad_cell->clone(at::MemoryFormat::Contiguous);
-    const Tensor c = l.matrix(cells), squashed = at::tanh(c);
-    Tensor to[] = {factor(0), factor(1), factor(2), factor(3)};
-    at::sigmoid_backward_out(to[0], gate(2), gate(0));
-    at::sigmoid_backward_out(to[1], l.before(c, *cell), gate(1));
-    at::tanh_backward_out(to[2], gate(0), gate(2));
-    at::sigmoid_backward_out(to[3], squashed, gate(3));
-    forget = gate(1);
-    slope = at::tanh_backward(gate(3), squashed);
+    c = l.matrix(cells).contiguous();
+    c_before = l.before(c, *cell);
+    if (!one_pass) {
+      const Tensor squashed = at::tanh(c);
+      Tensor to[] = {factor(0), factor(1), factor(2), factor(3)};
+      at::sigmoid_backward_out(to[0], gate(2), gate(0));
+      at::sigmoid_backward_out(to[1], c_before, gate(1));
+      at::tanh_backward_out(to[2], gate(0), gate(2));
+      at::sigmoid_backward_out(to[3], squashed, gate(3));
+      forget = gate(1);
+      slope = at::tanh_backward(gate(3), squashed);
+    }
     if (projection) {
       dp = at::empty_like(grads, at::MemoryFormat::Contiguous);
     }
@@ -339,16 +374,33 @@ Backward recurrent_backward(const Tensor& grad_output, const Tensor& grad_hidden
         dp.narrow(0, start, rows).copy_(dh_t);
         out = at::mm(dh_t, *projection);
       }
-      const Tensor dc_t = dc.narrow(0, 0, rows).addcmul_(out, slope.narrow(0, start, rows));
-      d_t.narrow(1, 0, 3).mul_(dc_t.unsqueeze(1));
-      d_t.select(1, 3).mul_(out);
-      dc_t.mul_(forget.narrow(0, start, rows));
+      Tensor dc_t = dc.narrow(0, 0, rows);
+      if (one_pass) {
+        AT_DISPATCH_FLOATING_TYPES(output.scalar_type(), "recurrent_backward", [&] {
+          const auto from = [&, start = start](const Tensor& x) {
+            return x.const_data_ptr<scalar_t>() + start * x.stride(0);
+          };
+          over_rows(rows, LstmStepBack<scalar_t>{u, from(g), from(c_before), from(c), out.const_data_ptr<scalar_t>(),
+                                                 dc.mutable_data_ptr<scalar_t>(), d_t.mutable_data_ptr<scalar_t>()});
+        });
+      } else {
+        dc_t.addcmul_(out, slope.narrow(0, start, rows));
+        d_t.narrow(1, 0, 3).mul_(dc_t.unsqueeze(1));
+        d_t.select(1, 3).mul_(out);
+        dc_t.mul_(forget.narrow(0, start, rows));
+      }
     } else {
       d_t.mul_(dh_t.unsqueeze(1));
     }
-    gru ? dh_t.mul_(forget.narrow(0, start, rows)) : dh_t.zero_();
-    if (b.defined()) {
-      dh_t.addmm_(h_part, b);
+    if (gru) {
+      dh_t.mul_(forget.narrow(0, start, rows));
+      if (b.defined()) {
+        dh_t.addmm_(h_part, b);
+      }
+    } else if (b.defined()) {
+      at::mm_out(dh_t, h_part, b);
+    } else {
+      dh_t.zero_();
     }
   }
 
@@ -362,7 +414,7 @@ Backward recurrent_backward(const Tensor& grad_output, const Tensor& grad_hidden
     grad_bias = in_order(h_part.sum(0));
   }
   if (wanted[2] && dp.defined()) {
-    grad_projection = dp.t().mm(at::tanh(l.matrix(cells)).mul_(gate(3)));
+    grad_projection = dp.t().mm(at::tanh(c).mul_(gate(3)));
   }
   const Tensor grad_input = gru ? flat.narrow(1, u, l.width).contiguous() : flat;
   return {grad_input.view(l.like_input({l.width})), dh, lstm ? dc : none(), grad_weight, grad_bias, grad_projection};

@@ -134,10 +134,13 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="model: expected a layer with the rule 'sa', 'aa' or 'ia', got none"):
         bk.align_(bk.nn.Linear(6, 5, feedback="wm"), x)
     attention = bk.nn.MultiheadAttention(6, 2, feedback="sa")
-    with pytest.raises(ValueError, match=r"model: expected layers with one weight, a Parameter, and .* got \(root"):
+    with pytest.raises(ValueError, match=r"model: expected .* one input and one weight, a Parameter, got \(root"):
         bk.align_(attention, (x, x, x))
+    for layer, inputs in ((bk.nn.Bilinear(6, 6, 5, feedback="aa"), (x, x)), (bk.nn.GRUCell(6, 5, feedback="aa"), x)):
+        with pytest.raises(ValueError, match="one input and one weight, a Parameter"):
+            bk.align_(layer, inputs)
     computed = nn.utils.parametrizations.weight_norm(bk.nn.Linear(6, 5, feedback="sa"))
-    with pytest.raises(ValueError, match="layers with one weight, a Parameter"):
+    with pytest.raises(ValueError, match="one input and one weight, a Parameter"):
         bk.align_(computed, x)
 
     class Half(nn.Module):

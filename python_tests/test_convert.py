@@ -294,6 +294,14 @@ def _attention_with_odd_projection() -> nn.Module:
     return attention
 
 
+def _generated_recurrent() -> nn.Module:
+    # As weight drop does, from a Parameter of the module around it.
+    layer = nn.LSTM(4, 4, bidirectional=True)
+    del layer._parameters["weight_hh_l0"]
+    layer.weight_hh_l0 = torch.ones(16, 4)
+    return layer
+
+
 def _integer_linear() -> nn.Module:
     layer = nn.Linear(4, 4)
     layer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
@@ -324,16 +332,12 @@ LEFT = {
         "has no feedback rule; if it is a linear map, to allow it: bioplaus_kernels.register(test_convert.Dense, torch",
     ),
     "generated": (_generated, "its weight is no Parameter"),
+    "generated recurrent": (_generated_recurrent, "its weight is no Parameter"),
     "lazy": (lambda: nn.LazyLinear(4), "not known before the first call"),
     "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), "complex64 weight"),
     "integer": (_integer_linear, "int8 weight"),
     "attention": (_attention_with_odd_projection, "out_proj is a Odd"),
     "embedding": (lambda: nn.Embedding(4, 4), "no feedback rule"),
-    "parametrized recurrent": (
-        lambda: nn.utils.parametrizations.weight_norm(nn.LSTM(4, 4), "weight_hh_l0"),
-        "its weight is no Parameter",
-    ),
-    "recurrent with a computed weight": (lambda: nn.utils.weight_norm(nn.GRU(4, 4), "weight_hh_l0"), "is no Parameter"),
 }
 
 

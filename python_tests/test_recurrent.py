@@ -184,7 +184,7 @@ def test_forward_is_torchs(name: str) -> None:
     for bad in (x[:, :0], x[0, 0], torch.randn(3, 6, 4)):
         with pytest.raises((ValueError, RuntimeError)):
             layer(bad)
-    with pytest.raises(ValueError, match=r"hx: expected . of 3 dimensions, as the input's, got shapes"):
+    with pytest.raises(ValueError, match=r"hx: expected 3 dimensions, as the input's, got shapes"):
         layer(x, (torch.zeros(4, 4),) * 2 if name == "LSTM" else torch.zeros(4, 4))
     with pytest.raises(RuntimeError, match="Expected hidden"):
         layer(x, (torch.zeros(5, 3, 4),) * 2 if name == "LSTM" else torch.zeros(5, 3, 4))

@@ -268,7 +268,8 @@ def order(*numbers: int) -> int:
 
 @dataclass
 class _Steps:
-    """The batches of an epoch from step `first` on, in each of which what is random depends on `numbers` and the step.
+    """The batches of an epoch from step `first` on, in each of which what is random depends on `numbers`, the pass and the
+    step; passes after the first are of whole epochs.
 
     after: called with a step's number when it is done.
     """
@@ -277,10 +278,13 @@ class _Steps:
     first: int
     numbers: tuple[int, ...]
     after: Callable[[int], None]
+    passes: int = 0
 
     def __iter__(self) -> Iterator[Any]:
+        numbers = (*self.numbers, self.passes)
+        self.passes += 1
         for step, batch in enumerate(self.batches, self.first + 1):
-            torch.manual_seed(order(*self.numbers, step))
+            torch.manual_seed(order(*numbers, step))
             yield batch
             self.after(step)
 

@@ -34,8 +34,11 @@ class _Recurrent(torch.autograd.Function):
         ctx.carries = carries(input, ctx.needs_input_grad[4])
         ctx.op, of_weight = parted(Operands(*feedback[:7]), weight)
         ctx.projection_op, of_projection = parted(Operands(*feedback[7:]), projection)
+        # The weight's gradient reads the states before each step; GRU's and RNN's own nonlinearities read theirs.
+        learns = ctx.needs_input_grad[1]
         ctx.save_for_backward(
-            *(output, gates, cells, h, c, batch_sizes),
+            output if learns or mode != "LSTM" else None,
+            *(gates, cells, h if learns or mode == "GRU" else None, c, batch_sizes),
             *(of_weight if ctx.carries else (None,) * 5),
             *of_projection,
         )
@@ -46,6 +49,8 @@ class _Recurrent(torch.autograd.Function):
     def backward(ctx: Any, *given: Any) -> Grads:
         (grad_output, grad_hidden, *grad_cell), saved = given[:-1], given[-1]
         output, gates, cells, hidden, cell, batch_sizes = saved[:6]
+        # In the place of what is not read, what has its shape.
+        output, hidden = grad_output if output is None else output, grad_hidden if hidden is None else hidden
         mode, reverse, like = ctx.given
         needs = ctx.needs_input_grad
         b: Any = None

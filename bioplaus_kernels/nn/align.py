@@ -58,8 +58,9 @@ def align_(model: torch.nn.Module, example: Any) -> None:
     an optimizer without a scale of its own (SGD) needs a small lr for convolutions.
 
     Where `fully_shard` (FSDP2) has sharded B, or `model` is a DistributedDataParallel, the gradient is the mean over the
-    ranks; the ranks of any other data parallelism need the same example. Raises ValueError where no layer has such a rule, before a gradient is
-    touched, and for a layer that the call does not reach, one of an attention and one whose weight is computed.
+    ranks; the ranks of any other data parallelism need the same example. Raises ValueError where no layer has such a rule,
+    before a gradient is touched, and for a layer that the call does not reach, a recurrent or bilinear one, one of an
+    attention and one whose weight is computed.
     """
     checks.module("model", model)
     wanted = "a tensor, a tuple of arguments or a dict of keywords"
@@ -70,8 +71,10 @@ def align_(model: torch.nn.Module, example: Any) -> None:
     if not layers:
         raise ValueError("model: expected a layer with the rule 'sa', 'aa' or 'ia', got none")
     for name, layer in layers.items():
-        if layer.weights() != ["weight"] or "weight" not in layer._parameters:
-            checks.fail("model", "layers with one weight, a Parameter, and this rule", f"{name or '(root)'}: {layer}")
+        one = layer.weights() == ["weight"] and "weight" in layer._parameters
+        if not one or isinstance(layer, torch.nn.Bilinear):
+            wanted = "this rule on layers of one input and one weight, a Parameter"
+            checks.fail("model", wanted, f"{name or '(root)'}: {layer}")
     changes: dict[str, Tensor] = {}
 
     def note(name: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -134,8 +134,10 @@ class FeedbackLayer(StatefulLayer):
     def feedback_matrix(self, name: str = "weight") -> Tensor:
         """B of weight `name`, as the next backward would use it, in the weight's shape and dtype.
 
-        Of a sharded weight (FSDP2) all of B, for which every rank has to call.
+        Of a sharded weight (FSDP2) all of B, for which every rank has to call. Raises ValueError for a name that is not
+        among `weights()`.
         """
+        checks.one_of("name", name, self.weights())
         weight = whole(self.weight_of(name))
         if not self.uses_feedback or name not in self._held:
             return weight.detach().clone()

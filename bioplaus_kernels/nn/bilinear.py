@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..backends.reference import checks
 from ..feedback import Fans, bilinear_fans
 from ..functional import bilinear_with, needs_feedback
 from .base import FeedbackLayer
@@ -15,6 +16,8 @@ class Bilinear(FeedbackLayer, torch.nn.Bilinear):
         return bilinear_fans(self.weight)
 
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        checks.tensor("input1", input1)
+        checks.tensor("input2", input2)
         needs = [needs_feedback(x) for x in (input1, input2)] if self.uses_feedback else [False]
         if self.is_plain(input2 if needs[-1] else input1):
             return super().forward(input1, input2)

@@ -21,9 +21,18 @@ class _Recurrent(FeedbackLayer):
     def fans(self, name: str = "weight_ih_l0") -> Fans:
         return linear_fans(getattr(self, name))
 
-    def _plain(self, tensors: list[Tensor]) -> bool:
-        for x in tensors:
-            checks.tensor("input", x)
+    def _states(self, hx: Any) -> list[Tensor]:
+        # Hidden, and of LSTM cell, if they are given.
+        if hx is None:
+            return []
+        if self.mode == "LSTM":
+            return checks.tensors("hx", hx, 2, "states, hidden and cell")
+        checks.tensor("hx", hx)
+        return [hx]
+
+    def _plain(self, input: Any, *others: Tensor) -> bool:
+        checks.tensor("input", input)
+        tensors = (input, *others)
         return self.is_plain(next((x for x in tensors if x.requires_grad), tensors[0]))
 
     def _run(
@@ -52,11 +61,11 @@ class _Sequence(_Recurrent):
         data: Tensor = input.data if packed else input
         batch_sizes: Any = input.batch_sizes if packed else None
         lstm = self.mode == "LSTM"
-        given = [] if hx is None else list(hx) if lstm else [hx]
+        given = self._states(hx)
         # DataParallel's replicas have no parameters.
         trained = [*self.parameters()] or [getattr(self, name) for name in own._flat_weights_names]
         # A gradient goes through the states of any step but the first.
-        if not self.uses_feedback or self._plain([data, *given, *trained]):
+        if not self.uses_feedback or self._plain(data, *given, *trained):
             return super().forward(input, hx)
         if captured():
             return tree_map_only(Tensor, Tensor.detach, super().forward(input, hx))
@@ -64,8 +73,8 @@ class _Sequence(_Recurrent):
         batched = packed or data.dim() == 3
         if not batched and data.dim() != 2:
             checks.fail("input", "3 dimensions, or 2 unbatched", f"shape {tuple(data.shape)}")
-        if len(given) not in (0, 1 + lstm) or any(s.dim() != 2 + batched for s in given):
-            wanted = f"{1 + lstm} of {2 + batched} dimensions, as the input's"
+        if any(s.dim() != 2 + batched for s in given):
+            wanted = f"{2 + batched} dimensions, as the input's"
             checks.fail("hx", wanted, f"shapes {[tuple(s.shape) for s in given]}")
         x = data if batched else data.unsqueeze(0 if own.batch_first else 1)
         if packed:
@@ -130,8 +139,8 @@ class _Cell(_Recurrent):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         lstm = self.mode == "LSTM"
-        given = [] if hx is None else list(hx) if lstm else [hx]
-        if not self.uses_feedback or self._plain([input, *given]):
+        given = self._states(hx)
+        if not self.uses_feedback or self._plain(input, *given):
             return super().forward(input, hx)
         if captured():
             return tree_map_only(Tensor, Tensor.detach, super().forward(input, hx))
@@ -141,8 +150,8 @@ class _Cell(_Recurrent):
         x = input if batched else input.unsqueeze(0)
         if not given:
             given = [x.new_zeros(*input.shape[:-1], size)] * (1 + lstm)
-        elif len(given) != 1 + lstm or any(s.shape != (*input.shape[:-1], size) for s in given):
-            wanted = f"{1 + lstm} of shape {(*input.shape[:-1], size)}"
+        elif any(s.shape != (*input.shape[:-1], size) for s in given):
+            wanted = f"shape {(*input.shape[:-1], size)}"
             checks.fail("hx", wanted, f"shapes {[tuple(s.shape) for s in given]}")
         states = [s if batched else s.unsqueeze(0) for s in given]
         _, *last = self._run(x.unsqueeze(0), states, None, "", False)
