@@ -1,4 +1,5 @@
-# make train | test | test-all | test-amx | test-torch-2.11 | test-torch-2.13 | check | lint | docs | format | build | clean
+# make train | test | test-all | test-amx | test-torch-2.11 | test-torch-2.13 | check | lint | docs | format | build |
+# wheels | clean
 #
 # Every target makes what it needs first: the environment in VENV, then the package with its native library.
 
@@ -111,6 +112,10 @@ $(INSTALLED):
 	$(PY) -m pip install --requirement $(REQUIREMENTS)
 	@rm -f $(VENV)/.requirements-*
 	@touch $@
+
+wheels: $(INSTALLED)
+	$(PY) -m pip install --requirement requirements-wheels.txt
+	PYTHON="$(PY)" scripts/wheels.sh
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks

@@ -10,17 +10,21 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zlib
 from pathlib import Path
 
 import setuptools
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
 INSTALL = "`pip install . --no-build-isolation`"
-TOOLS = "`pip install --upgrade setuptools cmake ninja pybind11`"
+TOOLS = "`pip install --upgrade setuptools cmake ninja`"
+# One module for every Python from 3.11 on, but for a Python without the global lock, which has no limited API.
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
 def say(message):
@@ -136,15 +140,10 @@ class CMakeBuild(build_ext):
             self.build_with_cmake(extension, torch, cxx, cmake, ninja)
 
     def build_with_cmake(self, extension, torch, cxx, cmake, ninja):
-        try:
-            from pybind11 import get_include
-
-            pybind11_include = get_include()
-        except ImportError:
-            pybind11_include = ""  # torch carries a copy among its headers
-
         torch_root = Path(torch.__file__).parent
-        output = Path(self.get_ext_fullpath(extension.name)).resolve().parent
+        output = Path(self.get_ext_fullpath(extension.name)).resolve()
+        for other in output.parent.glob("_C.*"):  # Python would prefer one of its own version's name
+            other.unlink()
         defines = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_CXX_COMPILER": cxx,
@@ -155,8 +154,9 @@ class CMakeBuild(build_ext):
             "BK_TORCH_INCLUDE": torch_root / "include",
             "BK_TORCH_LIB": torch_root / "lib",
             "BK_TORCH_CXX11_ABI": int(torch._C._GLIBCXX_USE_CXX11_ABI),
-            "BK_PYBIND11_INCLUDE": pybind11_include,
-            "BK_OUTPUT_DIR": output,
+            "BK_LIMITED_API": "0x030B0000" if LIMITED_API else "",
+            "BK_OUTPUT_DIR": output.parent,
+            "BK_OUTPUT_SUFFIX": output.name.removeprefix("_C"),
             "BK_CUDA_ARCHS": "",
         }
         nvcc, found = decide_cuda(torch)
@@ -190,8 +190,22 @@ class DistInfo(dist_info):
     """Asks for torch before pip resolves dependencies and would install one only for this build."""
 
     def run(self):
-        import_torch()
+        pin_torch(self.distribution)
         super().run()
+
+
+class BdistWheel(bdist_wheel):
+    def run(self):
+        pin_torch(self.distribution)
+        super().run()
+
+
+def pin_torch(distribution):
+    """A native module is of one release of torch, and so is a wheel with one."""
+    torch = import_torch()
+    if find_cxx() is not None:
+        wanted = [f"torch=={torch.__version__.partition('+')[0]}"]
+        distribution.install_requires = distribution.metadata.install_requires = wanted
 
 
 # Without build isolation pip does not look at build-system.requires.
@@ -199,6 +213,8 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     stop(f"setuptools 77 or newer is needed, this is {setuptools.__version__}: {TOOLS}, then {INSTALL}.")
 
 setup(
-    ext_modules=[Extension("bioplaus_kernels._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild, "dist_info": DistInfo},
+    ext_modules=[Extension("bioplaus_kernels._C", sources=[], py_limited_api=LIMITED_API)],
+    cmdclass={"build_ext": CMakeBuild, "dist_info": DistInfo, "bdist_wheel": BdistWheel},
+    install_requires=["torch>=2.10"],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED_API else {},
 )

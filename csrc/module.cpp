@@ -1,23 +1,32 @@
-// The Python module: what was built. The ops themselves register with torch when it is loaded.
+// The Python module: what was built. The ops themselves register with torch when it is loaded. By Python's limited API,
+// so that one build serves every Python from 3.11 on.
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include <Python.h>
 
-#include <map>
+#include <iterator>
 #include <mutex>
 #include <set>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "cpu/level.h"
 
-namespace py = pybind11;
-
 namespace {
 
-std::vector<std::string> native_ops(c10::DispatchKey key) {
+PyObject* list(const std::vector<std::string>& names) {
+  PyObject* made = PyList_New(0);
+  for (const auto& name : names) {
+    PyObject* item = PyUnicode_FromString(name.c_str());
+    PyList_Append(made, item);
+    Py_DECREF(item);
+  }
+  return made;
+}
+
+PyObject* native_ops(c10::DispatchKey key) {
   std::vector<std::string> names;
   auto& dispatcher = c10::Dispatcher::singleton();
   for (const auto& name : dispatcher.getAllOpNamesForDispatchKey(key)) {
@@ -25,54 +34,80 @@ std::vector<std::string> native_ops(c10::DispatchKey key) {
       names.push_back(name.name.substr(std::string("bioplaus::").size()));
     }
   }
-  return names;
+  return list(names);
 }
 
-py::dict build_config() {
-  py::dict config;
-  config["version"] = BK_VERSION;
-  config["digest"] = BK_DIGEST;
-  config["torch"] = BK_TORCH_VERSION;
-  config["cxx_compiler"] = BK_CXX_COMPILER;
-  config["cpu_levels"] = std::vector<std::string> BK_LEVELS;
+#ifdef BK_CUDA_VERSION
+std::vector<std::string> words(const char* text) {
+  std::istringstream in(text);
+  return {std::istream_iterator<std::string>(in), {}};
+}
+#endif
+
+PyObject* build_config(PyObject*, PyObject*) {
 #ifdef _OPENMP
-  config["openmp"] = true;
+  PyObject* openmp = Py_True;
 #else
-  config["openmp"] = false;
+  PyObject* openmp = Py_False;
 #endif
 #ifdef BK_CUDA_VERSION
-  config["cuda"] = BK_CUDA_VERSION;
-  config["cuda_archs"] = py::str(BK_CUDA_ARCHS).attr("split")();
+  const char* cuda = BK_CUDA_VERSION;
+  const std::vector<std::string> archs = words(BK_CUDA_ARCHS);
 #else
-  config["cuda"] = py::none();
-  config["cuda_archs"] = py::list();
+  const char* cuda = nullptr;
+  const std::vector<std::string> archs;
 #endif
-  config["native_ops"] = std::map<std::string, std::vector<std::string>>{{"CPU", native_ops(c10::DispatchKey::CPU)},
-                                                                         {"CUDA", native_ops(c10::DispatchKey::CUDA)}};
-  return config;
+  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:N,s:O,s:z,s:N,s:{s:N,s:N}}",                                   //
+                       "version", BK_VERSION, "digest", BK_DIGEST, "torch", BK_TORCH_VERSION,             //
+                       "cxx_compiler", BK_CXX_COMPILER, "cpu_levels", list(BK_LEVELS), "openmp", openmp,  //
+                       "cuda", cuda, "cuda_archs", list(archs), "native_ops",                             //
+                       "CPU", native_ops(c10::DispatchKey::CPU), "CUDA", native_ops(c10::DispatchKey::CUDA));
+}
+
+PyObject* active_cpu_level(PyObject*, PyObject*) {
+  return PyUnicode_FromString(bioplaus::level_name(bioplaus::cpu_level()));
+}
+
+PyObject* active_product_level(PyObject*, PyObject*) {
+  return PyUnicode_FromString(bioplaus::level_name(bioplaus::product_level()));
 }
 
 // A parallel_for compiled without OpenMP runs on one thread and says nothing, so count.
-int num_threads_used() {
+PyObject* num_threads_used(PyObject*, PyObject*) {
   std::mutex mutex;
   std::set<std::thread::id> threads;
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
     const std::lock_guard<std::mutex> lock(mutex);
     threads.insert(std::this_thread::get_id());
   });
-  return static_cast<int>(threads.size());
+  return PyLong_FromSize_t(threads.size());
 }
+
+PyMethodDef functions[] = {
+    {"build_config", build_config, METH_NOARGS, "What was built, as a dict."},
+    {"active_cpu_level", active_cpu_level, METH_NOARGS, "The instruction-set level that the CPU kernels run at."},
+    {"active_product_level", active_product_level, METH_NOARGS,
+     "The instruction-set level that the CPU's integer products run at."},
+    {"num_threads_used", num_threads_used, METH_NOARGS,
+     "How many threads a parallel loop of this module really runs on."},
+    {}};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                          "_C",
+                          "Native kernels of bioplaus_kernels; importing it registers the ops of torch.ops.bioplaus.",
+                          0,
+                          functions,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr};
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native kernels of bioplaus_kernels; importing it registers the ops of torch.ops.bioplaus.";
-  m.def("build_config", build_config, "What was built, as a dict.");
-  m.def(
-      "active_cpu_level", [] { return bioplaus::level_name(bioplaus::cpu_level()); },
-      "The instruction-set level that the CPU kernels run at.");
-  m.def(
-      "active_product_level", [] { return bioplaus::level_name(bioplaus::product_level()); },
-      "The instruction-set level that the CPU's integer products run at.");
-  m.def("num_threads_used", num_threads_used, "How many threads a parallel loop of this module really runs on.");
-}
+#ifdef __GLIBC__
+// std::shared_ptr reads it, and glibc has it from 2.32 on. With one of the module's own a wheel runs from 2.28 on.
+extern "C" char __libc_single_threaded;
+char __libc_single_threaded = 0;
+#endif
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }

@@ -2,9 +2,11 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -78,6 +80,17 @@ def test_no_path_of_this_machine() -> None:
     assert "RPATH" not in output
     assert "RUNPATH" not in output
     assert "gomp" not in output
+
+
+@needs_native
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+def test_runs_on_older_systems() -> None:
+    """One module for every Python from 3.11 on and for glibc from 2.28 on, as its wheel says, wherever it was built."""
+    module = native.library.__file__
+    assert module.endswith("_C.abi3.so") or sysconfig.get_config_var("Py_GIL_DISABLED")
+    symbols = subprocess.run(["readelf", "-W", "-V", module], check=True, capture_output=True, text=True).stdout
+    versions = {tuple(map(int, found.split("."))) for found in re.findall(r"Name: GLIBC_([\d.]+)", symbols)}
+    assert versions and max(versions) <= (2, 28)
 
 
 @pytest.fixture
@@ -201,6 +214,19 @@ def test_without_torch(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(SystemExit, match=r"install torch first, then `pip install \. --no-build-isolation`"):
         setup_py.import_torch()
+
+
+def test_wheel_asks_for_its_torch(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A native module serves one release of torch; without one any will do."""
+    from setuptools import Distribution
+
+    wanted = []
+    for compiler in ("c++", None):
+        monkeypatch.setattr(setup_py, "find_cxx", lambda found=compiler: found)
+        distribution = Distribution({"name": "x", "install_requires": ["torch>=2.10"]})
+        setup_py.pin_torch(distribution)
+        wanted.append(list(distribution.install_requires))
+    assert wanted == [[f"torch=={torch.__version__.partition('+')[0]}"], ["torch>=2.10"]]
 
 
 def test_without_compiler(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

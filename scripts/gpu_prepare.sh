@@ -11,7 +11,7 @@ if [ -z "${PYTHON:-}" ]; then
     if [ ! -x "$PYTHON" ]; then
         base=$(ls -d "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python 2>/dev/null | tail -n 1)
         "${base:-python3.12}" -m venv build/gpu-venv
-        "$PYTHON" -m pip install --quiet torch==2.11.0 torchvision==0.26.0 numpy==2.5.2 setuptools cmake ninja pybind11 \
+        "$PYTHON" -m pip install --quiet torch==2.11.0 torchvision==0.26.0 numpy==2.5.2 setuptools cmake ninja \
             pytest pytest-benchmark pytest-timeout pytest-xdist scikit-learn matplotlib tabulate tqdm
     fi
 fi
@@ -22,7 +22,7 @@ export TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-9.0}"
 rm -rf build/gpu "$TRITON_CACHE_DIR"
 mkdir -p build/gpu
 PATH="$(dirname "$PYTHON"):$PATH" "$PYTHON" setup.py build_ext --inplace
-cp "bioplaus_kernels/_C$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')" build/gpu
+cp bioplaus_kernels/_C.*so build/gpu
 "$PYTHON" -c 'from bench.gpu_check import fingerprint; print(fingerprint(), end="")' > build/gpu/sources
 git describe --always --dirty --abbrev=12 > build/gpu/commit 2>/dev/null || rm -f build/gpu/commit
 

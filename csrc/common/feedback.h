@@ -14,6 +14,11 @@
 
 #include "philox.h"
 
+#if defined(__GLIBC__) && defined(__x86_64__) && !defined(__CUDACC__)
+// That of glibc 2.29 differs in errno alone; under the older name a wheel runs from 2.28 on.
+__asm__(".symver log,log@GLIBC_2.2.5");
+#endif
+
 namespace bioplaus {
 
 enum class DType : int32_t { Float32, Float64, BFloat16, Float16 };

@@ -72,7 +72,7 @@ void to_floats(const T* x, int64_t n, int64_t stride, float* to) {
   }
 }
 
-const float* row_floats(const SignProduct& p, int64_t row, float* scratch) {
+inline const float* row_floats(const SignProduct& p, int64_t row, float* scratch) {
   const char* x = static_cast<const char*>(p.grad) + row * p.row_stride * size_of(p.dtype);
   switch (p.dtype) {
     case DType::BFloat16:
