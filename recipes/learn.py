@@ -114,9 +114,10 @@ class Learner:
 
     def loss(self, model: nn.Module, x: Any, y: Any) -> Tensor:
         # DRTP projects the targets.
+        if not self.labelled:
+            return self.criterion(model(x), y)
         scale = self.loss_scale * self.scaler.get_scale() / self.experiment.train.accumulate
-        options = {"targets": y, "loss_scale": scale} if self.labelled else {}
-        return self.criterion(model(x, **options), y)
+        return self.criterion(model(x, targets=y, loss_scale=scale), y)
 
     @torch.no_grad()
     def evaluate(self, batches: data.Batches) -> dict[str, float]:
