@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from recipes.report import MEASURES, Row, Run, columns, like_for_like, mean_angle, short
+from recipes.report import MEASURES, Row, Run, like_for_like, mean_angle, measured, short
 
 # A rule's colour is the same in every picture; families have neighbouring hues.
 COLOURS = {
@@ -108,7 +108,7 @@ def angles(rows: list[list[Run]], title: str, path: Path) -> bool:
     """A panel a row with angles: solid the weights' to the feedback, dashed the gradient's to back-propagation's, the
     means over the layers that `columns` has; thin, each layer. False, and no picture, where no row has any."""
     # Back-propagation's own angles are 0.
-    rows = [runs for runs in rows if any(columns(runs[0].rows[-1], kind) for kind in MEASURES) and not exact(runs[0])]
+    rows = [runs for runs in rows if any(measured(runs, kind)[0] for kind in MEASURES) and not exact(runs[0])]
     if not rows:
         return False
     figure, panels = _grid(rows, title)
@@ -116,13 +116,13 @@ def angles(rows: list[list[Run]], title: str, path: Path) -> bool:
     for axes, runs in zip(panels, rows, strict=False):
         epochs, ends = [0], []
         for kind, style, name in (("angle_weight", "-", "W to B"), ("angle_grad", "--", "to BP")):
-            layers = columns(runs[0].rows[-1], kind)
-            if not layers:
+            seeds, layers = measured(runs, kind)
+            if not seeds:
                 continue
             for layer in layers:
-                epochs, line, _ = _over_seeds(runs, lambda row, layer=layer: row.get(layer), 1)
+                epochs, line, _ = _over_seeds(seeds, lambda row, layer=layer: row.get(layer), 1)
                 axes.plot(epochs, line, style, color=colour(runs[0]), alpha=3 / (6 + len(layers)), linewidth=0.7)
-            epochs, mean, deviation = _over_seeds(runs, lambda row, kind=kind: mean_angle(row, kind), 1)
+            epochs, mean, deviation = _over_seeds(seeds, lambda row, kind=kind: mean_angle(row, kind), 1)
             low, high = ([m + sign * d for m, d in zip(mean, deviation, strict=True)] for sign in (-1, 1))
             axes.fill_between(epochs, low, high, color=colour(runs[0]), alpha=0.2, linewidth=0)
             axes.plot(epochs, mean, style, color=colour(runs[0]), linewidth=2)
