@@ -2,6 +2,7 @@
 
 import json
 import math
+import pydoc
 import re
 from pathlib import Path
 
@@ -371,15 +372,15 @@ def test_a_wrong_row_is_named(tmp_path, old, new, message):
 def test_keys_names_every_key(capsys):
     cli.main(["keys"])
     shown = capsys.readouterr().out
-    for key in (
-        "train.milestones",
-        "data.augment",
-        "model.init",
-        "usf: scale, last_layer, kinds, mirror",
-        "like =",
-        "weight_decay",
-    ):
+    for key in ("usf (SignSymmetry): scale, last_layer, kinds, mirror", "like =", "weight_decay", "mirror.decay = 0.1"):
         assert key in shown
+    # Each with its default and what it means.
+    for part, cls in (("data", experiment.Data), ("model", experiment.Model), ("train", experiment.Train)):
+        for key in vars(cls()):
+            assert re.search(rf"^{part}\.{key} = \S+ +\S+ \S+", shown, re.MULTILINE), key
+    for name, cls in re.findall(r"^(\w+) \(([\w.]+)\): ", shown, re.MULTILINE):
+        package = "" if "optim" in cls else "torch.optim." if name in experiment.OPTIMIZERS else "bioplaus_kernels."
+        assert isinstance(pydoc.locate(package + cls), type), cls
 
 
 def test_rules_by_kind_and_of_the_last_layer():

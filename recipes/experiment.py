@@ -49,6 +49,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import json
 import math
 import random
 import tomllib
@@ -77,10 +78,10 @@ AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Data:
-    name: str = "mnist"
+    name: str = "mnist"  # digits, mnist, fashion-mnist, cifar10, imagefolder, shapes or coco
     path: str = ""  # of an image folder, below the data root
     size: int = 0  # height and width of the images; 0: as they are, or the smallest the model takes
-    augment: str = "standard"  # as in recipes.data.load
+    augment: str = "standard"  # of colour: standard crops and flips, vertical instead of horizontal flips, or none
     normalise: bool = True  # pixels to mean 0 and deviation 1; false: they stay from 0 to 1
     validation: float = 0.1  # share of the training images that choose the best epoch; 0: the test images do
 
@@ -91,7 +92,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    name: str = "lenet"
+    name: str = "lenet"  # a network of recipes.models or a classifier of torchvision
     init: str = "model"  # "model": its own, "xavier": Glorot's uniform weights and zero biases, "zero": both zero
     hidden: list[int] = field(default_factory=list)  # of mlp: units of each hidden layer, none: 5 times 256
     activation: str = "tanh"  # of mlp: tanh, sigmoid or relu
@@ -99,15 +100,15 @@ class Model:
 
 @dataclass(frozen=True)
 class Train:
-    epochs: int = 20
-    batch_size: int = 64  # images a step, of all ranks together
+    epochs: int = 20  # through the training images; more of them go on with a run
+    batch_size: int = 64  # images a step, of all ranks together; the last ones of an epoch that are fewer are left out
     accumulate: int = 1  # parts of a batch, on each rank, that go forward and back one after the other
     milestones: list[int] = field(default_factory=list)  # epochs after which the rates are multiplied by gamma
-    gamma: float = 0.1
+    gamma: float = 0.1  # what milestones multiply by
     cosine: bool = False  # the rates fall to 0 along a cosine
     warmup: int = 0  # epochs over which the rates rise, linearly, to what they would be
-    amp: str = "none"  # autocast: none, bf16, fp16
-    compile: bool = False
+    amp: str = "none"  # automatic mixed precision: bf16, or fp16 with a scaled loss
+    compile: bool = False  # the network, by torch.compile
     inverse_steps: list[int] = field(default_factory=lambda: [1])  # of the inverses a batch; of all, or each its own
     inverse_first: int = 0  # epochs of the inverses alone before the first
     inverse_extra: int = 0  # epochs of the inverses alone after each
@@ -294,15 +295,23 @@ def keys() -> str:
         for line in inspect.getsource(cls).splitlines():
             name, _, rest = line.strip().partition(":")
             source[name] = rest.partition("#")[2].strip()
-        lines += [f"{part}.{key} = {value!r}".ljust(40) + f" {source[key]}" for key, value in vars(cls()).items()]
-    lines += ["", "algorithm.name, and the other keys of [algorithm] with it:", ""]
+        values = {key: json.dumps(value) for key, value in vars(cls()).items()}
+        lines += [f"{part}.{key} = {value}".ljust(40) + f" {source[key]}" for key, value in values.items()]
+    mirror = (f"algorithm.mirror.{key} = {json.dumps(value)}" for key, value in MIRROR.items())
+    lines += [line.ljust(40) + " of bioplaus_kernels.mirror_" for line in mirror]
+    lines += [
+        "",
+        "algorithm.name, and the other keys of [algorithm] with it, which help(bioplaus_kernels.CLASS) explains:",
+    ]
     for name, rule in (RULES | DIRECT).items():
         own = [f.name for f in dataclasses.fields(rule)] + _beside(name)
-        lines.append(f"{name}: {', '.join(own)}")
-    lines += [f"{', '.join(VARIANTS)}: {', '.join(_TARGETS)}", "", "optimizer.name, and the keys with it:", ""]
+        lines.append(f"{name} ({'direct.' if name in DIRECT else ''}{rule.__name__}): {', '.join(own)}")
+    lines += [f"{', '.join(VARIANTS)} (TargetProp): {', '.join(_TARGETS)}", ""]
+    lines.append("optimizer.name, and the keys with it, which help(torch.optim.CLASS) explains:")
     for name, optimizer in OPTIMIZERS.items():
         own = [p for p in inspect.signature(optimizer).parameters if p != "params"]
-        lines.append(f"{name}: {', '.join(own)}, last_layer (a table of the same keys)")
+        package = "bioplaus_kernels.optim." if optimizer.__module__.startswith("bioplaus") else ""
+        lines.append(f"{name} ({package}{optimizer.__name__}): {', '.join(own)}, last_layer (a table of the same keys)")
     return "\n".join(lines)
 
 

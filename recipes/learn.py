@@ -37,6 +37,7 @@ class Learner:
         self.criterion = squared_error if experiment.reconstructs else nn.functional.cross_entropy
         options = dict(experiment.algorithm)
         name = options.pop("name")
+        self.loss_scale = options.pop("loss_scale", 1.0)
         used: set[type] = set()
         if world.kind and experiment.train.sync_bn:
             if self.device.type == "cpu":
@@ -54,7 +55,7 @@ class Learner:
                 check_parallel(own, world)
             bk.convert_(model, rules if kinds else rules[nn.Module], last_layer=last, seed=seed)
         else:
-            blocks, self.loss_scale = options.pop("blocks", None), options.pop("loss_scale", 1.0)
+            blocks = options.pop("blocks", None)
             if blocks is None:
                 blocks = [n for n, m in model.named_modules() if isinstance(m, nn.Tanh)]
                 if not blocks:
