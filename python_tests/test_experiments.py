@@ -128,6 +128,8 @@ def test_a_finished_run_is_not_repeated(tmp_path):
         ("model={name = 'lenet', activation = 'relu'}", "want neither with model.name = 'lenet'"),
         ("model.activation=elu", "model.activation: got 'elu', want one of tanh, sigmoid, relu"),
         ("algorithm={name = 'dtp', hidden = 9}", "algorithm.hidden: got 9, want 0 with algorithm.name = 'dtp'"),
+        ("data.fgsm=-1", "data.fgsm: got -1, want at least 0"),
+        ("model.init_from=torchvision", "model.init_from: got 'torchvision', which has no mlp"),
         ("data.validation=1", "data.validation: got 1, want a share"),
         ("optimizer.lr=-1", "optimizer: Invalid learning rate"),
         ("data.name=emnist", "data.name: got 'emnist', want digits"),

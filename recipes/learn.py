@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import bioplaus_kernels as bk
 from bioplaus_kernels import metrics
-from recipes import data, detection, models, schedules
+from recipes import data, detection, finetune, models, schedules
 from recipes.experiment import AMP, DIRECT, MIRROR, OPTIMIZERS, RULES, Experiment, rule
 from recipes.models import bartunov
 
@@ -201,7 +201,15 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets).square().flatten(1).sum(1).mean()
 
 
-def build(experiment: Experiment, shape: Shape, classes: int, seed: int, device: Any) -> Learner:
+def build(
+    experiment: Experiment,
+    shape: Shape,
+    classes: int,
+    seed: int,
+    device: Any,
+    start: tuple[dict[str, Tensor], bool] | None = None,
+) -> Learner:
+    """start: the weights to begin with, as `finetune.load` takes them."""
     torch.manual_seed(seed)
     name = experiment.model.name
     if experiment.detects:
@@ -220,6 +228,8 @@ def build(experiment: Experiment, shape: Shape, classes: int, seed: int, device:
     elif experiment.model.init == "zero":
         for p in model.parameters():
             nn.init.zeros_(p)
+    if start is not None:
+        finetune.load(model, *start)
     kind = Detector if experiment.detects else TargetLearner if experiment.family == "targets" else Learner
     return kind(experiment, model, shape, seed, device)
 

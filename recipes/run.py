@@ -20,7 +20,7 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from recipes import checkpoint, detection, learn, models
+from recipes import checkpoint, detection, finetune, learn, models
 from recipes import data as datasets
 from recipes.experiment import Experiment, difference
 
@@ -86,7 +86,8 @@ def _run(
     kept, validation = data.split(experiment.data.validation)
     if experiment.train.batch_size > len(kept):
         raise ValueError(f"train.batch_size: got {experiment.train.batch_size}, there are {len(kept)} images")
-    learner = learn.build(experiment, data.shape, data.classes, seed, device)
+    start = finetune.start(experiment, seed, folder) if experiment.model.init_from and saved is None else None
+    learner = learn.build(experiment, data.shape, data.classes, seed, device, start)
     shuffle = torch.Generator()
     options: dict[str, Any] = {"device": device, "workers": workers, "collate": data.collate}
     options["reconstruct"] = experiment.reconstructs
@@ -141,6 +142,10 @@ def _run(
             found = {f"{split}_{name}": value for name, value in learner.evaluate(part_batches).items()}
             # The loss of training is that of the batches it learnt from.
             row |= {name: value for name, value in found.items() if name not in row}
+        if experiment.data.fgsm and test:
+            pixels = datasets.pixels(experiment.data.name, experiment.data.normalise)
+            found = finetune.fgsm(learner.model, held["test"], experiment.data.fgsm, pixels)
+            row |= {f"test_{name}": value for name, value in found.items()}
         if measure:
             row |= learner.measure(*probe)
         rows.append(row)
