@@ -82,12 +82,23 @@ def test_torchvisions_weights(monkeypatch, tmp_path):
     assert all(torch.equal(found[n], p) for n, p in there.named_parameters() if not n.startswith("classifier"))
 
 
-def test_only_rules_are_attacked():
-    content = {"data": {"name": "digits", "fgsm": 0.1}, "model": {"name": "mlp"}, "algorithm": {"name": "dfa"}}
-    with pytest.raises(
-        ValueError, match=r"data\.fgsm: got 0\.1, want 0 but for classifiers with a rule: backprop, usf"
-    ):
-        experiment.check(content)
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"data.fgsm": -1}, "data.fgsm: got -1, want at least 0"),
+        ({"data.fgsm": 0.1, "algorithm.name": "dfa"}, "data.fgsm: got 0.1, want 0 but for classifiers with a rule"),
+        ({"model.init_from": "torchvision"}, "model.init_from: got 'torchvision', which has no mlp"),
+        ({"model.hidden": [0]}, "model.hidden: got 0, want at least 1"),
+        ({"model.activation": "elu"}, "model.activation: got 'elu', want one of tanh, sigmoid, relu"),
+        ({"model.name": "lenet", "model.hidden": [9]}, "want neither with model.name = 'lenet'"),
+        ({"algorithm": {"name": "dtp", "hidden": 9}}, "algorithm.hidden: got 9, want 0 with algorithm.name = 'dtp'"),
+    ],
+)
+def test_keys_that_do_not_fit(keys, message):
+    content = {"data": {"name": "digits"}, "model": {"name": "mlp"}, "algorithm": {"name": "usf"}}
+    with pytest.raises(ValueError) as raised:
+        experiment.check(content, keys)
+    assert message in str(raised.value)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e6])
