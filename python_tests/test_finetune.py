@@ -47,6 +47,10 @@ def test_a_row_begins_with_anothers_weights(tmp_path, capsys):
     e = experiment.load(path, "after")
     learner = learn.build(e, (1, 8, 8), 10, 0, "cpu", finetune.start(e, 3, out / "table/after/seed-3"))
     assert torch.equal(learner.model.fc2.feedback_matrix().sign(), before["fc2.weight"].sign())
+    unfinished = checkpoint.load(out / "table/before/seed-3/checkpoint.pt")
+    checkpoint.save(out / "table/before/seed-3/checkpoint.pt", unfinished | {"rows": unfinished["rows"][:1]})
+    with pytest.raises(ValueError, match="has had 0 of 1 epochs; run that row first"):
+        finetune.start(e, 3, out / "table/after/seed-3")
     # A finished run needs them no more.
     (out / "table/before/seed-3/checkpoint.pt").unlink()
     cli.main([*run, "--rows", "after"])

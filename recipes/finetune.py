@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import bioplaus_kernels as bk
 from recipes import checkpoint, data
-from recipes.experiment import Experiment
+from recipes.experiment import Experiment, Train
 
 
 def start(experiment: Experiment, seed: int, folder: Path) -> tuple[dict[str, Tensor], bool]:
@@ -27,14 +27,19 @@ def start(experiment: Experiment, seed: int, folder: Path) -> tuple[dict[str, Te
     if source == "torchvision":
         weights = torchvision.models.get_model_weights(experiment.model.name)
         return weights.DEFAULT.get_state_dict(progress=False), experiment.data.name == "imagefolder"
-    path = Path(source)
-    if path.suffix != ".pt":
-        path = folder.parent.parent / source / f"seed-{seed}" / "checkpoint.pt"
-        if not path.exists():
-            raise FileNotFoundError(f"model.init_from: got {source!r}, there is no {path}; run that row first")
+    row = not source.endswith(".pt")
+    path = folder.parent.parent / source / f"seed-{seed}" / "checkpoint.pt" if row else Path(source)
+    if row and not path.exists():
+        raise FileNotFoundError(f"model.init_from: got {source!r}, there is no {path}; run that row first")
     content = checkpoint.load(path)
-    made = json.loads(content["experiment"]).get("data", {})
-    return content["model"], (made.get("name"), made.get("path", "")) == (experiment.data.name, experiment.data.path)
+    made = json.loads(content["experiment"])
+    had, planned = len(content["rows"]) - 1, made.get("train", {}).get("epochs", Train().epochs)
+    if row and had < planned:
+        raise ValueError(
+            f"model.init_from: got {source!r}, {path} has had {had} of {planned} epochs; run that row first"
+        )
+    of, ours = made.get("data", {}), experiment.data
+    return content["model"], (of.get("name"), of.get("path", "")) == (ours.name, ours.path)
 
 
 @torch.no_grad()
