@@ -233,3 +233,38 @@ def test_inverses_of_ddtp_rhl_share_a_random_layer() -> None:
     assert tp.inverses[1][0][0].weight.shape == (7, 3) and not tp.inverses[1][0][0].weight.requires_grad
     # That of the last hidden layer is linear in the logits' target.
     assert tp.inverses[2][0].weight.shape == (5, 3)
+
+
+def test_settings_of_meulemans_files_make_the_steps_of_their_code() -> None:
+    """Their gradients, by the formulas of their layers: ours times what the files' eps and decay are divided by."""
+    torch.manual_seed(0)
+    n, alpha, sigma = 16, 0.3, 0.2
+    model = bartunov.fc(4, [9, 9], 5).double()
+    tp = bartunov.target_prop(model, (1, 2, 2), "dtpdrl", alpha=alpha, sigma=sigma).double()
+    h = [t.detach() for t in tp.activations(torch.randn(n, 1, 2, 2).double())]
+    h[0], y = h[0].flatten(1), torch.randint(5, (n,))
+    weights = [part for part in model.parameters() if part.ndim > 1]
+    fresh = tp.activations(h[0].view(n, 1, 2, 2))
+    ours = torch.autograd.grad(tp.forward_loss(fresh, tp.targets(fresh, y), y), weights)
+    logits = h[3].clone().requires_grad_()
+    (error,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, y), logits)
+    target = h[3] - alpha * error
+    for k in (2, 1, 0):
+        teaching = 2 * (h[k + 1] - target) * (1 - h[k + 1].square() if k < 2 else 1)
+        # The last layer learns from its loss here, and by their target of it there.
+        factor = 1 if k < 2 else n / (2 * alpha)
+        torch.testing.assert_close(ours[k], factor * teaching.T @ h[k] / n)
+        if k:
+            target = h[k] + tp.inverses[k](target).detach() - tp.inverses[k](h[k + 1]).detach()
+    torch.manual_seed(1)
+    losses = tp.inverse_losses(fresh)
+    torch.manual_seed(1)
+    for k, loss in zip((1, 2), losses, strict=True):
+        noisy = h[k] + torch.randn_like(h[k]) * sigma
+        f = noisy
+        for layer in tp.layers[k:]:
+            f = layer(f)
+        if k == 1:
+            f = h[2] + tp.inverses[2](f) - tp.inverses[2](h[3])
+        made = h[k] + tp.inverses[k](f) - tp.inverses[k](h[k + 1])
+        torch.testing.assert_close(loss, 9 * torch.nn.functional.mse_loss(made, noisy) / sigma**2)

@@ -187,6 +187,12 @@ def kind(spec: str) -> str:
     return name
 
 
+def pixels(name: str, normalise: bool = True) -> Pixels:
+    """What is subtracted from the channels of a data set and what they are divided by."""
+    mean, std = PIXELS[name]
+    return (mean, std) if normalise else ((0.0,) * len(mean), (1.0,) * len(std))
+
+
 def load(
     spec: str, root: str | Path, size: int, channels: int, augment: str = "standard", normalise: bool = True
 ) -> Data:
@@ -219,25 +225,24 @@ def load(
 
 def _load(name: str, spec: str, root: str | Path, size: int, channels: int, augment: str, normalise: bool) -> Data:
     shape = (channels, size, size)
-    mean, std = PIXELS[name]
-    pixels = (mean, std) if normalise else ((0.0,) * len(mean), (1.0,) * len(std))
+    statistics = pixels(name, normalise)
     if name == "digits":
         digits = load_digits()
         images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
         targets = torch.from_numpy(digits.target)
         train, test = train_test_split(range(len(images)), test_size=0.2, stratify=targets, random_state=0)
-        prepared = [_in_memory(images[part], targets[part], shape, pixels) for part in (train, test)]
+        prepared = [_in_memory(images[part], targets[part], shape, statistics) for part in (train, test)]
         return Data(prepared[0], prepared[1], shape, 10)
     if name in _GREY:
         if name == "fashion-mnist":
             _unpack_debian_fashion_mnist(Path(root))
         raw = [_GREY[name](root, train=train, download=True) for train in (True, False)]
-        prepared = [_in_memory(part.data.unsqueeze(1), part.targets, shape, pixels) for part in raw]
+        prepared = [_in_memory(part.data.unsqueeze(1), part.targets, shape, statistics) for part in raw]
         return Data(prepared[0], prepared[1], shape, 10)
     flips = {"standard": [v2.RandomHorizontalFlip()], "vertical": [v2.RandomVerticalFlip()], "none": []}[augment]
     if name == "cifar10":
         crops = [v2.RandomCrop(32, padding=4), *flips] if augment != "none" else []
-        prepare = _prepare(size, channels, pixels)
+        prepare = _prepare(size, channels, statistics)
         return Data(
             datasets.CIFAR10(root, train=True, download=True, transform=v2.Compose([*crops, *prepare])),
             datasets.CIFAR10(root, train=False, download=True, transform=v2.Compose(prepare)),
@@ -252,7 +257,7 @@ def _load(name: str, spec: str, root: str | Path, size: int, channels: int, augm
             f"data.path: {folder} must hold the folders train and val (or test), each with a folder per class "
             "(ImageNet: ILSVRC 2012 of https://image-net.org); data.path is below --data-root"
         )
-    prepare = _prepare(size, channels, pixels)
+    prepare = _prepare(size, channels, statistics)
     crops = [v2.RandomResizedCrop(size), *flips] if augment != "none" else []
     # The usual margin: 256 for 224.
     middle = [v2.Resize(round(size * 8 / 7)), v2.CenterCrop(size)] if augment != "none" else []

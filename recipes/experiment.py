@@ -83,6 +83,7 @@ class Data:
     size: int = 0  # height and width of the images; 0: as they are, or the smallest the model takes
     augment: str = "standard"  # of colour: standard crops and flips, vertical instead of horizontal flips, or none
     normalise: bool = True  # pixels to mean 0 and deviation 1; false: they stay from 0 to 1
+    fgsm: float = 0.0  # step of FGSM on the test images, of pixels from 0 to 1; 0: no attack
     validation: float = 0.1  # share of the training images that choose the best epoch; 0: the test images do
 
     def spec(self, root: str | Path) -> str:
@@ -93,6 +94,7 @@ class Data:
 @dataclass(frozen=True)
 class Model:
     name: str = "lenet"  # a network of recipes.models or a classifier of torchvision
+    init_from: str = ""  # weights to begin with: a row of this table, a checkpoint.pt, or torchvision
     init: str = "model"  # "model": its own, "xavier": Glorot's uniform weights and zero biases, "zero": both zero
     hidden: list[int] = field(default_factory=list)  # of mlp: units of each hidden layer, none: 5 times 256
     activation: str = "tanh"  # of mlp: tanh, sigmoid or relu
@@ -330,6 +332,12 @@ def _check_values(e: Experiment) -> None:
         _wrap("model.name", models.check_name, e.model.name)
     _one_of("data.augment", e.data.augment, data.AUGMENT)
     _one_of("model.init", e.model.init, ("model", "xavier", "zero"))
+    if e.model.init_from == "torchvision" and e.model.name in (models.MODELS | models.DETECTORS):
+        raise ValueError(
+            f"model.init_from: got 'torchvision', which has no {e.model.name}; want a row or a checkpoint.pt"
+        )
+    if e.data.fgsm and not (e.classifies and e.family == "rule"):
+        raise ValueError(f"data.fgsm: got {e.data.fgsm}, want 0 but for classifiers with a rule: {', '.join(RULES)}")
     _one_of("model.activation", e.model.activation, models.bartunov.ACTIVATIONS)
     for units in e.model.hidden:
         _least("model.hidden", _typed("model.hidden", units, int), 1)
@@ -341,6 +349,7 @@ def _check_values(e: Experiment) -> None:
     _least("train.accumulate", e.train.accumulate, 1)
     _least("train.warmup", e.train.warmup, 0)
     _least("data.size", e.data.size, 0)
+    _least("data.fgsm", e.data.fgsm, 0)
     if not 0 <= e.data.validation < 1:
         raise ValueError(f"data.validation: got {e.data.validation}, want a share: at least 0 and less than 1")
     for key, space in e.search.items():
@@ -482,7 +491,7 @@ def _one_of(key: str, value: Any, allowed: Any) -> None:
         raise ValueError(f"{key}: got {value!r}, want one of {', '.join(allowed)}")
 
 
-def _least(key: str, value: int, least: int) -> None:
+def _least(key: str, value: float, least: int) -> None:
     if value < least:
         raise ValueError(f"{key}: got {value}, want at least {least}")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import bioplaus_kernels as bk
 from bioplaus_kernels import metrics
-from recipes import data, detection, models, schedules
+from recipes import data, detection, finetune, models, schedules
 from recipes.experiment import AMP, DIRECT, MIRROR, OPTIMIZERS, RULES, VARIANTS, Experiment, rule
 from recipes.models import bartunov
 from recipes.world import ALONE, World
@@ -265,7 +265,16 @@ def check_parallel(name: str, world: World) -> None:
         raise ValueError(f"--parallel: got {world.kind} with {name}, which one process trains: {_ONE_RANK[name]}")
 
 
-def build(experiment: Experiment, shape: Shape, classes: int, seed: int, device: Any, world: World = ALONE) -> Learner:
+def build(
+    experiment: Experiment,
+    shape: Shape,
+    classes: int,
+    seed: int,
+    device: Any,
+    world: World = ALONE,
+    start: tuple[dict[str, Tensor], bool] | None = None,
+) -> Learner:
+    """start: the weights to begin with, as `finetune.load` takes them."""
     torch.manual_seed(seed)
     name = experiment.model.name
     if experiment.detects:
@@ -284,6 +293,8 @@ def build(experiment: Experiment, shape: Shape, classes: int, seed: int, device:
     elif experiment.model.init == "zero":
         for p in model.parameters():
             nn.init.zeros_(p)
+    if start is not None:
+        finetune.load(model, *start)
     kind = Detector if experiment.detects else TargetLearner if experiment.family == "targets" else Learner
     return kind(experiment, model, shape, seed, device, world)
 

@@ -158,7 +158,16 @@ def table(rows: list[list[Run]], style: str = "simple") -> str:
     """A line for each row: the published figures, then ours, each at the best epoch and as a mean over seeds."""
     lines, score = [], rows[0][0].score
     percent = score != "test_loss"
-    names = ["train_error", "test_error", "test_top5", "test_AP", "test_AP50", "test_AP75"]
+    names = [
+        "train_error",
+        "test_error",
+        "test_fgsm",
+        "test_fgsm_feedback",
+        "test_top5",
+        "test_AP",
+        "test_AP50",
+        "test_AP75",
+    ]
     names = names if percent else ["train_loss", "test_loss"]
     names = [n for n in names if any(n in r.rows[0] or n in r.header["published"] for runs in rows for r in runs)]
     for runs in rows:

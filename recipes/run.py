@@ -24,7 +24,7 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from recipes import checkpoint, detection, learn, models
+from recipes import checkpoint, detection, finetune, learn, models
 from recipes import data as datasets
 from recipes.experiment import Experiment, difference
 from recipes.world import ALONE, World
@@ -114,7 +114,10 @@ def _run(
         )
     if checkpoint_steps and experiment.family == "targets":
         raise ValueError("--checkpoint-steps: want none with target propagation, whose passes are of whole epochs")
-    learner = learn.build(experiment, data.shape, data.classes, seed, device, world)
+    if experiment.data.fgsm and world.kind:
+        raise ValueError(f"--parallel: got {world.kind} with data.fgsm, which one process measures")
+    start = finetune.start(experiment, seed, folder) if experiment.model.init_from and saved is None else None
+    learner = learn.build(experiment, data.shape, data.classes, seed, device, world, start)
     shuffle = torch.Generator()
     options: dict[str, Any] = {"device": device, "workers": workers, "collate": data.collate}
     options["reconstruct"] = experiment.reconstructs
@@ -193,6 +196,10 @@ def _run(
             found = {f"{split}_{name}": value for name, value in learner.evaluate(part_batches).items()}
             # The loss of training is that of the batches it learnt from.
             row |= {name: value for name, value in found.items() if name not in row}
+        if experiment.data.fgsm and test:
+            pixels = datasets.pixels(experiment.data.name, experiment.data.normalise)
+            found = finetune.fgsm(learner.model, held["test"], experiment.data.fgsm, pixels)
+            row |= {f"test_{name}": value for name, value in found.items()}
         if measure:
             row |= learner.measure(*probe)
         rows.append(row)
