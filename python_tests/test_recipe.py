@@ -220,6 +220,8 @@ def test_mnist(tmp_path):
     image, label = loaded.test[5]
     torch.testing.assert_close(image[0], (torch.from_numpy(pixels[5]) / 255 - 0.1307) / 0.3081)
     assert label == 5
+    plain = data.load("mnist", tmp_path, 28, 1, normalise=False)
+    torch.testing.assert_close(plain.test[5][0][0], torch.from_numpy(pixels[5]) / 255)
 
 
 def test_fashion_mnist_in_debians_place(tmp_path, monkeypatch):
@@ -258,7 +260,9 @@ def test_validation_images_are_held_out_of_training_by_class(share):
     expected = share * targets.bincount()
     assert (targets[held].bincount() - expected).abs().max() <= 1
     assert loaded.split(share)[1].equal(held)
-    with pytest.raises(ValueError, match=r"data\.validation: got 0\.001, which is 1 of 1437 images: .*classes"):
+    with pytest.raises(
+        ValueError, match=r"data\.validation: got 0\.001, which is 1 of 1437 images; want one of each class"
+    ):
         loaded.split(0.001)
 
 

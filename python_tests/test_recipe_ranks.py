@@ -33,12 +33,12 @@ PROGRAM = """
 import json, multiprocessing, os, shutil, signal, socket, sys
 import torch
 torch.set_num_threads(1)
-from recipes import __main__ as cli, checkpoint, data, report
+from recipes import __main__ as cli, checkpoint, data, pictures
 from recipes import run as runner
 
 folder, images = sys.argv[1], int(sys.argv[2])
 load, given, give, write, fsync = data.load, runner._Steps.__iter__, checkpoint.save, checkpoint.write, os.fsync
-saved, report.picture = {}, lambda *args: None
+saved, pictures.curves = {}, lambda *args: None
 
 def numbered(*args):
     loaded = load(*args)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from recipes import experiment, report, world
-from recipes.run import run
+from recipes import experiment, page, pictures, report, world
+from recipes.run import machine, run
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,6 +89,8 @@ def _run(args: argparse.Namespace) -> None:
     experiments = [experiment.load(path, row, dict(args.changes)) for path, _, row in found]
     more = {"checkpoint_steps": args.checkpoint_steps, "tensorboard": args.tensorboard}
     with world.join(args.parallel, args.device) as ranks:
+        if ranks.rank == 0 and "-dirty" in machine()["commit"]:
+            print("the code has changes that are in no commit, and a report will say so of these runs", file=sys.stderr)
         about = {"parallel": f"{ranks.kind}, {ranks.size} ranks"} if ranks.kind else {}
         for e, (path, table, row) in zip(experiments, found, strict=True):
             for seed in args.seeds or e.seeds:
@@ -98,7 +101,7 @@ def _run(args: argparse.Namespace) -> None:
     for name in dict.fromkeys(table for _, table, _ in found):
         rows = report.collect([args.out])[name]
         image = args.out / name / "curves.png"
-        report.picture(rows, name, image)
+        pictures.curves(rows, name, image)
         print(f"\n{report.table(rows)}\n\ncurves: {image}")
 
 
@@ -125,7 +128,8 @@ def _search(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    report.write(args.roots, args.to)
+    for line in page.write(args.roots, args.to):
+        print(line, file=sys.stderr)
     print(args.to)
 
 

@@ -21,6 +21,11 @@ name = "mlp"                             as in recipes.models, or to detect: ret
 [algorithm]
 name = "dtp"                             a feedback rule, a direct rule or a variant of target propagation,
 alpha = 0.15                             and the arguments of its class
+blocks = ["tanh1"]                       of a direct rule: the modules that it feeds, by default every Tanh
+loss_scale = 1.0                         of drtp: a factor of what it feeds
+schedule = "parallel"                    of target propagation: or sequential, or alternating by epoch
+auxiliary = 512                          units z of ao_sdtp
+hidden = 0                               units of ddtp's random hidden layer (DDTP-RHL), 0: linear inverses
 [algorithm.last_layer]                    of a feedback rule: another in the last layer, or last_layer = "fa"
 name = "fa"
 scale = "xavier"
@@ -76,6 +81,7 @@ class Data:
     path: str = ""  # of an image folder, below the data root
     size: int = 0  # height and width of the images; 0: as they are, or the smallest the model takes
     augment: str = "standard"  # as in recipes.data.load
+    normalise: bool = True  # pixels to mean 0 and deviation 1; false: they stay from 0 to 1
     validation: float = 0.1  # share of the training images that choose the best epoch; 0: the test images do
 
     def spec(self, root: str | Path) -> str:
@@ -101,6 +107,9 @@ class Train:
     amp: str = "none"  # autocast: none, bf16, fp16
     compile: bool = False
     sync_bn: bool = False  # batch norm over the images of all ranks
+    inverse_steps: list[int] = field(default_factory=lambda: [1])  # of the inverses a batch; of all, or each its own
+    inverse_first: int = 0  # epochs of the inverses alone before the first
+    inverse_extra: int = 0  # epochs of the inverses alone after each
 
 
 @dataclass(frozen=True)
@@ -296,7 +305,7 @@ def keys() -> str:
 
 
 _PARTS = ("data", "model", "algorithm", "optimizer", "inverse_optimizer", "train", "search")
-_TARGETS = ("schedule", "auxiliary", "alpha", "sigma", "reduction", "mix", "inverse_objective")
+_TARGETS = ("schedule", "auxiliary", "hidden", "alpha", "sigma", "reduction", "mix", "inverse_objective")
 
 
 def _check_values(e: Experiment) -> None:
@@ -327,11 +336,20 @@ def _check_values(e: Experiment) -> None:
             raise ValueError(f"search.{key}: got {space!r}, want {{choices = [...]}} or {{low, high, log = true}}")
     for epoch in e.train.milestones:
         _typed("train.milestones", epoch, int)
+    if not e.train.inverse_steps:
+        raise ValueError("train.inverse_steps: got none, want one number, or one for each inverse")
+    for steps in e.train.inverse_steps:
+        _least("train.inverse_steps", _typed("train.inverse_steps", steps, int), 1)
+    _least("train.inverse_first", e.train.inverse_first, 0)
+    _least("train.inverse_extra", e.train.inverse_extra, 0)
     if e.train.cosine and e.train.milestones:
         raise ValueError("train.cosine: got true beside train.milestones, want one of the two")
     learns = e.family == "targets" and VARIANTS[e.algorithm["name"]].inverse_loss is not None
     if learns and e.algorithm.get("mix") != 1 and not e.inverse_optimizer:
         raise ValueError(f"inverse_optimizer: got none, want one with algorithm.name = {e.algorithm['name']!r}")
+    for key in ("inverse_steps", "inverse_first", "inverse_extra"):
+        if not e.inverse_optimizer and getattr(e.train, key) != getattr(Train(), key):
+            raise ValueError(f"train.{key}: got {getattr(e.train, key)}, want none without inverse_optimizer")
     if not learns and e.inverse_optimizer:
         raise ValueError(f"inverse_optimizer: got one, want none with algorithm.name = {e.algorithm['name']!r}")
     if e.family == "targets":
@@ -346,11 +364,19 @@ def _algorithm(table: dict[str, Any]) -> dict[str, Any]:
     if name in VARIANTS:
         allowed = list(_TARGETS)
         _one_of("algorithm.schedule", table.get("schedule", "parallel"), schedules.SCHEDULES)
+        for key, least in (("auxiliary", 1), ("hidden", 0)):
+            _least(f"algorithm.{key}", _typed(f"algorithm.{key}", table.get(key, least), int), least)
+        if table.get("hidden") and not VARIANTS[name].direct:
+            raise ValueError(f"algorithm.hidden: got {table['hidden']}, want 0 with algorithm.name = {name!r}")
     else:
         cls = (RULES | DIRECT)[name]
         allowed = [f.name for f in dataclasses.fields(cls)] + _beside(name)
         own = {key: value for key, value in table.items() if key in allowed and key not in _beside(name)}
         _wrap("algorithm", lambda options: cls(**options), own)
+        if name in DIRECT:
+            for block in _typed("algorithm.blocks", table.get("blocks", []), list):
+                _typed("algorithm.blocks", block, str)
+            _typed("algorithm.loss_scale", table.get("loss_scale", 1.0), float)
         if "last_layer" in table:
             rule("algorithm.last_layer", table["last_layer"])
         for kind, value in _typed("algorithm.kinds", table.get("kinds", {}), dict).items():
@@ -385,7 +411,9 @@ def rule(key: str, value: Any) -> bk.Rule:
 
 def _beside(name: str) -> list[str]:
     # What [algorithm] takes beside the arguments of its class.
-    return ["blocks"] if name in DIRECT else ["last_layer", "kinds", "mirror"]
+    if name in DIRECT:
+        return ["blocks", "loss_scale"] if name == "drtp" else ["blocks"]
+    return ["last_layer", "kinds", "mirror"]
 
 
 def _optimizer(table: dict[str, Any], where: str) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Learner:
                 check_parallel(own, world)
             bk.convert_(model, rules if kinds else rules[nn.Module], last_layer=last, seed=seed)
         else:
-            blocks = options.pop("blocks", None)
+            blocks, self.loss_scale = options.pop("blocks", None), options.pop("loss_scale", 1.0)
             if blocks is None:
                 blocks = [n for n, m in model.named_modules() if isinstance(m, nn.Tanh)]
                 if not blocks:
@@ -80,8 +80,8 @@ class Learner:
     def state(self) -> dict[str, Any]:
         return {"model": self.model, "optimizer": self.optimizers[0], "scaler": self.scaler}
 
-    def epoch(self, batches: Iterable[Any]) -> float:
-        """Train on `batches`, the rest of an epoch; the mean loss of the epoch's steps, over the ranks."""
+    def epoch(self, batches: Iterable[Any], first: bool = False) -> float:
+        """Train on `batches`, the rest of the `first` epoch or another; the mean loss of its steps, over the ranks."""
         self.network.train()
         (optimizer,) = self.optimizers
         parts = self.experiment.train.accumulate
@@ -92,7 +92,7 @@ class Learner:
                 chosen = slice(part * size, (part + 1) * size)
                 with self.world.apart(self.wrapped, part < parts - 1):
                     with self._autocast():
-                        loss = self.loss(self.network, x[chosen], y[chosen]) / parts
+                        loss = self.loss(self.network, x[chosen], y[chosen], parts) / parts
                     self.scaler.scale(loss).backward()
                 self.total[0] += loss.detach() / self.world.size
             if self.aligned:
@@ -108,10 +108,10 @@ class Learner:
         self.total.zero_()
         return total / steps
 
-    def loss(self, model: nn.Module, x: Any, y: Any) -> Tensor:
-        # DRTP projects the targets.
-        scale = self.scaler.get_scale() / self.experiment.train.accumulate
-        options = {"targets": y, "loss_scale": scale} if self.labelled else {}
+    def loss(self, model: nn.Module, x: Any, y: Any, parts: int = 1) -> Tensor:
+        # DRTP projects the targets, and sees nothing of what the loss is multiplied by.
+        scale = self.scaler.get_scale() / parts
+        options = {"targets": y, "loss_scale": self.loss_scale * scale} if self.labelled else {}
         return self.criterion(model(x, **options), y)
 
     @torch.no_grad()
@@ -177,13 +177,19 @@ class TargetLearner(Learner):
         names = ("optimizer", "inverse_optimizer")
         return {"model": self.model, **dict(zip(names, self.optimizers, strict=False))}
 
-    def epoch(self, batches: data.Batches) -> float:
+    def epoch(self, batches: data.Batches, first: bool = False) -> float:
         self.model.train()
-        inverse = self.optimizers[1] if len(self.optimizers) > 1 else None
-        return schedules.train_epoch(self.model, batches, self.optimizers[0], inverse, self.schedule)
+        train, inverse = self.experiment.train, self.optimizers[1] if len(self.optimizers) > 1 else None
+        steps = train.inverse_steps
+        for _ in range(train.inverse_first if first else 0):
+            schedules.train_inverses(self.model, batches, inverse, steps)
+        loss = schedules.train_epoch(self.model, batches, self.optimizers[0], inverse, self.schedule, steps)
+        for _ in range(train.inverse_extra):
+            schedules.train_inverses(self.model, batches, inverse, steps)
+        return loss
 
     def measure(self, x: Tensor, y: Tensor) -> dict[str, float]:
-        """Of every layer `angle_grad/<layer>`; of every learned inverse its loss and its angle to the transposed W."""
+        """Of every layer `angle_grad/<number>`; of every learned inverse its loss and its angle to the transposed W."""
         tp = self.model
         weights = metrics.trained(tp.layers)
         found = {}
@@ -201,7 +207,7 @@ class TargetLearner(Learner):
             ours = torch.autograd.grad(tp.forward_loss(h, tp.targets(h, y), y), list(weights.values()))
             exact = torch.autograd.grad(tp.loss(tp(x), y), list(weights.values()))
             for name, g, e in zip(weights, ours, exact, strict=True):
-                found[f"angle_grad/{name.removesuffix('.weight')}"] = metrics.compare(g, e).angle
+                found[f"angle_grad/{int(name.partition('.')[0]) + 1}"] = metrics.compare(g, e).angle
             if tp.inverse_objective is not None:
                 with torch.no_grad():
                     losses = [loss.item() for loss in tp.inverse_losses(h)]
@@ -215,7 +221,7 @@ class TargetLearner(Learner):
 class Detector(Learner):
     """A detector with a feedback rule in its layers; images and targets are torchvision's lists."""
 
-    def loss(self, model: nn.Module, x: Any, y: Any) -> Tensor:
+    def loss(self, model: nn.Module, x: Any, y: Any, parts: int = 1) -> Tensor:
         return torch.stack(list(model(x, y).values())).sum()
 
     def evaluate(self, batches: data.Batches) -> dict[str, float]:

@@ -99,7 +99,8 @@ def _run(
             data = detection.load(spec, data_root, size)
         else:
             channels, native = models.input_for(experiment.model.name, *datasets.NATIVE[experiment.data.name])
-            data = datasets.load(spec, data_root, size or native, channels, experiment.data.augment)
+            how = experiment.data.augment, experiment.data.normalise
+            data = datasets.load(spec, data_root, size or native, channels, *how)
     kept, validation = data.split(experiment.data.validation)
     train = experiment.train
     if train.batch_size > len(kept):
@@ -140,7 +141,12 @@ def _run(
     header = {"row": experiment.row, "seed": seed, "published": experiment.published, "experiment": content}
     if experiment.classifies:
         header |= {"classes": data.classes, "test_images": len(data.test)}
-    header |= machine() | (about or {})
+    made = machine()
+    if saved is not None:
+        # Of every part of the run.
+        before = json.loads(saved["header"])
+        made = {key: now if now in before[key] else f"{before[key]}; {now}" for key, now in made.items()}
+    header |= made | (about or {})
 
     def save(**within: Any) -> None:
         content_now = {"rows": rows, "header": json.dumps(header), "experiment": json.dumps(content), "within": within}
@@ -176,7 +182,7 @@ def _run(
                     total = world.sum(learner.total.clone()).tolist()
                     save(step=step, seconds=time.perf_counter() - start, total=total)
 
-            row["train_loss"] = learner.epoch(_Steps(progress, first, (seed, epoch, world.rank), after))
+            row["train_loss"] = learner.epoch(_Steps(progress, first, (seed, epoch, world.rank), after), epoch == 1)
             row["seconds"] = time.perf_counter() - start
             for scheduler in schedulers:
                 scheduler.step()
@@ -204,9 +210,9 @@ def _run(
     if experiment.reconstructs and test:
         images = next(iter(held["test"]))[0][:10]
         with torch.no_grad():
-            made = learner.model(images).view_as(images)
+            outputs = learner.model(images).view_as(images)
         if world.rank == 0:
-            reconstructions(images, made, folder / "reconstructions.png")
+            reconstructions(images, outputs, folder / "reconstructions.png")
     return rows
 
 
@@ -259,19 +265,21 @@ def order(*numbers: int) -> int:
 
 @dataclass
 class _Steps:
-    """The batches of an epoch from step `first` on, in each of which what is random depends on `numbers` and the step.
+    """The batches of an epoch from step `first` on, any number of times over.
 
-    after: called with a step's number when it is done.
+    What is random in a step depends on `numbers`, the pass and the step. after: called with its number when it is done.
     """
 
     batches: Iterable[Any]
     first: int
     numbers: tuple[int, ...]
     after: Callable[[int], None]
+    passes: int = 0
 
     def __iter__(self) -> Iterator[Any]:
+        self.passes += 1
         for step, batch in enumerate(self.batches, self.first + 1):
-            torch.manual_seed(order(*self.numbers, step))
+            torch.manual_seed(order(*self.numbers, self.passes, step))
             yield batch
             self.after(step)
 
