@@ -55,27 +55,21 @@ def _images(size: int) -> Tensor:
 
 
 class Net(NamedTuple):
-    """A model on the meta device. blocks: the modules that are gathered at once. samples: of each GPU a step."""
+    """A model for the meta device. samples: of each GPU a step."""
 
     name: str
     build: Callable[[], nn.Module]
-    blocks: Callable[[nn.Module], list[nn.Module]]
     input: Callable[[], Tensor]
     samples: int
     momenta: int  # numbers that the optimizer keeps of each weight
 
 
-def _residual(model: nn.Module) -> list[nn.Module]:
-    return [block for name, part in model.named_children() if name.startswith("layer") for block in part.children()]
-
-
 NETS = (
-    Net("ResNet-18, 256 images", torchvision.models.resnet18, _residual, lambda: _images(224), 256, 1),
-    Net("ResNet-152, 128 images", torchvision.models.resnet152, _residual, lambda: _images(224), 128, 1),
+    Net("ResNet-18, 256 images", torchvision.models.resnet18, lambda: _images(224), 256, 1),
+    Net("ResNet-152, 128 images", torchvision.models.resnet152, lambda: _images(224), 128, 1),
     Net(
         "Transformer of 1.3 billion weights, 4 sequences of 2048",
         Transformer,
-        lambda model: list(model.blocks),
         lambda: torch.zeros(1, 2048, dtype=torch.long),
         4,
         2,
@@ -83,7 +77,6 @@ NETS = (
     Net(
         "Locally-connected net of Bartunov et al. for ImageNet, 128 images",
         lambda: bartunov.lc(bartunov.SPECS["imagenet"], 3, 224, 1000),
-        lambda model: [m for m in model.children() if next(m.parameters(), None) is not None],
         lambda: _images(224),
         128,
         2,
@@ -108,19 +101,17 @@ def padded(p: Tensor, ranks: int) -> int:
     return -(-p.shape[0] // ranks) * ranks * p[0].numel() if p.dim() else ranks
 
 
-def step(model: nn.Module, blocks: list[nn.Module], ranks: int, way: str) -> Step:
-    """A step of `model`, converted with usf, in one of WAYS; what is in no block is the root's."""
+def step(model: nn.Module, ranks: int, way: str) -> Step:
+    """A step of `model`, converted with usf, in one of WAYS."""
     every = list(model.parameters())
     count = sum(p.numel() for p in every)
     if way == "DDP":
         # autocast keeps a copy of each weight in the dtype it computes in.
         return Step(0, 0, 2 * count, GATHERED * count, count)
     whole = sum(padded(p, ranks) for p in every)
-    in_blocks = {p for block in blocks for p in block.parameters()}
-    root = sum(padded(p, ranks) for p in every if p not in in_blocks)
     shards = whole // ranks
     if way == "True":
-        return Step(whole, whole - root, whole, GATHERED * root, shards)
+        return Step(whole, whole, whole, 0, shards)
     if way == "False":
         return Step(whole, 0, whole, GATHERED * whole, shards)
     layers = [m for m in model.modules() if isinstance(m, bk.nn.FeedbackLayer)]
@@ -166,9 +157,9 @@ def table(net: Net) -> str:
     lines = []
     for gpus in GPUS:
         nodes = gpus // NODE
-        rows = [(label, step(model, net.blocks(model), gpus, way), gpus, 1) for way, label in WAYS.items()]
+        rows = [(label, step(model, gpus, way), gpus, 1) for way, label in WAYS.items()]
         if nodes > 1:
-            hybrid = [(way, step(model, net.blocks(model), NODE, way)) for way in ("True", "ours")]
+            hybrid = [(way, step(model, NODE, way)) for way in ("True", "ours")]
             rows += [(f"{WAYS[way]}, {NODE} x {nodes}", s, NODE, nodes) for way, s in hybrid]
         first = traffic(rows[1][1], gpus, 1, EIGHT).sent
         for label, s, ranks, replicas in rows:
