@@ -198,7 +198,8 @@ def _run(
             continue
         _log(folder, header, rows)
         for name, value in row.items() if board else ():
-            board.add_scalar(name, value, epoch)
+            if math.isfinite(value):
+                board.add_scalar(name, value, epoch)
         if epoch > 0:
             shown = ", ".join(
                 f"{name} {row[name]:.4f}" for name in row if name.startswith(("train_", "validation_", "test_"))
