@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import fresh
 import pytest
@@ -33,12 +34,12 @@ PROGRAM = """
 import json, multiprocessing, os, shutil, signal, socket, sys
 import torch
 torch.set_num_threads(1)
-from recipes import __main__ as cli, checkpoint, data, report
+from recipes import __main__ as cli, checkpoint, data, pictures
 from recipes import run as runner
 
 folder, images = sys.argv[1], int(sys.argv[2])
 load, given, give, write, fsync = data.load, runner._Steps.__iter__, checkpoint.save, checkpoint.write, os.fsync
-saved, report.picture = {}, lambda *args: None
+saved, pictures.curves = {}, lambda *args: None
 
 def numbered(*args):
     loaded = load(*args)
@@ -249,6 +250,36 @@ def test_what_does_not_go_together_is_said(tmp_path, monkeypatch, capsys, ranks,
     with pytest.raises(SystemExit) as stopped:
         cli.main(["run", str(path), "--device", "cpu", "--out", str(tmp_path / "out"), *args])
     assert stopped.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+
+
+def test_figures_go_to_tensorboard(tmp_path, monkeypatch, capsys):
+    path, added = tmp_path / "row.toml", []
+    path.write_text(TABLE)
+    args = ["run", str(path), "--device", "cpu", "--tensorboard", "--no-measure", "--set", "train.warmup=0"]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SystemExit):
+        cli.main([*args, "--out", str(tmp_path / "without")])
+    assert "--tensorboard: " in (said := capsys.readouterr().err) and "pip install tensorboard" in said
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            added.append(purge_step)
+
+        def add_scalar(self, name, value, epoch):
+            added.append((name, value, epoch))
+
+        def close(self):
+            added.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    for epochs in (1, 2):
+        cli.main([*args, "--out", str(tmp_path / "out"), "--set", f"train.epochs={epochs}"])
+    (log,) = tmp_path.glob("out/*/row/seed-0/log.jsonl")
+    rows = [json.loads(line) for line in log.read_text().splitlines()[1:]]
+    # A run that goes on takes back what came after its checkpoint.
+    assert [one for one in added if not isinstance(one, tuple)] == [0, "closed", 2, "closed"]
+    found = {(name, epoch): value for name, value, epoch in filter(lambda one: isinstance(one, tuple), added)}
+    assert found == pytest.approx({(n, r["epoch"]): r[n] for r in rows for n in r if r[n] is not None}, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["wm", "sa", "aa", "ia", "sdfa", *experiment.VARIANTS])

@@ -91,11 +91,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     found = _entries(args)
-    if "-dirty" in machine()["commit"]:
-        print("the code has changes that are in no commit, and a report will say so of these runs", file=sys.stderr)
     experiments = [experiment.load(path, row, dict(args.changes)) for path, _, row in found]
     more = {"checkpoint_steps": args.checkpoint_steps, "tensorboard": args.tensorboard}
     with world.join(args.parallel, args.device) as ranks:
+        if ranks.rank == 0 and "-dirty" in machine()["commit"]:
+            print("the code has changes that are in no commit, and a report will say so of these runs", file=sys.stderr)
         about = {"parallel": f"{ranks.kind}, {ranks.size} ranks"} if ranks.kind else {}
         for e, (path, table, row) in zip(experiments, found, strict=True):
             for seed in args.seeds or e.seeds:

@@ -100,6 +100,11 @@ class Order(Sampler[list[list[int]]]):
         return -(-count // (self.size * self.ranks)) if self.shuffle is None else count // self.size - self.first
 
     def __iter__(self) -> Iterator[list[list[int]]]:
+        for batch in self.tensors():
+            yield batch.tolist()
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """The same as tensors of (images, 2)."""
         count = len(self.only)
         if self.shuffle is None:
             numbers = self.only[self.rank :: self.ranks]
@@ -110,7 +115,7 @@ class Order(Sampler[list[list[int]]]):
             whole = torch.stack([drawn, seeds], 1)[: count // self.size * self.size]
             found = whole.view(-1, self.ranks, self.size // self.ranks, 2)[self.first :, self.rank]
         # Drawn when the first is asked for: a DataLoader with workers makes two iterators and uses one.
-        yield from (batch.tolist() for batch in found)
+        yield from found
 
 
 class _Drawn(Dataset[Any]):
@@ -160,7 +165,8 @@ class Batches:
                 batch_sampler=self.order,
                 collate_fn=collate,
                 num_workers=workers,
-                persistent_workers=workers > 0,
+                # Those that train: others would wait through every epoch.
+                persistent_workers=workers > 0 and shuffle is not None,
                 pin_memory=self.device.type == "cuda",
             )
 
@@ -174,9 +180,8 @@ class Batches:
 
     def _in_memory(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         images, targets = self.dataset.tensors
-        for batch in self.order:
-            chosen = torch.tensor(batch)[:, 0]
-            yield images[chosen], targets[chosen]
+        for batch in self.order.tensors():
+            yield images[batch[:, 0]], targets[batch[:, 0]]
 
 
 def kind(spec: str) -> str:

@@ -111,10 +111,10 @@ class Train:
     warmup: int = 0  # epochs over which the rates rise, linearly, to what they would be
     amp: str = "none"  # automatic mixed precision: bf16, or fp16 with a scaled loss
     compile: bool = False  # the network, by torch.compile
+    sync_bn: bool = False  # batch norm over the images of all ranks
     inverse_steps: list[int] = field(default_factory=lambda: [1])  # of the inverses a batch; of all, or each its own
     inverse_first: int = 0  # epochs of the inverses alone before the first
     inverse_extra: int = 0  # epochs of the inverses alone after each
-    sync_bn: bool = False  # batch norm over the images of all ranks
 
 
 @dataclass(frozen=True)

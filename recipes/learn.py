@@ -86,7 +86,7 @@ class Learner:
         return {"model": self.model, "optimizer": self.optimizers[0], "scaler": self.scaler}
 
     def epoch(self, batches: Iterable[Any], first: bool = False) -> float:
-        """Train on `batches`, the rest of an epoch, which may be the `first`; the mean loss of its steps, over the ranks."""
+        """Train on `batches`, the rest of the `first` epoch or another; the mean loss of its steps, over the ranks."""
         self.network.train()
         (optimizer,) = self.optimizers
         parts = self.experiment.train.accumulate
@@ -97,7 +97,7 @@ class Learner:
                 chosen = slice(part * size, (part + 1) * size)
                 with self.world.apart(self.wrapped, part < parts - 1):
                     with self._autocast():
-                        loss = self.loss(self.network, x[chosen], y[chosen]) / parts
+                        loss = self.loss(self.network, x[chosen], y[chosen], parts) / parts
                     self.scaler.scale(loss).backward()
                 self.total[0] += loss.detach() / self.world.size
             if self.aligned:
@@ -113,12 +113,11 @@ class Learner:
         self.total.zero_()
         return total / steps
 
-    def loss(self, model: nn.Module, x: Any, y: Any) -> Tensor:
-        # DRTP projects the targets.
-        if not self.labelled:
-            return self.criterion(model(x), y)
-        scale = self.loss_scale * self.scaler.get_scale() / self.experiment.train.accumulate
-        return self.criterion(model(x, targets=y, loss_scale=scale), y)
+    def loss(self, model: nn.Module, x: Any, y: Any, parts: int = 1) -> Tensor:
+        # DRTP projects the targets, and sees nothing of what the loss is multiplied by.
+        scale = self.scaler.get_scale() / parts
+        options = {"targets": y, "loss_scale": self.loss_scale * scale} if self.labelled else {}
+        return self.criterion(model(x, **options), y)
 
     @torch.no_grad()
     def evaluate(self, batches: data.Batches) -> dict[str, float]:
@@ -236,7 +235,7 @@ class TargetLearner(Learner):
 class Detector(Learner):
     """A detector with a feedback rule in its layers; images and targets are torchvision's lists."""
 
-    def loss(self, model: nn.Module, x: Any, y: Any) -> Tensor:
+    def loss(self, model: nn.Module, x: Any, y: Any, parts: int = 1) -> Tensor:
         return torch.stack(list(model(x, y).values())).sum()
 
     def evaluate(self, batches: data.Batches) -> dict[str, float]:

@@ -100,9 +100,8 @@ def _run(
             data = detection.load(spec, data_root, size)
         else:
             channels, native = models.input_for(experiment.model.name, *datasets.NATIVE[experiment.data.name])
-            data = datasets.load(
-                spec, data_root, size or native, channels, experiment.data.augment, experiment.data.normalise
-            )
+            how = experiment.data.augment, experiment.data.normalise
+            data = datasets.load(spec, data_root, size or native, channels, *how)
     kept, validation = data.split(experiment.data.validation)
     train = experiment.train
     if train.batch_size > len(kept):
@@ -187,8 +186,7 @@ def _run(
                     total = world.sum(learner.total.clone()).tolist()
                     save(step=step, seconds=time.perf_counter() - start, total=total)
 
-            steps = _Steps(progress, first, (seed, epoch, world.rank), after)
-            row["train_loss"] = learner.epoch(steps, epoch == 1)
+            row["train_loss"] = learner.epoch(_Steps(progress, first, (seed, epoch, world.rank), after), epoch == 1)
             row["seconds"] = time.perf_counter() - start
             for scheduler in schedulers:
                 scheduler.step()
@@ -208,7 +206,8 @@ def _run(
             continue
         _log(folder, header, rows)
         for name, value in row.items() if board else ():
-            board.add_scalar(name, value, epoch)
+            if math.isfinite(value):
+                board.add_scalar(name, value, epoch)
         if epoch > 0:
             shown = ", ".join(
                 f"{name} {row[name]:.4f}" for name in row if name.startswith(("train_", "validation_", "test_"))
@@ -220,9 +219,9 @@ def _run(
     if experiment.reconstructs and test:
         images = next(iter(held["test"]))[0][:10]
         with torch.no_grad():
-            made = learner.model(images).view_as(images)
+            outputs = learner.model(images).view_as(images)
         if world.rank == 0:
-            reconstructions(images, made, folder / "reconstructions.png")
+            reconstructions(images, outputs, folder / "reconstructions.png")
     return rows
 
 
@@ -275,10 +274,9 @@ def order(*numbers: int) -> int:
 
 @dataclass
 class _Steps:
-    """The batches of an epoch from step `first` on, in each of which what is random depends on `numbers`, the pass and the
-    step; passes after the first are of whole epochs.
+    """The batches of an epoch from step `first` on, any number of times over.
 
-    after: called with a step's number when it is done.
+    What is random in a step depends on `numbers`, the pass and the step. after: called with its number when it is done.
     """
 
     batches: Iterable[Any]
@@ -288,10 +286,9 @@ class _Steps:
     passes: int = 0
 
     def __iter__(self) -> Iterator[Any]:
-        numbers = (*self.numbers, self.passes)
         self.passes += 1
         for step, batch in enumerate(self.batches, self.first + 1):
-            torch.manual_seed(order(*numbers, step))
+            torch.manual_seed(order(*self.numbers, self.passes, step))
             yield batch
             self.after(step)
 
