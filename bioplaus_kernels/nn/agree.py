@@ -1,8 +1,10 @@
-"""Ranks of DistributedDataParallel have one B for each weight, or every one of them raises."""
+"""Data-parallel ranks have one B for each weight, or every one of them raises."""
 
 import hashlib
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -39,3 +41,17 @@ def agree() -> None:
 
 # For torch.compile, which runs it while it traces: with nothing to guard.
 agree._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def mean_over_ranks(model: torch.nn.Module, like: Any, tensor: Tensor) -> Tensor:
+    """The mean of each rank's `tensor`, sharded as `like` is; `tensor` where `model` says nothing of ranks."""
+    if hasattr(like, "full_tensor"):
+        from torch.distributed.tensor import DTensor, Partial
+
+        mesh = like.device_mesh
+        mean = DTensor.from_local(tensor.to(like.dtype).reshape(like.shape), mesh, [Partial("avg")] * mesh.ndim)
+        return mean.redistribute(placements=like.placements)
+    if isinstance(model, DistributedDataParallel):
+        torch.distributed.all_reduce(tensor, group=model.process_group)
+        return tensor / model.process_group.size()
+    return tensor

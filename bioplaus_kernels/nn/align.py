@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from .._restore import kept, sharded
 from ..backends.reference import checks
 from ..feedback import as_rule
+from .agree import mean_over_ranks
 from .base import FeedbackLayer
 
 
@@ -57,9 +57,10 @@ def align_(model: torch.nn.Module, example: Any) -> None:
     an optimizer that has each `feedback_weight`: R is a mean over samples and a sum over positions and steps, so that
     an optimizer without a scale of its own (SGD) needs a small lr for convolutions.
 
-    Where `fully_shard` (FSDP2) has sharded B, or `model` is a DistributedDataParallel, the gradient is the mean over the
-    ranks; the ranks of any other data parallelism need the same example. Raises ValueError where no layer has such a rule, before a gradient is
-    touched, and for a layer that the call does not reach, one of an attention and one whose weight is computed.
+    Where `fully_shard` (FSDP2) has sharded B, or `model` is a DistributedDataParallel, the gradient is the mean over
+    the ranks; the ranks of any other data parallelism need the same example. Raises ValueError where no layer has such
+    a rule, before a gradient is touched, and for a layer that the call does not reach, one of an attention and one
+    whose weight is computed.
     """
     checks.module("model", model)
     wanted = "a tensor, a tuple of arguments or a dict of keywords"
@@ -97,17 +98,5 @@ def align_(model: torch.nn.Module, example: Any) -> None:
     for name, change in changes.items():
         b = getattr(layers[name], layers[name]._held["weight"].kept["weight"])
         if b.requires_grad:
-            change = _mean_over_ranks(model, b, change)
+            change = mean_over_ranks(model, b, change)
             b.grad = change if b.grad is None else b.grad.add_(change)
-
-
-def _mean_over_ranks(model: torch.nn.Module, b: Any, change: Tensor) -> Tensor:
-    if hasattr(b, "full_tensor"):
-        from torch.distributed.tensor import DTensor, Partial
-
-        mean = DTensor.from_local(change.to(b.dtype), b.device_mesh, [Partial("avg")] * b.device_mesh.ndim)
-        return mean.redistribute(placements=b.placements)
-    if isinstance(model, DistributedDataParallel):
-        torch.distributed.all_reduce(change, group=model.process_group)
-        change /= model.process_group.size()
-    return change
