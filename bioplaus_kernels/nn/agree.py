@@ -17,11 +17,12 @@ def agree() -> None:
     ddp = DistributedDataParallel._active_ddp_module
     if ddp is None or "_feedback_agrees" in vars(ddp):
         return
-    said, reduced = [], {id(p) for p in ddp._module_parameters}
+    said, own, reduced = [], set(), {id(p) for p in ddp._module_parameters}
     for prefix, layer in ddp.module.named_modules():
         for name, held in vars(layer).get("_held", {}).items():
             layer.look_again(name)
             said.append((prefix, name, layer.feedback_record(name)))
+            own |= {id(layer._buffers.get(attribute)) for attribute in (held.record, *held.kept.values())}
             if held.trained and id(getattr(layer, held.trained)) not in reduced:
                 raise RuntimeError(
                     f"{prefix}.{held.trained}: DistributedDataParallel does not reduce its gradient: convert_ the "
@@ -37,6 +38,8 @@ def agree() -> None:
             "layers under one torch.manual_seed, all of it before the model is wrapped"
         )
     vars(ddp)["_feedback_agrees"] = True
+    # They have been sent when the wrapper was made, and nothing changes them.
+    ddp.modules_buffers = [buffer for buffer in ddp.modules_buffers if id(buffer) not in own]
 
 
 # For torch.compile, which runs it while it traces: with nothing to guard.
