@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import fsdp
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bioplaus_kernels as bk
 
@@ -29,6 +30,7 @@ POLICIES = {
     "float32": fsdp.MixedPrecisionPolicy(),
     "bfloat16, reduced in float32": fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32),
 }
+# A step of training.
 WIDTH, LAYERS, BATCH, LENGTH, WORDS = 256, 4, 2, 16, 512
 
 
@@ -65,8 +67,8 @@ class Net(nn.Module):
         return self.head(x)
 
 
-class Traffic(CommDebugMode):
-    """CommDebugMode, and the bytes: whole tensors, of which a rank sends and receives (ranks − 1) / ranks."""
+class Traffic(TorchDispatchMode):
+    """Bytes of what is gathered and reduced, whole; a rank sends and receives (ranks − 1) / ranks of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +80,7 @@ class Traffic(CommDebugMode):
             self.gathered += args[0].nbytes
         elif func is torch.ops.c10d._reduce_scatter_base_.default:
             self.reduced += args[1].nbytes
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 def shard(model: nn.Module, way: str, mesh: Any, policy: Any) -> None:
@@ -98,7 +100,6 @@ def measure(rule: Any, way: str, mesh: Any, policy: Any) -> dict[str, int]:
     torch.manual_seed(0)
     model = Net()
     bk.convert_(model, rule, seed=0)
-    whole = sum(p.nbytes for p in model.parameters())
     shard(model, way, mesh, policy)
     rank = torch.distributed.get_rank()
     words = torch.randint(WORDS, (BATCH, LENGTH), generator=torch.Generator().manual_seed(rank))
@@ -108,8 +109,10 @@ def measure(rule: Any, way: str, mesh: Any, policy: Any) -> dict[str, int]:
         saved.append(tensor)
         return tensor
 
-    # As in every step but the first, whose forward is also the proof that the rule acts.
-    model(words).sum().backward()
+    # The first forward is also the proof that the rule acts.
+    with CommDebugMode() as calls:
+        model(words).sum().backward()
+    gathers = calls.get_comm_counts()[torch.ops.c10d._allgather_base_]
     model.zero_grad()
     with Traffic() as traffic:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -119,9 +122,8 @@ def measure(rule: Any, way: str, mesh: Any, policy: Any) -> dict[str, int]:
         waiting += [t for t in saved if t.dtype == torch.int32 or _is_parameter(t if t._base is None else t._base)]
         weights = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in waiting)}
         loss.backward()
-    gathers = traffic.get_comm_counts()[torch.ops.c10d._allgather_base_]
     found = {"gathers": gathers, "gathered": traffic.gathered, "reduced": traffic.reduced}
-    return found | {"waiting": sum(weights.values()), "whole": whole}
+    return found | {"waiting": sum(weights.values())}
 
 
 def _is_parameter(tensor: Tensor) -> bool:
@@ -157,14 +159,13 @@ def every(mesh: Any) -> dict[tuple[str, str, str], dict[str, int]]:
 
 
 def table(found: dict[tuple[str, str, str], dict[str, int]], policy: str) -> str:
-    """Markdown, in units of the bytes of all weights as they are gathered."""
-    lines = ["| rule | " + " | ".join(f"`{way}`" for way in WAYS) + " |", "|---" * 4 + "|"]
+    """Markdown, in kB."""
+    lines = ["| | " + " | ".join(f"`{way}`" for way in WAYS) + " |", "|---|" + "---:|" * 3]
     for rule in RULES:
-        cells = [
-            f"{f['gathers']} gathers, {f['gathered']:,} + {f['reduced']:,} moved, {f['waiting']:,} kept"
-            for f in (found[policy, rule, way] for way in WAYS)
-        ]
-        lines.append(f"| {rule} | " + " | ".join(cells) + " |")
+        for what in ("gathers", "gathered", "reduced", "waiting"):
+            values = [found[policy, rule, way][what] for way in WAYS]
+            cells = [f"{value if what == 'gathers' else round(value / 1e3):,}" for value in values]
+            lines.append(f"| {rule}: {what} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

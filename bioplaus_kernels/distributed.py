@@ -1,13 +1,13 @@
 """FSDP2 whose backward gathers no weight where none is needed."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .backends.reference import checks
@@ -15,6 +15,8 @@ from .feedback import Frozen
 from .nn import FeedbackLayer
 from .proof import Report, Row
 from .register import Registered
+
+_is_alias_of: Any = torch._C._is_alias_of  # type: ignore[attr-defined]
 
 
 def fully_shard(module: nn.Module, *, blocks: Iterable[nn.Module] | None = None, **options: Any) -> Report:
@@ -68,30 +70,8 @@ def fully_shard(module: nn.Module, *, blocks: Iterable[nn.Module] | None = None,
         layer.reads_no_weight = layer in free
 
     freeing = {block_of[m] for m in free}
-    groups: dict[tuple[nn.Module, bool], dict[nn.Parameter, None]] = {(module, False): {}}
-    for p, own in holders.items():
-        block, once = block_of[own[0]], own[0] in free
-        # In a block with a group of its own what holds no matrix is not worth another, nor has torch one for what is
-        # the block's and no layer's.
-        small = block in freeing and all(q.dim() < 2 for m in own for q in m.parameters(recurse=False))
-        if not once and (small or block in own or any(block_of[m] is not block for m in own)):
-            block = module
-        groups.setdefault((block, once), {})[p] = None
-
-    report = Report()
-    reshards = options.get("reshard_after_forward")
-    for m, name in names.items():
-        matrices = [p for p in m.parameters(recurse=False) if p in holders and p.dim() > 1]
-        if m in free:
-            stored = any(p in whole for p in m.parameters(recurse=False))
-            why = "its stored B is whole on every rank" if stored else ""
-            report.rows.append(Row(name, type(m).__name__, "gathered once", str(m.feedback), why))
-        elif matrices:
-            in_root = any(p in groups[module, False] for p in matrices)
-            keeps = not reshards if in_root else reshards is False
-            rule = str(m.feedback) if isinstance(m, FeedbackLayer) else ""
-            outcome = "gathered and kept" if keeps else "gathered twice"
-            report.rows.append(Row(name, type(m).__name__, outcome, rule, reasons.get(m, "no rule: torch's way")))
+    groups = _groups(module, block_of, holders, free)
+    report = Report(_rows(names, groups[module, False], reasons, whole, options.get("reshard_after_forward")))
 
     def shard(target: Any, own: Iterable[nn.Parameter], **more: Any) -> None:
         others = set(module.parameters()).difference(own)
@@ -100,8 +80,9 @@ def fully_shard(module: nn.Module, *, blocks: Iterable[nn.Module] | None = None,
     # From outside in, as torch looks for no Parameters in what is sharded already.
     if module not in free:
         shard(module, groups.pop((module, False)))
-    for block, once in sorted((group for group in groups if groups[group]), key=lambda group: (names[group[0]].count("."), not group[1])):
-        own = groups[block, once]
+    for (block, once), own in sorted(groups.items(), key=lambda item: (names[item[0][0]].count("."), not item[0][1])):
+        if not own:
+            continue
         # What is computed from Parameters is so where the layer is called.
         layers = [m for m in names if own.keys() & set(m.parameters(recurse=is_parametrized(m)))]
         # A module has one group, and the root's is there already.
@@ -112,7 +93,7 @@ def fully_shard(module: nn.Module, *, blocks: Iterable[nn.Module] | None = None,
         shard(target, own, reshard_after_forward=True)
         freed = _Freed(next(m for m in (layers if target is layers else [block]) if isinstance(m, fsdp.FSDPModule)))
         for m in layers:
-            m.gather_again = freed.gather_again  # type: ignore[assignment]
+            m.gather_again = freed.gather_again
             freed.hooks.append(m.register_forward_pre_hook(freed.before))
     return report
 
@@ -133,11 +114,57 @@ class _Freed:
         if is_compiling() or torch._C._current_graph_task_id() == -1:
             return
         name = layer.called(layer.weights()[0])
-        warnings.warn(f"{name}: activation checkpointing computes it anew, so its block is gathered twice", stacklevel=2)
+        warnings.warn(
+            f"{name}: activation checkpointing computes it anew, so its block is gathered twice", stacklevel=2
+        )
         self.gather_again()
         # Not an operator of what is computed anew, which selective checkpointing compares with the first forward's.
         with _disable_current_modes():
             self.group.unshard()
+
+
+def _groups(
+    module: nn.Module,
+    block_of: dict[nn.Module, nn.Module],
+    holders: dict[nn.Parameter, list[nn.Module]],
+    free: Container[nn.Module],
+) -> dict[tuple[nn.Module, bool], dict[nn.Parameter, None]]:
+    # By block, and whether it is gathered once, its Parameters in order; the root's in torch's way are always there.
+    groups: dict[tuple[nn.Module, bool], dict[nn.Parameter, None]] = {(module, False): {}}
+    freeing = {block_of[m] for m in block_of if m in free}
+    for p, own in holders.items():
+        block, once = block_of[own[0]], own[0] in free
+        # In a block that has a group already what holds no matrix is not worth another, nor has torch one for what is
+        # the block's and no layer's.
+        parts = [q for m in own for q in m.parameters(recurse=False) if q in holders]
+        small = block in freeing and all(q.dim() < 2 for q in parts)
+        shared = any(block_of[m] is not block for q in parts for m in holders[q])
+        if not once and (small or shared or block in own):
+            block = module
+        groups.setdefault((block, once), {})[p] = None
+    return groups
+
+
+def _rows(
+    names: dict[nn.Module, str],
+    of_root: Container[nn.Parameter],
+    reasons: dict[FeedbackLayer, str],
+    whole: Container[nn.Parameter],
+    reshards: Any,
+) -> list[Row]:
+    rows = []
+    for m, name in names.items():
+        matrices = [p for p in m.parameters(recurse=is_parametrized(m)) if p.dim() > 1 and p not in whole]
+        why = reasons.get(m, "no rule: torch's way")  # type: ignore[call-overload]
+        rule = str(m.feedback) if isinstance(m, FeedbackLayer) else ""
+        if not why:
+            stored = any(isinstance(p, Frozen) for p in m.parameters(recurse=False))
+            why = "its stored B is whole on every rank" if stored else ""
+            rows.append(Row(name, type(m).__name__, "gathered once", rule, why))
+        elif matrices and not isinstance(m, ParametrizationList):
+            keeps = not reshards if any(p in of_root for p in matrices) else reshards is False
+            rows.append(Row(name, type(m).__name__, "gathered and kept" if keeps else "gathered twice", rule, why))
+    return rows
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
@@ -169,10 +196,9 @@ def _reasons(
             found = (_reads_weight(part, names[part], block_of[part] is module) for part in units[-1])
             reasons |= dict.fromkeys(units[-1], next(filter(None, found), ""))
     for m in names:
-        if isinstance(m, Registered) and not isinstance(m, FeedbackLayer):
-            for layer in m.children():
-                if reasons.get(layer) == "":  # type: ignore[call-overload]
-                    reasons[layer] = f"{type(m).__name__} reads its weight"  # type: ignore[index]
+        if issubclass(type(m), Registered) and not isinstance(m, FeedbackLayer):
+            read = {layer for layer in m.children() if isinstance(layer, FeedbackLayer) and not reasons[layer]}
+            reasons |= dict.fromkeys(read, f"{type(m).__name__} reads its weight")
     shared: dict[FeedbackLayer, nn.Module] = {None: module}  # type: ignore[dict-item]
     while shared:
         shared = {
@@ -209,6 +235,6 @@ def _reads_weight(layer: FeedbackLayer, name: str, in_root: bool) -> str:
         op = layer.used(weight)[1]
         if op.role:
             return "its rule reads W"
-        if op.magnitude is not None and not any(torch._C._is_alias_of(op.magnitude, t) for t in kept):
+        if op.magnitude is not None and not any(_is_alias_of(op.magnitude, t) for t in kept):
             return "its rule makes B in the forward, which stays as W would"
     return ""

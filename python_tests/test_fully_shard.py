@@ -134,7 +134,7 @@ def _others(rank: int, world: int, mesh: Any) -> dict[str, Any]:
     model.blocks[2].up.install_feedback(bk.Backprop())
     report = bk.distributed.fully_shard(model, mesh=mesh, blocks=list(model.blocks[:2]))
     _step(model, batches()[0], rank, world)
-    found["some"] = _full(model), [row.name for row in report.rows if row.outcome == "gathered twice"]
+    found["some"] = _full(model), [row.name for row in report.rows if row.outcome != "gathered once"]
     try:
         bk.distributed.fully_shard(model, mesh=mesh)
     except ValueError as error:
@@ -209,7 +209,8 @@ def test_weights_are_gathered_once(case: str, ranks: list[dict[Any, Any]]) -> No
 
 
 def test_learned_feedback_is_torchs_way(ranks: list[dict[Any, Any]]) -> None:
-    assert set(ranks[0]["kp"]["rows"]) == {"gathered twice"}
+    # What is the root's is kept.
+    assert set(ranks[0]["kp"]["rows"]) == {"gathered twice", "gathered and kept"}
 
 
 def test_mixed_precision(ranks: list[dict[Any, Any]]) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from .._restore import kept, sharded
 from ..backends.reference import checks
 from ..feedback import as_rule
+from .agree import mean_over_ranks
 from .base import FeedbackLayer
 
 
@@ -100,17 +100,5 @@ def align_(model: torch.nn.Module, example: Any) -> None:
     for name, change in changes.items():
         b = getattr(layers[name], layers[name]._held["weight"].kept["weight"])
         if b.requires_grad:
-            change = _mean_over_ranks(model, b, change)
+            change = mean_over_ranks(model, b, change)
             b.grad = change if b.grad is None else b.grad.add_(change)
-
-
-def _mean_over_ranks(model: torch.nn.Module, b: Any, change: Tensor) -> Tensor:
-    if hasattr(b, "full_tensor"):
-        from torch.distributed.tensor import DTensor, Partial
-
-        mean = DTensor.from_local(change.to(b.dtype), b.device_mesh, [Partial("avg")] * b.device_mesh.ndim)
-        return mean.redistribute(placements=b.placements)
-    if isinstance(model, DistributedDataParallel):
-        torch.distributed.all_reduce(change, group=model.process_group)
-        change /= model.process_group.size()
-    return change

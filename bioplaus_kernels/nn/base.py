@@ -14,6 +14,7 @@ from .._restore import sharded
 from ..backends.reference import checks
 from ..feedback import BACKPROP, Fans, Operands, Record, Rule, State, as_rule, encode, fill, weight_rms, whole
 from ..functional import CUT, captured, formed, needs_feedback
+from .agree import mean_over_ranks
 from .held import FrozenSigns
 from .in_forward import in_forward
 from .state import StatefulLayer
@@ -214,7 +215,9 @@ def mirror_(
     nonlinearity, so E[y ξᵀ] = W (Akrout et al. 2019). With `normalise` B is then scaled to the root mean square
     that the rule's `scale` states; without it decay = lr has the fixed point B = W.
 
-    Draws from `generator`, else from torch's: data-parallel ranks need the same state of it. Raises ValueError where no
+    Draws from `generator`, else from torch's. Where `fully_shard` (FSDP2) has sharded W, or `model` is a
+    DistributedDataParallel, the phase is the mean over the ranks; the ranks of any other data parallelism need the same
+    state of the generator. Raises ValueError where no
     layer has the rule `wm`.
     """
     checks.module("model", model)
@@ -242,7 +245,8 @@ def mirror_(
             response = noise @ w.transpose(1, 2)
             seen = response.transpose(1, 2) @ noise / batch_size
             seen = seen.transpose(1, 2) if getattr(layer, "transposed", False) else seen
-            b.mul_(1 - decay).add_(seen.reshape(b.shape), alpha=lr)
+            seen = whole(mean_over_ranks(model, layer.weight_of(name), seen.reshape(b.shape)))
+            b.mul_(1 - decay).add_(seen, alpha=lr)
             if normalise:
                 b.mul_(layer.rms(name) / weight_rms(b))
             if b is not kept:

@@ -1,7 +1,6 @@
 """What torch.compile must not put off to the backward."""
 
 import torch
-from torch import Tensor
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
 from ..feedback import Operands
@@ -17,6 +16,4 @@ _register_effectful_op(torch.ops.bioplaus_compile.in_forward.default, _EffectTyp
 def in_forward(op: Operands) -> Operands:
     """`op`, its signs, key and scale made in the forward of a compiled program. B itself stays where it is."""
     made = {"signs": op.signs, "key": op.key, "rescale": op.rescale}
-    return op._replace(
-        **{name: torch.ops.bioplaus_compile.in_forward(t) for name, t in made.items() if t is not None}
-    )
+    return op._replace(**{name: torch.ops.bioplaus_compile.in_forward(t) for name, t in made.items() if t is not None})
