@@ -106,7 +106,7 @@ def colour(way: str, first: str) -> tuple[str, str]:
 
 def label(way: str) -> str:
     """A way's name, as short as a panel wants it."""
-    return way.removeprefix("bioplaus, ").replace(", then", ",").replace("torch.compile", "compiled")
+    return way.replace("bioplaus, ", "ours, ").replace(", then", ",").replace("torch.compile", "compiled")
 
 
 def _spread(values: list[float], low: float, high: float, apart: float) -> list[float]:
