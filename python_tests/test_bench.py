@@ -458,6 +458,21 @@ def test_pages_say_what_is_faster_and_what_loses(tmp_path: Path, monkeypatch: py
     assert "(feedback-mm-cpu-amx-float32.svg)" in page
 
 
+def test_pictures_of_a_gpu_are_of_graphs_and_without_backends_alone() -> None:
+    ways = (
+        "torch dY @ W",
+        "torch dY @ W, TF32",
+        "usf",
+        "usf, packed signs",
+        "usf, triton",
+        "usf, packed signs, int_mm",
+    )
+    rows = [_row("64x64 M=1 float32", way, 1.0) | {"state": state} for state in ("cold", "graph") for way in ways]
+    result = {"machine": {"gpu": "Test GPU"}, "rows": [row | {"ratio": 0.5} for row in rows if row["state"] == "graph"]}
+    result["rows"] += [row for row in rows if row["state"] == "cold"]
+    assert pictures.panels(result, "feedback_mm") == {"float32": {"64x64": {way: {1: 0.5} for way in ways[:4]}}}
+
+
 @pytest.mark.parametrize("values", [[0.1, 0.1, 0.1], [0.9, 0.95, 1.2], [0.5], []])
 def test_labels_are_apart_and_in_order(values: list[float]) -> None:
     placed = pictures._spread(values, 0.0, 1.0, 0.1)
