@@ -83,12 +83,13 @@ lint: build
 	$(BIN)/mypy bioplaus_kernels
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 
-# The site, into build/site: by what requirements-docs.txt names, in an environment beside VENV. A dead link is an error.
+# The site, into build/site: by what requirements-docs.txt names, in an environment beside VENV. A dead link is an error
+# (with mkdocs' --quiet it is not).
 docs:
 	$(MAKE) site VENV=$(VENV)-docs REQUIREMENTS=requirements-docs.txt
 
 site: $(INSTALLED)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "$(CURDIR)/build/site/index.html"
 
 format: $(INSTALLED)

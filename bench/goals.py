@@ -210,7 +210,7 @@ def table(results: list[Result]) -> str:
             if level not in (None, result["machine"]["library_level"]) or (value := find(result)) is None:
                 continue
             met = value >= limit if at_least else value <= limit
-            goal = f"{'≥' if at_least else '≤'} {limit:g}"
+            goal = f"{'≥' if at_least else '≤'}\N{NO-BREAK SPACE}{limit:g}"
             rows.append([what, result["machine"]["library_level"], goal, f"{value:.3g}", "yes" if met else "no"])
     header = ("4096² unless said, ratio to torch's dY @ W; worst row", "level", "goal", "reached", "met")
     return tabulate(rows, header, tablefmt="pipe", disable_numparse=True)

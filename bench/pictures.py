@@ -47,6 +47,7 @@ COLOURS = {
 }
 _BATCH = re.compile(r"\s?\b[MN]=(\d+)")
 _PART = re.compile(r"((?:forward \+ backward|forward|backward input|backward weight)?(?: ?(?:float32|bfloat16))?)$")
+_ALONE = re.compile(r", (cpu|cuda|triton|digits|int_mm|formed|feedback_weight \+ cuBLAS)$")
 _MAGNITUDES = re.compile(r"sign x|draw|.*uniform|.*stored")
 THEIRS = re.compile(r"torch|sign|draw|three bf16|stacked|unfold|B formed|backprop|BioTorch|loop")
 
@@ -65,16 +66,13 @@ def state(result: dict[str, Any]) -> str:
 
 
 def panels(result: dict[str, Any], op: str) -> dict[str, dict[str, Panel]]:
-    """Panels by part and name. On a GPU a way that another's name begins is left to the table."""
+    """Panels by part and name. Each backend and way alone, which a GPU's results have too, is left to the tables."""
     found: dict[str, dict[str, Panel]] = {}
     rows = [r for r in result["rows"] if r["op"] == op and r["state"] == state(result) and r.get("ratio")]
-    ways = {row["variant"] for row in rows}
     for row in rows:
-        way = row["variant"]
-        if "gpu" in result["machine"] and any(way.startswith(f"{other}, ") for other in ways):
-            continue
-        part, name, batch = split(row["case"])
-        found.setdefault(part, {}).setdefault(name, {}).setdefault(way, {})[batch] = row["ratio"]
+        if not _ALONE.search(row["variant"]):
+            part, name, batch = split(row["case"])
+            found.setdefault(part, {}).setdefault(name, {}).setdefault(row["variant"], {})[batch] = row["ratio"]
     # Products of ±s and of magnitudes are two families, too many lines for one panel.
     for part, named in list(found.items()):
         if max(len(panel) for panel in named.values()) > 11:
@@ -106,7 +104,7 @@ def colour(way: str, first: str) -> tuple[str, str]:
 
 def label(way: str) -> str:
     """A way's name, as short as a panel wants it."""
-    return way.removeprefix("bioplaus, ").replace(", then", ",").replace("torch.compile", "compiled")
+    return way.replace("bioplaus, ", "ours, ").replace(", then", ",").replace("torch.compile", "compiled")
 
 
 def _spread(values: list[float], low: float, high: float, apart: float) -> list[float]:

@@ -215,7 +215,7 @@ def ranges(result: dict[str, Any]) -> list[tuple[str, str, float, float, float]]
                 if not pictures.THEIRS.match(way):
                     dtype = part.split(",")[0].removeprefix("forward + backward").strip()
                     work = f"{title}, {dtype}" if dtype else title
-                    found.append((work, pictures.label(way), geometric_mean(values), min(values), max(values)))
+                    found.append((work, way, geometric_mean(values), min(values), max(values)))
     return found
 
 
@@ -226,7 +226,9 @@ def _summary(result: dict[str, Any], out: Path) -> str:
         pictures.ranges(rows, picture)
     sides: dict[str, tuple[list[str], list[str]]] = {}
     for work, way, mean, least, most in sorted(rows, key=lambda row: row[2]):
-        sides.setdefault(work, ([], []))[mean >= 1].append(f"{way} **{mean:.2f}** ({least:.2f} to {most:.2f})")
+        sides.setdefault(work, ([], []))[mean >= 1].append(
+            f"{pictures.label(way)} **{mean:.2f}** ({least:.2f} to {most:.2f})"
+        )
     cells = [[work, *("; ".join(side) for side in both)] for work, both in sides.items()]
     return f"""## {where(result)}
 

@@ -418,16 +418,26 @@ def _row(case: str, variant: str, ratio: float, op: str = "feedback_mm") -> dict
     return {"op": op, "case": case, "variant": variant, **timed}
 
 
-def test_pages_say_what_is_faster_and_what_loses(tmp_path: Path) -> None:
+def test_pages_say_what_is_faster_and_what_loses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         _row(f"{size} M={batch} float32", variant, ratio)
         for size, scale in (("64x64", 1.0), ("128x128", 4.0))
         for batch in (1, 8)
         for variant, ratio in (("torch dY @ W", 1.0), ("usf, packed signs", 0.2 * scale), ("fa stored", 1.5))
     ]
-    rows += [
-        _row("LeNet N=64", way, ratio, "training_step") for way, ratio in (("torch.nn, backprop", 1.0), ("usf", 0.5))
-    ]
+    steps = {"torch.nn, backprop": 1.0, "usf": 0.5, "fa stored": 1.5}
+    layers = {"backprop": 1.0, "bioplaus, usf": 2.0}
+    for op, ways in (("training_step", steps), ("convolution", layers)):
+        rows += [_row("N=64 net", way, ratio, op) for way, ratio in ways.items()]
+    colours: dict[str, set[str]] = {}
+    colour = pictures.colour
+
+    def seen(way: str, first: str) -> tuple[str, str]:
+        found = colour(way, first)
+        colours.setdefault(way.removeprefix("bioplaus, "), set()).add(found[0])
+        return found
+
+    monkeypatch.setattr(pictures, "colour", seen)
     result = {"machine": {"library_level": "AMX"}, "roofline": {}, "rows": rows}
     (tmp_path / "cpu.json").write_text(json.dumps(result))
     report.write([tmp_path / "cpu.json"], tmp_path / "report.md")
@@ -435,15 +445,32 @@ def test_pages_say_what_is_faster_and_what_loses(tmp_path: Path) -> None:
     line = next(line for line in summary.splitlines() if "input gradient of a linear layer" in line)
     _, _, faster, slower, _ = line.split("|")
     assert "usf, packed signs **0.40** (0.20 to 0.80)" in faster and "fa stored **1.50**" in slower
-    # A panel for each size, an axis of batches, a way's colour the same in every picture.
+    # A way's colour is the same in the summary and on every page.
+    assert colours.keys() == {"torch dY @ W", "usf, packed signs", "fa stored", "torch.nn, backprop", "usf", "backprop"}
+    assert all(len(found) == 1 for found in colours.values()) and colours["usf"] == {pictures.COLOURS["usf"]}
+    # A panel for each size, an axis of batches.
     found = pictures.panels(result, "feedback_mm")["float32"]
     assert found["128x128"]["usf, packed signs"] == {1: 0.8, 8: 0.8} and list(found) == ["64x64", "128x128"]
     drawn = [path.read_text() for path in sorted(tmp_path.glob("report/*.svg"))]
-    shade, _ = pictures.colour("usf", "torch.nn, backprop")
-    assert len(drawn) == 3 and all(shade in picture for picture in drawn)
-    assert all(name in "".join(drawn) for name in ("64x64", "128x128", "LeNet", ">batch<"))
+    assert len(drawn) == 4
+    assert all(name in "".join(drawn) for name in ("64x64", "128x128", "net", ">batch<", ">ours, usf<"))
     assert page.count("**0.80** · 0.8 ms") == 2
     assert "(feedback-mm-cpu-amx-float32.svg)" in page
+
+
+def test_pictures_of_a_gpu_are_of_graphs_and_without_backends_alone() -> None:
+    ways = (
+        "torch dY @ W",
+        "torch dY @ W, TF32",
+        "usf",
+        "usf, packed signs",
+        "usf, triton",
+        "usf, packed signs, int_mm",
+    )
+    rows = [_row("64x64 M=1 float32", way, 1.0) | {"state": state} for state in ("cold", "graph") for way in ways]
+    result = {"machine": {"gpu": "Test GPU"}, "rows": [row | {"ratio": 0.5} for row in rows if row["state"] == "graph"]}
+    result["rows"] += [row for row in rows if row["state"] == "cold"]
+    assert pictures.panels(result, "feedback_mm") == {"float32": {"64x64": {way: {1: 0.5} for way in ways[:4]}}}
 
 
 @pytest.mark.parametrize("values", [[0.1, 0.1, 0.1], [0.9, 0.95, 1.2], [0.5], []])

@@ -1,5 +1,7 @@
 """An extension of griffe, which reads the docstrings for the site: they are plain text, and the site wants Markdown."""
 
+import ast
+import inspect
 import re
 from typing import Any
 
@@ -32,9 +34,21 @@ def markdown(text: str) -> str:
     return "\n".join(lines)
 
 
+def formatted(found: griffe.Class) -> str | None:
+    """The docstring that a class makes of a constant of its module, `__doc__ = _DOC.format(d=2)`."""
+    call = found.members.get("__doc__")
+    made = re.fullmatch(r"(\w+)\.format\((\w+)=(\d+)\)", str(getattr(call, "value", "")))
+    if not made:
+        return None
+    text = ast.literal_eval(str(found.module.members[made[1]].value))
+    return inspect.cleandoc(text.format(**{made[2]: made[3]}))
+
+
 class Markdown(griffe.Extension):
     """Every docstring as Markdown."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        if isinstance(obj, griffe.Class) and (text := formatted(obj)):
+            obj.docstring = griffe.Docstring(text, parent=obj)
         if obj.docstring:
             obj.docstring.value = markdown(obj.docstring.value)

@@ -1,8 +1,12 @@
 """Makes docs/pictures: what each rule's B is, its angles over training, and the error by depth, on real digits.
 
-python scripts/pictures.py            minutes on one core; the figures of docs/choose.md are printed
+    python scripts/pictures.py [rules] [angles] [depth]
+
+Minutes on one core; the figures of docs/choose.md are printed.
 """
 
+import operator
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
@@ -13,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib.ticker import NullLocator
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -122,10 +127,10 @@ def rules() -> None:
         print(f"{name}: error {error(model):.1f} %")
 
 
-def _labels(axes: plt.Axes, ends: dict[str, float], apart: float) -> None:
-    previous = float("-inf")
+def _labels(axes: plt.Axes, ends: dict[str, float], apart: float, further: Callable = operator.add) -> None:
+    previous = 0.0
     for name, y in sorted(ends.items(), key=lambda item: item[1]):
-        previous = max(y, previous + apart)
+        previous = max(y, further(previous, apart))
         axes.text(
             1.02, previous, name, color=COLOURS[name], fontsize=9, va="center", transform=axes.get_yaxis_transform()
         )
@@ -184,22 +189,26 @@ def depth() -> None:
                 train(model, rule, EPOCHS, seed)
                 errors.append(error(model))
             means.append(mean(errors))
-            cells.append(f"{mean(errors):.1f} ± {stdev(errors):.1f}")
+            cells.append(f"{mean(errors):.1f}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{stdev(errors):.1f}")
         print(f"| {rule} | " + " | ".join(cells) + " |", flush=True)
         axes.plot(means, marker="o", ms=3, lw=1.6, color=COLOURS[rule])
         ends[rule] = means[-1]
     axes.set_xticks(range(len(DEPTHS)), DEPTHS)
     axes.set_xlabel("hidden layers", fontsize=9)
     axes.set_ylabel("test error %", fontsize=9)
-    axes.set_ylim(bottom=0)
+    axes.set_yscale("log")
+    axes.set_ylim(1.5, 90)
+    ticks = (2, 5, 10, 20, 50)
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.tick_params(labelsize=8)
-    _labels(axes, ends, axes.get_ylim()[1] * 0.05)
+    _labels(axes, ends, 1.22, operator.mul)
     save(figure, "depth")
 
 
 if __name__ == "__main__":
     OUT.mkdir(exist_ok=True)
     torch.set_num_threads(1)
-    rules()
-    angles()
-    depth()
+    for draw in (rules, angles, depth):
+        if draw.__name__ in (sys.argv[1:] or (draw.__name__,)):
+            draw()
