@@ -261,6 +261,9 @@ def evidence(model: torch.nn.Module, watch: Watch, walk: _Walk, frozen: Iterable
         checkpointed = not watch.plain.isdisjoint([layer, *others.values()])
         if reads and layer not in watch.compiled and not checkpointed:
             place = name if isinstance(layer, Registered) else name.rpartition(".")[0]
+            # Lists and dictionaries have no forward that reads.
+            while place and type(model.get_submodule(place)).forward is torch.nn.Module.forward:
+                place = place.rpartition(".")[0]
             kind = type(model.get_submodule(place))
             where = f"{place or '(root)'} ({kind.__name__})"
             allows = "" if ours_of(kind) else f"; {ALLOWS}({name_of(kind)})"

@@ -103,12 +103,13 @@ def register(
     *,
     weight: Callable[[Any], Tensor] | None = None,
 ) -> Kind:
-    """Let `convert_` convert modules of `cls`: a layer whose forward is its own, or one that reads children's weights.
+    """Let `convert_` convert modules of `cls`: layers with a forward of their own, or what reads weights of layers within.
 
-    how: None runs its forward as it is, and each product x Wᵀ in it, with W the module's weight or a child's, takes
-    the B of that layer; W may be computed from them there, and B is of what the product has. A function of (module,
-    *arguments) is run in the place of its forward, in the same way. A torch.nn class says that `cls` computes what that
-    does, with the same attributes: Linear for any class, another one for a subclass of it.
+    how: None runs its forward as it is, and each product x Wᵀ in it, with W the weight of the module or of a layer
+    within, takes the B of that layer, and x W takes Bᵀ; W may be computed from them there, and B is of what the product
+    has. A function of (module, *arguments) is run in the place of its forward, in the same way. A torch.nn class says
+    that `cls` computes what that does, with the same attributes: Linear for any class, another one for a subclass of
+    it.
     weight: a function of the module that gives W as its product has it, (out, in) for a linear map, where that is not
     `module.weight`; what a rule keeps and `feedback_matrix` are of it.
 
@@ -164,7 +165,7 @@ def layer_of(kind: _Module) -> type[FeedbackLayer] | None:
 
 
 def ours_of(kind: _Module) -> _Module | None:
-    """`layer_of`, or what a module of class `kind` is while its children have rules; None where it is itself."""
+    """`layer_of`, or what a module of class `kind` is while layers within have rules; None where it is itself."""
     if kind in OWN or kind in PLAIN or issubclass(kind, Registered):
         return kind
     for base in kind.__mro__:
