@@ -185,6 +185,33 @@ def test_a_users_layer(case: str, rule: str) -> None:
 
 
 @users
+@pytest.mark.parametrize(
+    ("cls", "how", "other"),
+    [(Transposed, None, True), (Transposed, transposed, False), (Scaled, None, True), (Inherits, None, False)],
+)
+def test_a_forward_that_is_not_run_and_gives_other_values_is_said(cls: Any, how: Any, other: bool) -> None:
+    bk.register(cls, nn.Linear, weight=how)
+    report = bk.convert_(cls(6, 6), "usf", example=torch.randn(3, 6, requires_grad=True))
+    assert report.proven == [""]
+    assert report.rows[0].reason == other * "the forward of its class gives other values, and is not run"
+
+
+@users
+def test_a_weight_by_any_name_is_proven() -> None:
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel, self.bias = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.kernel + self.bias
+
+    bk.register(Dense, nn.Linear, weight=lambda m: m.kernel.t())
+    report = bk.convert_(Dense(), "usf", example=torch.randn(3, 6, requires_grad=True))
+    assert report.proven == [""] and report.rows[0].reason == ""
+
+
+@users
 def test_a_users_parent() -> None:
     model, x = Reads(), torch.randn(2, 6, requires_grad=True)
     assert bk.convert_(model, "usf", example=x).left == ["a", "b", "c"]
@@ -378,3 +405,10 @@ def test_errors(arguments: Any, message: str) -> None:
         bk.register(Scaled, weight=3)
     with pytest.raises(TypeError, match="weight: expected None where Reads is no layer"):
         bk.register(Reads, weight=transposed)
+    for cls, layer, dims in ((Scaled, Scaled(4, 3), 2), (Centred, Centred(2, 3, 2), 3)):
+        for weight, got in ((lambda m: 3, "3"), (lambda m: m.weight[None], r"shape \(1, ")):
+            bk.register(cls, weight=weight)
+            message = rf"\(root\): weight: expected a function that gives a tensor of {dims} dimensions, .* got {got}"
+            with pytest.raises(TypeError, match=message):
+                bk.convert_(layer, "usf")
+            assert type(layer) is cls
