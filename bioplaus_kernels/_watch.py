@@ -18,7 +18,9 @@ _OPEN = 2**64
 def own(layer: FeedbackLayer) -> list[Tensor]:
     """The Parameters that W is or is computed from."""
     starts = tuple(start for w in layer.weights() for start in (f"{w}_", f"parametrizations.{w}."))
-    return [p for n, p in layer.named_parameters() if n in layer.weights() or n.startswith(starts)]
+    found: list[Tensor] = [p for n, p in layer.named_parameters() if n in layer.weights() or n.startswith(starts)]
+    # A registered class may name it otherwise.
+    return found or [p for n, p in layer.named_parameters(recurse=False) if n != "bias" and "feedback_" not in n]
 
 
 def owners(model: torch.nn.Module) -> dict[int, dict[str, torch.nn.Module]]:

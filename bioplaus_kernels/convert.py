@@ -182,12 +182,12 @@ def _become(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
 
 
 def _mark_parents(model: torch.nn.Module) -> None:
-    # Who reads the weights of children runs in our class while one of them has a rule.
+    # Who reads the weights of layers within runs in our class while one of them has a rule.
     for module in model.modules():
         kind = type(module)
         if isinstance(module, FeedbackLayer) or "forward" in vars(module):
             continue
-        fed = any(isinstance(child, FeedbackLayer) and child.uses_feedback for child in module.children())
+        fed = any(isinstance(child, FeedbackLayer) and child.uses_feedback for child in module.modules())
         ours = ours_of(kind) if fed else plain_of(kind)
         if ours is not None and not issubclass(ours, FeedbackLayer):
             module.__class__ = ours

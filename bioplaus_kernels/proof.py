@@ -27,7 +27,7 @@ from .functional._linear import _Linear
 from .functional._locally_connected import _LocallyConnected, _LocallyConnectedTranspose
 from .functional._recurrent import _Recurrent
 from .nn.base import FeedbackLayer
-from .register import ALLOWS, Registered, name_of, ours_of
+from .register import ALLOWS, Registered, name_of, ours_of, runs_ours
 
 # Among the edges of a node of theirs, those to the inputs whose gradient B makes, and those to the weights.
 _FUNCTIONS: dict[type, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -42,6 +42,7 @@ UNSEEN = "not proven yet"
 _IDLE = "not proven: its input needs no gradient, so none goes through B"
 _FROZEN = "not proven: B acts, but its weight is frozen, and only check sees whether it is read besides"
 _CHECKPOINTED = "not proven: B acts, but a checkpoint hides whether its weight is read besides"
+_OTHER = "the forward of its class gives other values, and is not run"
 # torch.compile's and DataParallel's: they have W among their inputs whether the layer is called or not.
 _OPAQUE = ("CompiledFunctionBackward", "BroadcastBackward")
 # Whose Functions hide nothing.
@@ -261,6 +262,9 @@ def evidence(model: torch.nn.Module, watch: Watch, walk: _Walk, frozen: Iterable
         checkpointed = not watch.plain.isdisjoint([layer, *others.values()])
         if reads and layer not in watch.compiled and not checkpointed:
             place = name if isinstance(layer, Registered) else name.rpartition(".")[0]
+            # Lists and dictionaries have no forward that reads.
+            while place and type(model.get_submodule(place)).forward is torch.nn.Module.forward:
+                place = place.rpartition(".")[0]
             kind = type(model.get_submodule(place))
             where = f"{place or '(root)'} ({kind.__name__})"
             allows = "" if ours_of(kind) else f"; {ALLOWS}({name_of(kind)})"
@@ -448,12 +452,15 @@ def prove(
     # Their reads have no edge.
     frozen = [p for p in weights if p.is_floating_point() and not p.requires_grad]
     called: set[torch.nn.Module] = set()
+    other: set[torch.nn.Module] = set()
     copies: dict[int, Tensor] = {}
     with unchanged(model), torch.inference_mode(False), torch.enable_grad():
         for layer in model.modules():
             forget(layer)
             if not isinstance(layer, torch.jit.ScriptModule):
                 layer.register_forward_pre_hook(lambda module, _: called.add(module))
+            if isinstance(layer, FeedbackLayer) and runs_ours(type(layer)):
+                layer.register_forward_hook(partial(_compare, other), with_kwargs=True)
         for parameter in frozen:
             parameter.requires_grad_()
         watch = Watch(model, plain, eager=True)
@@ -470,7 +477,18 @@ def prove(
             readers = [r for n in nodes for r in walk.readers.get(n, ()) if not watch.within(r, others)]
             if walk.carries(readers, nodes):
                 read.add(layer)
-        return Proof(evidence(model, watch, walk, frozen), called, read, walk.hiding)
+        found = evidence(model, watch, walk, frozen)
+        for name, layer in model.named_modules():
+            if layer in other and name in found:
+                found[name] = found[name]._replace(reason="; ".join(filter(None, (found[name].reason, _OTHER))))
+        return Proof(found, called, read, walk.hiding)
+
+
+def _compare(other: set[torch.nn.Module], layer: Any, args: Any, kwargs: dict[str, Any], ours: Any) -> None:
+    with torch.no_grad():
+        theirs = layer._theirs.forward(layer, *args, **kwargs)
+    if theirs.shape != ours.shape or (theirs - ours).norm() > 0.05 * ours.norm():
+        other.add(layer)
 
 
 def _copy(copies: dict[int, Tensor], given: Tensor) -> Tensor:

@@ -103,12 +103,13 @@ def register(
     *,
     weight: Callable[[Any], Tensor] | None = None,
 ) -> Kind:
-    """Let `convert_` convert modules of `cls`: a layer whose forward is its own, or one that reads children's weights.
+    """Let `convert_` convert modules of `cls`: layers with a forward of their own, and what reads layers within.
 
-    how: None runs its forward as it is, and each product x Wᵀ in it, with W the module's weight or a child's, takes
-    the B of that layer; W may be computed from them there, and B is of what the product has. A function of (module,
-    *arguments) is run in the place of its forward, in the same way. A torch.nn class says that `cls` computes what that
-    does, with the same attributes: Linear for any class, another one for a subclass of it.
+    how: None runs its forward as it is, and each product x Wᵀ in it, with W the weight of the module or of a layer
+    within, takes the B of that layer, and x W takes Bᵀ; W may be computed from them there, and B is of what the product
+    has. A function of (module, *arguments) is run in the place of its forward, in the same way. A torch.nn class says
+    that `cls` computes what that does, with the same attributes: Linear for any class, another one for a subclass of
+    it.
     weight: a function of the module that gives W as its product has it, (out, in) for a linear map, where that is not
     `module.weight`; what a rule keeps and `feedback_matrix` are of it.
 
@@ -164,7 +165,7 @@ def layer_of(kind: _Module) -> type[FeedbackLayer] | None:
 
 
 def ours_of(kind: _Module) -> _Module | None:
-    """`layer_of`, or what a module of class `kind` is while its children have rules; None where it is itself."""
+    """`layer_of`, or what a module of class `kind` is while layers within have rules; None where it is itself."""
     if kind in OWN or kind in PLAIN or issubclass(kind, Registered):
         return kind
     for base in kind.__mro__:
@@ -181,14 +182,35 @@ def plain_of(kind: _Module) -> _Module | None:
     return kind._theirs if issubclass(kind, Registered) else PLAIN.get(cast(Any, kind))
 
 
+def runs_ours(kind: _Module) -> bool:
+    """Whether `kind` was made here and its forward is ours, in the place of that of its class."""
+    runs = next(base for base in kind.__mro__ if "forward" in vars(base))
+    return issubclass(kind, Registered) and runs.__module__.startswith(nn.__name__)
+
+
 def _make(kind: _Module, how: _How) -> _Module:
     if kind not in _made:
         body: dict[str, Any] = {"_theirs": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
         if how.forward:
             body["forward"] = with_products(kind.forward if how.forward == "theirs" else cast(Any, how.forward))
-        if (weight := how.weight) is not None:
-            body["weight_of"] = lambda self, name="weight": weight(self)
+        if how.weight is not None:
+            body["weight_of"] = _checked(cast(_Module, how.base), how.weight)
         product = () if how.base is None else (LinearProduct if how.base is torch.nn.Linear else PAIRS[how.base],)
         meta: Any = type(kind)
         _made[kind] = meta(kind.__name__, (Registered, *product, kind), body)
     return _made[kind]
+
+
+def _checked(base: _Module, weight: Callable[[Any], Tensor]) -> Callable[..., Tensor]:
+    # Of a convolution as many dimensions as its class's name says.
+    d = base.__name__[-2:-1]
+    dims = int(d) + 2 if d.isdigit() else 2 if base is torch.nn.Linear else None
+
+    def weight_of(self: Any, name: str = "weight") -> Tensor:
+        w = weight(self)
+        if not isinstance(w, Tensor) or w.dim() != (dims or w.dim()):
+            wanted = f"a function that gives a tensor of {dims or 'its'} dimensions, as {base.__name__}'s"
+            checks.fail("weight", wanted, f"shape {tuple(w.shape)}" if isinstance(w, Tensor) else repr(w), TypeError)
+        return w
+
+    return weight_of

@@ -63,6 +63,60 @@ def test_a_step_is_down_the_gradient(case: Case, rule: str) -> None:
     assert layer.feedback_weight.grad is None, "a B that is frozen"
 
 
+class Standardised(nn.Conv1d):
+    """Its weight is computed, and so is something beside a bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, standardised(self), self.bias) + 1
+
+
+def standardised(module: Any) -> Tensor:
+    return F.layer_norm(module.weight, module.weight.shape[1:])
+
+
+class Transposed(nn.Module):
+    """Its weight is another library's, square so that no shape tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight + self.bias
+
+
+def of_parametrize(name: str) -> nn.Module:
+    layer = nn.Linear(6, 5)
+    nn.utils.parametrize.register_parametrization(layer, name, nn.Softplus())
+    return layer
+
+
+# Layers whose W is no Parameter as it is, and their input.
+COMPUTED: dict[str, tuple[Any, tuple[int, ...], Any]] = {
+    "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), (4, 6), F.linear),
+    "weight_norm by hooks": (lambda: nn.utils.weight_norm(nn.Linear(6, 5)), (4, 6), F.linear),
+    "a parametrized bias": (lambda: of_parametrize("bias"), (4, 6), F.linear),
+    "a transposed weight": (Transposed, (2, 3, 6), F.linear),
+    "a forward of its own": (lambda: Standardised(2, 3, 3), (4, 2, 7), F.conv1d),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", COMPUTED)
+def test_of_the_weight_that_the_product_has(name: str, rule: str) -> None:
+    bk.register(Standardised, weight=standardised)
+    bk.register(Transposed, nn.Linear, weight=lambda m: m.weight.t())
+    build, shape, f = COMPUTED[name]
+    layer, x = build().double(), torch.randn(shape, dtype=torch.float64)
+    layer(x)
+    assert bk.convert_(layer, RULES[rule]).converted == [""]
+    w, b = layer.weight_of().detach().contiguous(), layer.feedback_weight.detach().clone().requires_grad_()
+    expected = regularisation(RULES[rule], f, x, w, b, w.new_zeros(w.shape[0]))
+    bk.align_(layer, x)
+    assert_same(layer.feedback_weight.grad, torch.autograd.grad(expected, b)[0])
+
+
 def align(layer: nn.Module, x: Tensor, lr: float) -> None:
     """One step of SGD on R alone."""
     layer.zero_grad()
@@ -88,25 +142,26 @@ def test_information_alignment_goes_to_a_regularised_inverse() -> None:
     torch.manual_seed(0)
     rule = bk.InformationAlignment(alpha=1.0, beta=0.5, gamma=0.1)
     layer, x = bk.nn.Linear(6, 4, feedback=rule, dtype=torch.float64), torch.randn(50, 6, dtype=torch.float64)
-    for _ in range(1500):
-        align(layer, x, lr=0.3)
     w, c = layer.weight.detach(), x.T @ x / 50
     inverse = torch.linalg.solve(
         w @ c @ w.T * 2 * rule.beta + 2 * rule.gamma * torch.eye(4).double(), rule.alpha * w @ c
     )
-    torch.testing.assert_close(layer.feedback_weight.detach(), inverse, rtol=1e-6, atol=1e-8)
+    # R is convex in B.
+    layer.feedback_weight.data.copy_(inverse)
+    bk.align_(layer, x)
+    assert layer.feedback_weight.grad.abs().max() < 1e-12 * inverse.abs().max()
 
 
 def test_a_model_trains_between_steps() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(64, 5))
     bk.convert_(model, "aa")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2, weight_decay=0.01)
     x, y = torch.randn(128, 1, 6, 6), torch.randint(5, (128,))
     mean, random = model[1].running_mean.clone(), torch.get_rng_state()
     bk.align_(model, {"input": x})
     assert torch.equal(model[1].running_mean, mean) and torch.equal(torch.get_rng_state(), random) and model.training
-    for _ in range(300):
+    for _ in range(120):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         bk.align_(model, (x,))
@@ -134,14 +189,9 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="model: expected a layer with the rule 'sa', 'aa' or 'ia', got none"):
         bk.align_(bk.nn.Linear(6, 5, feedback="wm"), x)
     attention = bk.nn.MultiheadAttention(6, 2, feedback="sa")
-    with pytest.raises(ValueError, match=r"model: expected .* one input and one weight, a Parameter, got \(root"):
-        bk.align_(attention, (x, x, x))
-    for layer, inputs in ((bk.nn.Bilinear(6, 6, 5, feedback="aa"), (x, x)), (bk.nn.GRUCell(6, 5, feedback="aa"), x)):
-        with pytest.raises(ValueError, match="one input and one weight, a Parameter"):
-            bk.align_(layer, inputs)
-    computed = nn.utils.parametrizations.weight_norm(bk.nn.Linear(6, 5, feedback="sa"))
-    with pytest.raises(ValueError, match="one input and one weight, a Parameter"):
-        bk.align_(computed, x)
+    for layer in (attention, bk.nn.LSTM(6, 5, feedback="sa"), bk.nn.Bilinear(6, 6, 5, feedback="sa")):
+        with pytest.raises(ValueError, match=r"model: expected layers of one weight and one input .* got \(root"):
+            bk.align_(layer, (x, x, x))
 
     class Half(nn.Module):
         def __init__(self) -> None:

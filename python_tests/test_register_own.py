@@ -61,6 +61,38 @@ class Reads(nn.Module):
         return F.linear(torch.tanh(y), bias=self.c.bias, weight=self.c.weight)
 
 
+class ReadsBelow(nn.Module):
+    """Weights of layers that its children hold, in products that are laid out as torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.list, self.table = nn.ModuleList([nn.Linear(6, 5)]), nn.ModuleDict({"b": nn.Linear(5, 4)})
+        self.c = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(F.linear(x, self.list[0].weight)).mT
+        y = (self.table["b"].weight @ y).view(-1, 4, x.shape[-2]).mT
+        return F.linear(torch.tanh(y), self.c.weight)
+
+
+class Tied(nn.Module):
+    """An autoencoder with one weight: the decoder's is the encoder's, turned over."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(columns, rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(self.encoder(x)), self.encoder.weight.mT)
+
+
+class Turned(nn.Linear):
+    """Its weight is (in, out), square or not."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.mm(input, self.weight) + self.bias
+
+
 class Inherits(nn.Linear):
     """All that computes is torch.nn's."""
 
@@ -153,6 +185,33 @@ def test_a_users_layer(case: str, rule: str) -> None:
 
 
 @users
+@pytest.mark.parametrize(
+    ("cls", "how", "other"),
+    [(Transposed, None, True), (Transposed, transposed, False), (Scaled, None, True), (Inherits, None, False)],
+)
+def test_a_forward_that_is_not_run_and_gives_other_values_is_said(cls: Any, how: Any, other: bool) -> None:
+    bk.register(cls, nn.Linear, weight=how)
+    report = bk.convert_(cls(6, 6), "usf", example=torch.randn(3, 6, requires_grad=True))
+    assert report.proven == [""]
+    assert report.rows[0].reason == other * "the forward of its class gives other values, and is not run"
+
+
+@users
+def test_a_weight_by_any_name_is_proven() -> None:
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel, self.bias = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.kernel + self.bias
+
+    bk.register(Dense, nn.Linear, weight=lambda m: m.kernel.t())
+    report = bk.convert_(Dense(), "usf", example=torch.randn(3, 6, requires_grad=True))
+    assert report.proven == [""] and report.rows[0].reason == ""
+
+
+@users
 def test_a_users_parent() -> None:
     model, x = Reads(), torch.randn(2, 6, requires_grad=True)
     assert bk.convert_(model, "usf", example=x).left == ["a", "b", "c"]
@@ -172,6 +231,80 @@ def test_a_users_parent() -> None:
         torch.testing.assert_close(o, t)
     bk.convert_(model, None)
     assert type(model) is Reads
+
+
+@users
+@pytest.mark.parametrize("rule", ["usf", "fa", "kp"])
+def test_a_parent_reads_layers_anywhere_below_it(rule: str) -> None:
+    model, x = ReadsBelow().double(), torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
+    report = bk.convert_(model, rule, example=x)
+    assert report.left == ["list.0", "table.b", "c"]
+    for row in report.rows:
+        assert row.reason.endswith("to allow it: bioplaus_kernels.register(test_register_own.ReadsBelow)")
+    bk.register(ReadsBelow)
+    assert bk.convert_(model, rule, example=x).proven == ["list.0", "table.b", "c"]
+
+    layers = [model.get_submodule(name) for name in ("list.0", "table.b", "c")]
+    y = x
+    for layer in layers:
+        y = with_feedback(F.linear, y, layer.weight, layer.feedback_matrix(), None)
+        y = y if layer is layers[2] else torch.tanh(y)
+    wanted = [x, *(layer.weight for layer in layers)]
+    for o, t in zip(*(torch.autograd.grad(z.square().sum(), wanted) for z in (model(x), y)), strict=True):
+        assert_same(o, t)
+
+
+@users
+def test_no_weight_is_computed_for_the_search() -> None:
+    class Counts(nn.Module):
+        calls = 0
+
+        def forward(self, weight: Tensor) -> Tensor:
+            self.calls += 1
+            return 2 * weight
+
+    model, counts = Reads(), Counts()
+    nn.utils.parametrize.register_parametrization(model.b, "weight", counts)
+    bk.register(Reads)
+    bk.convert_(model, "usf")
+    for p in model.parameters():
+        p.requires_grad_(False)
+    counts.calls = 0
+    model(torch.randn(2, 6, requires_grad=True))
+    assert counts.calls == 1
+
+
+@users
+@pytest.mark.parametrize("rule", ["usf", "fa", "kp", "fa_signed_init", "low_rank", bk.SignSymmetry(scale="match")])
+@pytest.mark.parametrize("rows", [4, 6])
+def test_a_weight_turned_over_has_b_turned_over(rows: int, rule: Any) -> None:
+    model, x = Tied(rows, 6).double(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    bk.register(Tied)
+    assert bk.convert_(model, rule, example=x).proven == ["encoder"]
+    layer = model.encoder
+    w, b = layer.weight, layer.feedback_matrix()
+    hidden = torch.tanh(with_feedback(F.linear, x, w, b, layer.bias))
+    by_hand = with_feedback(F.linear, hidden, w.mT, b.mT, None)
+    wanted = [x, *(p for n, p in model.named_parameters() if n.split(".")[-1] in ("weight", "bias"))]
+    for o, t in zip(*(torch.autograd.grad(y.square().sum(), wanted) for y in (model(x), by_hand)), strict=True):
+        assert_same(o, t)
+
+
+@users
+@pytest.mark.parametrize("weight", [None, transposed])
+@pytest.mark.parametrize("rule", ["usf", "fa", "fa_signed_init"])
+def test_a_square_weight_that_is_another_librarys(rule: str, weight: Any) -> None:
+    bk.register(Turned, weight=weight)
+    layer, x = Turned(6, 6).double(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    assert bk.convert_(layer, rule, example=x).proven == [""]
+    b = layer.feedback_matrix() if weight else layer.feedback_matrix().mT
+    theirs = with_feedback(F.linear, x, layer.weight.mT, b, layer.bias)
+    for o, t in zip(
+        *(torch.autograd.grad(y.square().sum(), [x, layer.weight]) for y in (layer(x), theirs)), strict=True
+    ):
+        assert_same(o, t)
+    if rule != "fa":
+        assert torch.equal(b.sign(), layer.weight.mT.sign())
 
 
 @users
@@ -209,12 +342,15 @@ def test_attention_of_a_users_own() -> None:
 
 @users
 def test_they_compile_to_one_graph() -> None:
-    bk.register(Reads), bk.register(Scaled)
-    model, x = nn.Sequential(Scaled(6, 6), Reads()), torch.randn(2, 6, requires_grad=True)
+    for kind in (Reads, ReadsBelow, Scaled, Tied, Turned):
+        bk.register(kind)
+    below = nn.Sequential(Tied(4, 6), Turned(6, 6), nn.Unflatten(0, (1, 2)), ReadsBelow(), nn.Flatten(0, 1))
+    model, x = nn.Sequential(Scaled(6, 6), below, nn.Linear(3, 6), Reads()), torch.randn(2, 6, requires_grad=True)
     bk.convert_(model, "fa", example=x)
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    grads = [torch.autograd.grad(f(x).sum(), [x, *model.parameters()]) for f in (compiled, model)]
+    wanted = {"inputs": [x, *model.parameters()], "allow_unused": True, "materialize_grads": True}
+    grads = [torch.autograd.grad(f(x).sum(), **wanted) for f in (compiled, model)]
     torch.testing.assert_close(*grads)
 
 
@@ -269,3 +405,10 @@ def test_errors(arguments: Any, message: str) -> None:
         bk.register(Scaled, weight=3)
     with pytest.raises(TypeError, match="weight: expected None where Reads is no layer"):
         bk.register(Reads, weight=transposed)
+    for cls, layer, dims in ((Scaled, Scaled(4, 3), 2), (Centred, Centred(2, 3, 2), 3)):
+        for weight, got in ((lambda m: 3, "3"), (lambda m: m.weight[None], r"shape \(1, ")):
+            bk.register(cls, weight=weight)
+            message = rf"\(root\): weight: expected a function that gives a tensor of {dims} dimensions, .* got {got}"
+            with pytest.raises(TypeError, match=message):
+                bk.convert_(layer, "usf")
+            assert type(layer) is cls

@@ -96,7 +96,7 @@ class ActivationAlignment(_Aligned):
     beta: float = 1.0
 
     def gradient(self, weight: Tensor, b: Tensor, products: Products) -> Tensor:
-        y = 2 * self.alpha * products.forward(b) - self.beta * products.forward(weight)
+        y = products.forward(2 * self.alpha * b - self.beta * weight)
         return products.outer(y) / products.samples
 
 

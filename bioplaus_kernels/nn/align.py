@@ -10,42 +10,48 @@ from torch import Tensor
 
 from .._restore import kept, sharded
 from ..backends.reference import checks
-from ..feedback import as_rule
+from ..feedback import BACKPROP
 from .agree import mean_over_ranks
 from .base import FeedbackLayer
 
 
 class _Products:
     # `feedback.alignment.Products` of one call of a layer.
-    def __init__(self, layer: Any, x: Tensor, samples: int) -> None:
-        self.layer, self.x, self.samples = layer, x.detach(), samples
+    def __init__(self, layer: Any, weight: Tensor, x: Tensor) -> None:
+        self.layer, self.weight, self.x = layer, weight, x.detach()
+        batched = x.dim() > len(getattr(layer, "kernel_size", ())) + 1
+        self.samples = max(x.shape[0], 1) if batched else 1
 
     @contextmanager
     def _with(self, weight: Tensor) -> Iterator[Any]:
-        # The layer by back-propagation, with `weight` and without bias.
-        own, rule = dict(self.layer._parameters), self.layer._feedback
-        self.layer._parameters.update(weight=weight, bias=None)
-        self.layer._feedback = as_rule(None)
+        # The layer by back-propagation, with `weight` as the W that its product has.
+        layer = vars(self.layer)
+        before = {name: layer[name] for name in ("used", "is_plain") if name in layer}
+        layer |= {"used": lambda *_, **__: (weight, BACKPROP), "is_plain": lambda _: False}
         try:
-            yield self.layer.forward
+            with torch.enable_grad():
+                yield self.layer.forward
         finally:
-            self.layer._parameters.update(own)
-            self.layer._feedback = rule
+            del layer["used"], layer["is_plain"]
+            layer |= before
 
     def forward(self, weight: Tensor) -> Tensor:
+        # Without the bias, whatever makes it.
         with self._with(weight) as product:
-            return product(self.x).detach()
+            y: Tensor = product(self.x).detach()
+        with self._with(torch.zeros_like(weight)) as product:
+            return y - product(self.x).detach()
 
     def _pulled(self, y: Tensor, x: Tensor, weight: Tensor, wanted: int) -> Tensor:
         leaves = x.detach().requires_grad_(wanted == 0), weight.detach().requires_grad_(wanted == 1)
-        with torch.enable_grad(), self._with(leaves[1]) as product:
+        with self._with(leaves[1]) as product:
             return torch.autograd.grad(product(leaves[0]), leaves[wanted], y)[0]
 
     def back(self, y: Tensor, weight: Tensor) -> Tensor:
         return self._pulled(y, self.x, weight, 0)
 
     def outer(self, y: Tensor, x: Tensor | None = None) -> Tensor:
-        return self._pulled(y, self.x if x is None else x, self.layer._parameters["weight"], 1)
+        return self._pulled(y, self.x if x is None else x, self.weight, 1)
 
 
 @torch.no_grad()
@@ -57,10 +63,11 @@ def align_(model: torch.nn.Module, example: Any) -> None:
     an optimizer that has each `feedback_weight`: R is a mean over samples and a sum over positions and steps, so that
     an optimizer without a scale of its own (SGD) needs a small lr for convolutions.
 
-    Where `fully_shard` (FSDP2) has sharded B, or `model` is a DistributedDataParallel, the gradient is the mean over the
-    ranks; the ranks of any other data parallelism need the same example. Raises ValueError where no layer has such a rule,
-    before a gradient is touched, and for a layer that the call does not reach, a recurrent or bilinear one, one of an
-    attention and one whose weight is computed.
+    W is that of the layer's product: a standardised or normalised one, where it is computed. Where `fully_shard` (FSDP2)
+    has sharded B, or `model` is a DistributedDataParallel, the gradient is the mean over the ranks; the ranks of any other
+    data parallelism need the same example. Raises ValueError where no layer has such a rule, for a layer with two inputs or
+    more than one weight, and, before a gradient is touched, for one that is not called, as those of an attention and of a
+    parent that reads its weight.
     """
     checks.module("model", model)
     wanted = "a tensor, a tuple of arguments or a dict of keywords"
@@ -71,18 +78,14 @@ def align_(model: torch.nn.Module, example: Any) -> None:
     if not layers:
         raise ValueError("model: expected a layer with the rule 'sa', 'aa' or 'ia', got none")
     for name, layer in layers.items():
-        one = layer.weights() == ["weight"] and "weight" in layer._parameters
-        if not one or isinstance(layer, torch.nn.Bilinear):
-            wanted = "this rule on layers of one input and one weight, a Parameter"
-            checks.fail("model", wanted, f"{name or '(root)'}: {layer}")
+        if layer.weights() != ["weight"] or isinstance(layer, torch.nn.Bilinear):
+            checks.fail("model", "layers of one weight and one input with this rule", f"{name or '(root)'}: {layer}")
     changes: dict[str, Tensor] = {}
 
     def note(name: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["input"]
-        batched = x.dim() > 1 if isinstance(layer, torch.nn.Linear) else x.dim() == len(layer.kernel_size) + 2
-        products = _Products(layer, x, max(x.shape[0], 1) if batched else 1)
+        x, weight = args[0] if args else kwargs["input"], layer.weight_of().detach()
         b = layer._parameters[layer._held["weight"].kept["weight"]]
-        found = layer.feedback.gradient(layer.weight.detach(), b.detach(), products)
+        found = layer.feedback.gradient(weight, b.detach(), _Products(layer, weight, x))
         changes[name] = changes[name] + found if name in changes else found
 
     with ExitStack() as hooks:

@@ -3,15 +3,15 @@
 import functools
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..feedback import Operands
-from ..functional import captured, conv_transpose_with, conv_with, linear_with
+from ..feedback import BACKPROP, Operands, stored
+from ..functional import CUT, captured, conv_transpose_with, conv_with, formed, linear_with
 from ..functional._conv import geometry, transpose_geometry
 from .base import FeedbackLayer
 
@@ -23,8 +23,26 @@ _ATTENTION = FunctionType(
 )
 
 
+# What turns a matrix over, by name: torch.compile has other objects for properties.
+_TURNS = {
+    "t", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "adjoint", "T", "mT", "H", "mH",
+    "numpy_T"
+}  # fmt: skip
+
+
+class _Known(NamedTuple):
+    # What is computed is held, so that no other tensor takes its identity; of what layer's weight, and whether turned
+    # over.
+    tensor: Any = None
+    owner: tuple[FeedbackLayer, str] | None = None
+    turned: bool = False
+
+
+_BARE = _Known()
+
+
 class Products(TorchFunctionMode):
-    """In the block a product x W, with W the weight of `module` or of a child of it, is that layer's.
+    """In the block a product x W, with W the weight of a layer within `module`, is that layer's; with Wᵀ, by Bᵀ.
 
     W may also be computed from that weight and other Parameters and buffers of these modules, by anything that gives a
     tensor of W's shape: B is then of what is computed. All else is as it was, and what is not known here stays
@@ -33,19 +51,20 @@ class Products(TorchFunctionMode):
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
-        # By identity what is computed from Parameters alone, and the layer whose weight is in it. The tensors are held,
-        # so that no other takes their identity.
-        self.known: dict[int, tuple[Any, tuple[FeedbackLayer, str] | None]] = {}
-        for part in (module, *module._modules.values()):
-            if part is None:
+        # By identity what is computed from Parameters alone.
+        self.known: dict[int, _Known] = {}
+        parts: list[torch.nn.Module | None] = [module]
+        while parts:
+            if (part := parts.pop()) is None:
                 continue
+            parts += part._modules.values()
             for tensor in (*part._parameters.values(), *part._buffers.values()):
-                self.known[id(tensor)] = tensor, None
+                self.known.setdefault(id(tensor), _BARE)
             if isinstance(part, FeedbackLayer) and part.uses_feedback:
                 for name in part.weights():
-                    weight = part._parameters.get(name)
-                    weight = getattr(part, name) if weight is None else weight
-                    self.known[id(weight)] = weight, (part, name)
+                    # A parametrized W is another tensor at each reading, and costs a computation.
+                    if (weight := part._parameters.get(name, vars(part).get(name))) is not None:
+                        self.known[id(weight)] = _Known(weight, (part, name))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -62,35 +81,60 @@ class Products(TorchFunctionMode):
                 return result
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
-            self._note(result, args, kwargs)
+            self._note(func, result, args, kwargs)
         return result
 
-    def _note(self, result: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sources = []
+    def _note(self, func: Any, result: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        owners, turned, computed = [], True, False
         for tensor in (*args, *kwargs.values()):
             if isinstance(tensor, Tensor):
-                if id(tensor) not in self.known:
+                source = self.known.get(id(tensor))
+                if source is None:
                     # Also where it was written in place.
                     self.known.pop(id(result), None)
                     return
-                sources.append(self.known[id(tensor)][1])
-        if sources:
-            owners = [source for source in sources if source is not None]
-            one = owners and all(owner is owners[0] for owner in owners)
-            self.known[id(result)] = result, owners[0] if one else None
+                computed = True
+                if source.owner is not None and source.owner not in owners:
+                    owners.append(source.owner)
+                if source.owner is not None:
+                    turned = turned and source.turned
+        if computed:
+            one = len(owners) == 1
+            over = one and turned != (result.dim() == 2 and _turns(func))
+            self.known[id(result)] = _Known(result, owners[0] if one else None, over)
 
     def used(self, input: Tensor, weight: Tensor, transposed: bool = False) -> tuple[Tensor, Operands] | None:
         """W and B of input Wᵀ where `weight`, transposed or not, is a W of a layer whose B acts in this call."""
-        if id(weight) not in self.known or id(input) in self.known:
+        found = self.known.get(id(weight))
+        if found is None or found.owner is None or id(input) in self.known or (transposed and weight.dim() != 2):
             return None
-        owner = self.known[id(weight)][1]
-        if owner is None or (transposed and weight.dim() != 2):
-            return None
-        layer, name = owner
+        layer, name = found.owner
         weight = weight.t() if transposed else weight
-        if weight.shape != layer._held[name].shape or layer.is_plain(input):
+        shape, over = layer._held[name].shape, False
+        if shape is not None and weight.dim() == 2:
+            over = weight.shape != shape if shape[0] != shape[1] else self._over(layer, name, found.turned, transposed)
+        if (weight.t() if over else weight).shape != shape or layer.is_plain(input):
             return None
-        return layer.used(name, weight)
+        if not over:
+            return layer.used(name, weight)
+        weight, op = layer.used(name, weight.t())
+        if op is not CUT and op is not BACKPROP:
+            with torch.no_grad():
+                op = stored(formed(op, weight).t().contiguous())
+        return weight.t(), op
+
+    def _over(self, layer: FeedbackLayer, name: str, turned: bool, transposed: bool) -> bool:
+        # Of a square weight no shape tells; the layer's own W may be the Parameter turned over.
+        own = False
+        if name in layer._parameters and type(layer).weight_of is not FeedbackLayer.weight_of:
+            with self:
+                own = self.known.get(id(layer.weight_of(name)), _BARE).turned
+        return turned != (transposed != own)
+
+
+def _turns(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return (func.__self__.__name__ if name == "__get__" else name) in _TURNS
 
 
 def _linear(mode: Products, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -105,7 +149,8 @@ def _matmul(mode: Products, input: Tensor, other: Tensor) -> Tensor | None:
     found = mode.used(other, input)
     if found is None or other.dim() < 2 or found[0].dim() != 2:
         return None
-    return linear_with(other.mT, found[0], None, found[1]).mT
+    # Laid out as torch's.
+    return linear_with(other.mT, found[0], None, found[1]).mT.contiguous()
 
 
 def _addmm(
