@@ -57,8 +57,8 @@ def align_(model: torch.nn.Module, example: Any) -> None:
     an optimizer without a scale of its own (SGD) needs a small lr for convolutions.
 
     Data-parallel ranks need the same example. Raises ValueError where no layer has such a rule, before a gradient is
-    touched, and for a layer that the call does not reach, a recurrent or bilinear one, one of an attention and one whose
-    weight is computed.
+    touched, and for a layer that the call does not reach, a recurrent or bilinear one, one of an attention and one
+    whose weight is computed.
     """
     checks.module("model", model)
     wanted = "a tensor, a tuple of arguments or a dict of keywords"
