@@ -75,7 +75,7 @@ class _Recurrent(torch.autograd.Function):
 
 
 def _steps(input: Tensor, batch_sizes: Tensor | None) -> int:
-    return len(input if batch_sizes is None else batch_sizes)
+    return (input if batch_sizes is None else batch_sizes).shape[0]
 
 
 def carries(input: Tensor, batch_sizes: Tensor | None, hidden: bool) -> bool:
