@@ -5,8 +5,8 @@
 //
 // The backward forms what multiplies each gate's gradient for all steps at once, before its loop, which is left with
 // one product, by B in the weight's place, and three or four pointwise operators a step. The weights' gradients are one
-// product each after it. What is pointwise in an LSTM is one pass on the CPU, where calls of nine operators a step are as
-// long as its product in small layers.
+// product each after it. What is pointwise in an LSTM is one pass on the CPU, where calls of nine operators a step are
+// as long as its product in small layers.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
@@ -160,11 +160,14 @@ class Layer {
   int64_t dims_;
 };
 
+// The first `rows` of x, which are all of it in most steps.
+Tensor first(const Tensor& x, int64_t rows) { return rows == x.size(0) ? x : x.narrow(0, 0, rows); }
+
 // The state of every sequence so far; where all of them take a step, that step's rows of the output themselves.
 class Running {
  public:
   explicit Running(const Optional& initial) : value_(initial.value_or(Tensor())) {}
-  Tensor first(int64_t rows) const { return value_.narrow(0, 0, rows); }
+  Tensor of(int64_t rows) const { return first(value_, rows); }
   void set(const Tensor& now) {
     if (now.size(0) == value_.size(0)) {
       value_ = now;
@@ -175,7 +178,7 @@ class Running {
       value_ = value_.clone();
       owned_ = true;
     }
-    first(now.size(0)).copy_(now);
+    of(now.size(0)).copy_(now);
   }
   Tensor whole() const { return owned_ ? value_ : value_.clone(); }
 
@@ -252,12 +255,12 @@ Forward recurrent_forward(const Tensor& input, const Tensor& hidden, const Optio
   }
   Running state(hidden), memory(cell ? cell->contiguous() : cell);
   for (const auto [start, rows] : l.steps) {
-    const Tensor h = state.first(rows), g = gates.narrow(0, start, rows);
+    const Tensor h = state.of(rows), g = gates.narrow(0, start, rows);
     Tensor out = output.narrow(0, start, rows);
     if (lstm) {
       g.addmm_(h, w);
       const Tensor c = cells.narrow(0, start, rows), inner = projection ? at::empty_like(c) : out;
-      lstm_step(g, memory.first(rows), c, inner);
+      lstm_step(g, memory.of(rows), c, inner);
       memory.set(c);
       if (projection) {
         at::mm_out(out, inner, projection->t());
@@ -365,16 +368,16 @@ Backward recurrent_backward(const Tensor& grad_output, const Tensor& grad_hidden
   Tensor flat = d.view({l.rows, d.size(1) * u});
   for (auto step = l.steps.rbegin(); step != l.steps.rend(); ++step) {
     const auto [start, rows] = *step;
-    Tensor dh_t = dh.narrow(0, 0, rows);
+    Tensor dh_t = first(dh, rows);
     dh_t.add_(grads.narrow(0, start, rows));
-    const Tensor d_t = d.narrow(0, start, rows), h_part = flat.narrow(0, start, rows).narrow(1, 0, l.width);
+    const Tensor all = flat.narrow(0, start, rows), h_part = gru ? all.narrow(1, 0, l.width) : all;
+    const Tensor d_t = one_pass ? all : d.narrow(0, start, rows);
     if (lstm) {
       Tensor out = dh_t;
       if (projection) {
         dp.narrow(0, start, rows).copy_(dh_t);
         out = at::mm(dh_t, *projection);
       }
-      Tensor dc_t = dc.narrow(0, 0, rows);
       if (one_pass) {
         AT_DISPATCH_FLOATING_TYPES(output.scalar_type(), "recurrent_backward", [&] {
           const auto from = [&, start = start](const Tensor& x) {
@@ -384,6 +387,7 @@ Backward recurrent_backward(const Tensor& grad_output, const Tensor& grad_hidden
                                                  dc.mutable_data_ptr<scalar_t>(), d_t.mutable_data_ptr<scalar_t>()});
         });
       } else {
+        Tensor dc_t = first(dc, rows);
         dc_t.addcmul_(out, slope.narrow(0, start, rows));
         d_t.narrow(1, 0, 3).mul_(dc_t.unsqueeze(1));
         d_t.select(1, 3).mul_(out);

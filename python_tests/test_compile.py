@@ -156,6 +156,14 @@ def test_autocast_inside_the_graph(dtype: torch.dtype) -> None:
     assert_equal(gradients(compiled, x, *trained), gradients(run, x, *trained))
 
 
+def test_one_tensor_as_two_arguments() -> None:
+    x = torch.randn(3, 5, requires_grad=True)
+    bilinear, cell = bk.nn.Bilinear(5, 5, 4, feedback="usf"), bk.nn.LSTMCell(5, 5, feedback="fa")
+    for run in (lambda x: bilinear(x, x), lambda x: cell(x, (x, x))[0]):
+        compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+        assert_equal(*(list(torch.autograd.grad(f(x).square().sum(), x)) for f in (compiled, run)))
+
+
 def test_a_compiled_layer_sees_a_changed_rule() -> None:
     model = nn.Sequential(nn.Linear(6, 5))
     x = torch.randn(4, 6, requires_grad=True)

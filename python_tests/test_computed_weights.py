@@ -40,7 +40,7 @@ WEIGHTS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor]]] = {
     "weight_hh": (lambda: nn.GRUCell(6, 6), lambda m, x: m(x[0], m(x[1]))),
     "weight": (lambda: nn.Bilinear(6, 6, 4), lambda m, x: m(x, x)),
     "in_proj_weight": (lambda: nn.MultiheadAttention(6, 2), lambda m, x: m(x, x, x)[0]),
-    "k_proj_weight": (lambda: nn.MultiheadAttention(6, 2, kdim=5, vdim=5), lambda m, x: m(x, x[..., 1:], x[..., 1:])[0]),
+    "k_proj_weight": (lambda: nn.MultiheadAttention(6, 2, kdim=5, vdim=5), lambda m, x: m(x, *[x[..., 1:]] * 2)[0]),
 }
 
 

@@ -188,6 +188,13 @@ def test_forward_is_torchs(name: str) -> None:
         layer(x, (torch.zeros(4, 4),) * 2 if name == "LSTM" else torch.zeros(4, 4))
     with pytest.raises(RuntimeError, match="Expected hidden"):
         layer(x, (torch.zeros(5, 3, 4),) * 2 if name == "LSTM" else torch.zeros(5, 3, 4))
+    cell, state = getattr(bk.nn, f"{name}Cell")(5, 4, feedback="fa"), torch.zeros(3, 4)
+    for m, given, s in ((layer, x, torch.zeros(4, 3, 4)), (cell, x[:, 0].requires_grad_(), state)):
+        for hx in ((s, s, s), (s, None), s) if name == "LSTM" else ((s,), 3):
+            with pytest.raises((ValueError, TypeError), match=r"hx(\[1\])?: expected (a tensor|2 states)"):
+                m(given, hx)
+        with pytest.raises(ValueError, match="name: expected one of weight_ih.*, got 'weight'"):
+            m.feedback_matrix("weight")
     # Without a gradient through input, state or weights it is torch's own.
     for m in (layer, plain):
         m.requires_grad_(False)
@@ -444,5 +451,7 @@ def test_bilinear(rule: str) -> None:
             layer(x1, x2[:1])
         with pytest.raises(ValueError, match="input1: expected 3 features in the last dimension"):
             layer(x2, x2)
+        with pytest.raises(TypeError, match="input2: expected a tensor, got list"):
+            layer(x1, [1.0])
         y = bk.functional.bilinear(x1, x2, w, layer.bias, feedback=b)
         assert_same(torch.autograd.grad(y.sum(), x2)[0], one)

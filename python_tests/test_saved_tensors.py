@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import NOT_RECURRENT, ONE_WEIGHT, RULES, build, call
+from small import LAYERS, NOT_RECURRENT, ONE_WEIGHT, RULES, build, call
 from torch import Tensor, nn
 
 import bioplaus_kernels as bk
@@ -214,3 +214,40 @@ def test_frozen_parameters_get_no_gradient(name: str, rule: str) -> None:
     layer(x).sum().backward()
     assert x.grad is not None and layer.weight.grad is None and layer.bias.grad is None
     assert not layer(x.detach()).requires_grad
+
+
+@pytest.mark.parametrize("name", ["Linear", "LocallyConnected2d", *(n for n in LAYERS if n not in ONE_WEIGHT[1:])])
+def test_every_saved_tensor_is_read(name: str) -> None:
+    """A NaN in any of them shows in a gradient, whatever is frozen."""
+    for rule in ("fa-stored", "low_rank"):
+        layer, x = build(name, RULES[rule])
+        kinds = {n.split("_l")[0] for n, p in layer.named_parameters() if p.requires_grad}
+        for frozen in [set(), kinds, *({kind} for kind in kinds)]:
+            for n, p in layer.named_parameters():
+                if "feedback" not in n:
+                    p.requires_grad_(n.split("_l")[0] not in frozen)
+            for needs_x in (True, False):
+                wanted = [t for t in (x, *layer.parameters()) if t.requires_grad and (needs_x or t is not x)]
+                saved: list[Tensor] = []
+                spoiled: list[int] = [-1]
+
+                def pack(t: Tensor, saved: list[Tensor] = saved) -> int:
+                    saved.append(t)
+                    return len(saved) - 1
+
+                def unpack(k: int, saved: list[Tensor] = saved, spoiled: list[int] = spoiled) -> Tensor:
+                    return torch.full_like(saved[k], torch.nan) if k in spoiled else saved[k]
+
+                with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                    y = call(layer, x if needs_x else x.detach())
+                if not wanted:
+                    assert not saved
+                    continue
+                direction = torch.randn_like(y)
+                right = torch.autograd.grad(y, wanted, direction, retain_graph=True)
+                for k, t in enumerate(saved):
+                    if not t.is_floating_point() or not t.numel():
+                        continue
+                    spoiled[0] = k
+                    found = torch.autograd.grad(y, wanted, direction, retain_graph=True)
+                    assert not all(map(torch.equal, found, right)), (frozen, needs_x, tuple(t.shape))

@@ -56,7 +56,9 @@ def bilinear_with(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor |
             return F.bilinear(input1, input2, weight, bias).detach()
         if input1.shape[:-1] != input2.shape[:-1]:
             checks.fail("input2", f"leading dimensions {tuple(input1.shape[:-1])}, as input1", tuple(input2.shape[:-1]))
-        y: Tensor = _Bilinear.apply(_rows(input1), weight, _rows(input2), bias, *op)
+        # torch.compile takes no tensor twice.
+        other = input2.view_as(input2) if input2 is input1 else input2
+        y: Tensor = _Bilinear.apply(_rows(input1), weight, _rows(other), bias, *op)
     except Exception:
         _explain(input1, input2, weight, bias)
         raise

@@ -31,13 +31,14 @@ class _Recurrent(torch.autograd.Function):
         assert x is not None and w is not None and h is not None
         output, last, last_cell, gates, cells = ops.recurrent_forward(x, h, c, w, b, p, batch_sizes, mode, reverse)
         ctx.given = mode, reverse, tuple(None if t is None else (t.dtype, t.shape) for t in given)
-        ctx.carries = carries(input, ctx.needs_input_grad[4])
+        ctx.carries = carries(input, batch_sizes, ctx.needs_input_grad[4])
         ctx.op, of_weight = parted(Operands(*feedback[:7]), weight)
         ctx.projection_op, of_projection = parted(Operands(*feedback[7:]), projection)
         # The weight's gradient reads the states before each step; GRU's and RNN's own nonlinearities read theirs.
         learns = ctx.needs_input_grad[1]
+        reads = mode.startswith("RNN") or ((learns or mode == "GRU") and _steps(input, batch_sizes) > 1)
         ctx.save_for_backward(
-            output if learns or mode != "LSTM" else None,
+            output if reads else None,
             *(gates, cells, h if learns or mode == "GRU" else None, c, batch_sizes),
             *(of_weight if ctx.carries else (None,) * 5),
             *of_projection,
@@ -73,9 +74,13 @@ class _Recurrent(torch.autograd.Function):
         return *wanted, *(None,) * (len(needs) - len(wanted))
 
 
-def carries(input: Tensor, hidden: bool) -> bool:
+def _steps(input: Tensor, batch_sizes: Tensor | None) -> int:
+    return (input if batch_sizes is None else batch_sizes).shape[0]
+
+
+def carries(input: Tensor, batch_sizes: Tensor | None, hidden: bool) -> bool:
     """Whether a gradient goes through the hidden-to-hidden weights: to a step before, or to a first state."""
-    return hidden or input.dim() == 2 or input.shape[0] > 1
+    return hidden or _steps(input, batch_sizes) > 1
 
 
 def recurrent_with(

@@ -41,7 +41,7 @@ class _Recurrent(FeedbackLayer):
         bias, bias_hh = (getattr(self, f"{name}{suffix}", None) for name in ("bias_ih", "bias_hh"))
         weight, op = self.used(f"weight_ih{suffix}", feedback=x.requires_grad)
         made = linear_with(x, weight, bias, op)
-        weight, op = self.used(f"weight_hh{suffix}", feedback=carries(made, states[0].requires_grad))
+        weight, op = self.used(f"weight_hh{suffix}", feedback=carries(made, batch_sizes, states[0].requires_grad))
         projection, projection_op = None, BACKPROP
         if getattr(self, "proj_size", 0):
             projection, projection_op = self.used(f"weight_hr{suffix}")

@@ -1,7 +1,7 @@
 // What is pointwise in a step of an LSTM, in one pass.
 //
-// Roofline: arithmetic. An exponential, and with it a division, for each of three sigmoids and two tanh a unit, about 25
-// operations on vectors each; ten numbers a unit are read or written, most of them in the caches. The share reached:
+// Roofline: arithmetic. An exponential, and with it a division, for each of three sigmoids and two tanh a unit, about
+// 25 operations on vectors each; ten numbers a unit are read or written, most of them in the caches. The share reached:
 // `python -m bench run --op recurrent`.
 #include "lstm.h"
 
@@ -12,23 +12,24 @@ namespace {
 template <typename T>
 struct Exponential;
 
-// ln 2 in two parts, of which multiples of the first are exact; adding and taking off `round` rounds to an integer, which
-// is then in the low bits; terms 1/2!, 1/3!, … of the series until they are below a rounding at ln 2 / 2.
+// ln 2 in two parts, of which multiples of the first are exact; adding and taking off `round` rounds to an integer,
+// which is then in the low bits; terms 1/2!, 1/3!, … of the series until they are below a rounding at ln 2 / 2.
 template <>
 struct Exponential<float> {
   using Bits = uint32_t;
   static constexpr int kMantissa = 23, kBias = 127, kTerms = 7;
-  static constexpr float kLargest = 87, kInverse = 1.44269504f, kHigh = 0.693359375f, kLow = -2.12194440e-4f,
-                         kRound = 12582912;
+  static constexpr float kLargest = 88.8f, kSmallest = -87, kInverse = 1.44269504f, kHigh = 0.693359375f,
+                         kLow = -2.12194440e-4f, kRound = 12582912;
 };
 template <>
 struct Exponential<double> {
   using Bits = uint64_t;
   static constexpr int kMantissa = 52, kBias = 1023, kTerms = 13;
-  static constexpr double kLargest = 708, kInverse = 1.4426950408889634, kHigh = 0.693147180369123816490,
-                          kLow = 1.90821492927058770002e-10, kRound = 6755399441055744;
+  static constexpr double kLargest = 710, kSmallest = -708, kInverse = 1.4426950408889634,
+                          kHigh = 0.693147180369123816490, kLow = 1.90821492927058770002e-10, kRound = 6755399441055744;
 };
-constexpr double kFactorial[] = {1, 1, 2, 6, 24, 120, 720, 5040, 40320, 362880, 3628800, 39916800, 479001600, 6227020800};
+constexpr double kFactorial[] = {1,    1,     2,      6,       24,       120,       720,
+                                 5040, 40320, 362880, 3628800, 39916800, 479001600, 6227020800};
 
 // eˣ = scale · (1 + rest), |rest| < 0.42 without the cancellation of eˣ − 1.
 template <typename T>
@@ -39,9 +40,9 @@ struct Parts {
 template <typename T>
 inline __attribute__((always_inline)) Parts<T> exponential(T x) {
   using E = Exponential<T>;
-  // NaN stays.
+  // NaN stays. The scale of the largest is infinite.
   x = x > E::kLargest ? E::kLargest : x;
-  x = x < -E::kLargest ? -E::kLargest : x;
+  x = x < E::kSmallest ? E::kSmallest : x;
   const T shifted = x * E::kInverse + E::kRound, n = shifted - E::kRound;
   const T r = x - n * E::kHigh - n * E::kLow;
   T sum = T(1 / kFactorial[E::kTerms]);
@@ -60,7 +61,7 @@ inline __attribute__((always_inline)) Parts<T> exponential(T x) {
 template <typename T>
 inline __attribute__((always_inline)) T sigmoid(T x) {
   const Parts<T> e = exponential(-x);
-  return 1 / (1 + (e.scale + e.scale * e.rest));
+  return 1 / (1 + e.scale * (1 + e.rest));
 }
 
 // (e²ˣ − 1) / (e²ˣ + 1), which small x keep their digits in.
