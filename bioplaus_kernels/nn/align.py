@@ -63,11 +63,11 @@ def align_(model: torch.nn.Module, example: Any) -> None:
     an optimizer that has each `feedback_weight`: R is a mean over samples and a sum over positions and steps, so that
     an optimizer without a scale of its own (SGD) needs a small lr for convolutions.
 
-    W is that of the layer's product: a standardised or normalised one, where it is computed. Where `fully_shard` (FSDP2)
-    has sharded B, or `model` is a DistributedDataParallel, the gradient is the mean over the ranks; the ranks of any other
-    data parallelism need the same example. Raises ValueError where no layer has such a rule, for a layer with two inputs or
-    more than one weight, and, before a gradient is touched, for one that is not called, as those of an attention and of a
-    parent that reads its weight.
+    W is that of the layer's product: a standardised or normalised one, where it is computed. Where `fully_shard`
+    (FSDP2) has sharded B, or `model` is a DistributedDataParallel, the gradient is the mean over the ranks; the ranks
+    of any other data parallelism need the same example. Raises ValueError where no layer has such a rule, for a layer
+    with two inputs or more than one weight, and, before a gradient is touched, for one that is not called, as those of
+    an attention and of a parent that reads its weight.
     """
     checks.module("model", model)
     wanted = "a tensor, a tuple of arguments or a dict of keywords"
