@@ -193,7 +193,7 @@ def test_forward_is_torchs(name: str) -> None:
         for hx in ((s, s, s), (s, None), s) if name == "LSTM" else ((s,), 3):
             with pytest.raises((ValueError, TypeError), match=r"hx(\[1\])?: expected (a tensor|2 states)"):
                 m(given, hx)
-        with pytest.raises(ValueError, match="name: expected one of weight_ih.*, got 'weight'"):
+        with pytest.raises(ValueError, match=r"name: expected one of weight_ih.*, got 'weight'"):
             m.feedback_matrix("weight")
     # Without a gradient through input, state or weights it is torch's own.
     for m in (layer, plain):
