@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 pytest.importorskip("torchvision")
 pytest.importorskip("pycocotools")
 from recipes import __main__ as cli
-from recipes import checkpoint, detection
+from recipes import checkpoint, data, detection
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -135,11 +135,26 @@ def test_average_precision_in_closed_form(truth):
     # Two of the five classes only.
     some = found(truth, keep=lambda a: a["category_id"] in (2, 4))
     assert detection.average_precision(truth, some) == pytest.approx({"AP": 0.4, "AP50": 0.4, "AP75": 0.4})
+    # All that is in half of the images, which is all that counts there.
+    half = truth.getImgIds()[::2]
+    there = found(truth, keep=lambda a: a["image_id"] in half)
+    assert detection.average_precision(truth, there, half)["AP"] == 1 > detection.average_precision(truth, there)["AP"]
     # Of class 1 a share r of the objects: precision 1 at the recalls 0, 0.01 … up to r, of 101, and 0 beyond.
     first = [a["id"] for a in truth.dataset["annotations"] if a["category_id"] == 1]
     part = found(truth, keep=lambda a: a["category_id"] != 1 or a["id"] in first[: len(first) // 3])
     recalls = 100 * (len(first) // 3) // len(first) + 1
     assert detection.average_precision(truth, part)["AP"] == pytest.approx((4 + recalls / 101) / 5)
+
+
+def test_validation_images_are_whole_and_those_whose_boxes_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(detection, "SHAPES_IMAGES", {"train": 12, "val": 4})
+    loaded = detection.load("shapes", tmp_path, 32)
+    _, held = loaded.split(0.25)
+    batches = [data.Batches(loaded.plain, 2, only=held, collate=loaded.collate) for _ in range(2)]
+    targets = [target for _, part in batches[0] for target in part]
+    assert [target["image_id"] for target in targets] == [loaded.plain.ids[i] for i in held.tolist()]
+    # No flips.
+    assert all(map(torch.equal, *([image for images, _ in part for image in images] for part in batches)))
 
 
 def test_a_perfect_detector_has_average_precision_one(coco):
@@ -192,7 +207,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch, rule):
     rows, model = run(path, tmp_path / "whole", tmp_path)
     assert [row["epoch"] for row in rows] == [0, 1, 2]
     assert 0 < rows[2]["train_loss"] < 10 and rows[0]["test_AP"] == 0
-    assert all(0 <= row["test_AP"] <= row["test_AP50"] <= 1 for row in rows)
+    assert all(0 <= row["test_AP"] <= row["test_AP50"] <= 1 and "validation_AP" in row for row in rows)
     angle = rows[2]["angle_grad/backbone.body.layer1.0.conv1"]
     assert angle == 0 if rule == "backprop" else 0 < angle < 180
     run(path, tmp_path / "parts", tmp_path, "--set", "train.epochs=1")
@@ -222,7 +237,9 @@ def test_the_small_retinanet_learns(tmp_path, monkeypatch, rule):
     monkeypatch.setattr(detection, "write_shapes", lambda *args: write(*args[:-1], 0))
     path = tmp_path / "small.toml"
     path.write_text(EXPERIMENT.format(f'{rule}"' + ('\nscale = "initial' if rule == "usf" else "\n#"), 60))
-    rows, _ = run(path, tmp_path / "out", tmp_path, "--no-measure", "--set", "data.size=96")
+    rows, _ = run(
+        path, tmp_path / "out", tmp_path, "--no-measure", "--set", "data.size=96", "--set", "data.validation=0"
+    )
     assert rows[0]["test_AP50"] < 0.05
     assert rows[-1]["test_AP50"] > 0.3
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import pydoc
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,6 @@ from PIL import Image
 pytest.importorskip("pycocotools")
 from recipes import __main__ as cli
 from recipes import checkpoint, data, experiment, learn, report, schedules
-from recipes import run as runner
-from recipes.run import order
 
 FILES = sorted((Path(experiment.__file__).parent / "experiments").glob("*.toml"))
 ROWS = [(path, row) for path in FILES for _, row, _ in experiment.entries(path)]
@@ -52,53 +52,6 @@ def run(path, out, *args):
     return header, rows, checkpoint.load(log.parent / "checkpoint.pt")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "options", "inverse"),
-    [
-        ("usf", 'scale = "xavier"', ""),
-        ("dfa", 'scale = "xavier"\nstored = true', ""),
-        ("drtp", "", ""),
-        ("dtp", 'schedule = "alternating"\nreduction = "sum"', INVERSE),
-        ("ao_sdtp", "auxiliary = 16", INVERSE),
-    ],
-)
-def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path, name, options, inverse):
-    path = write(tmp_path, name, options, inverse)
-    header, rows, whole = run(path, tmp_path / "whole")
-    assert header["row"] == "small" and header["experiment"]["algorithm"]["name"] == name
-    assert [row["epoch"] for row in rows] == [0, 1, 2]
-    assert rows[2]["train_loss"] < rows[1]["train_loss"] and rows[2]["test_loss"] < rows[0]["test_loss"]
-    assert rows[2]["lr"] == pytest.approx(1e-4)
-    run(path, tmp_path / "parts", "--set", "train.epochs=1")
-    _, again, parts = run(path, tmp_path / "parts")
-    for row, other in zip(rows, again, strict=True):
-        assert {**row, "seconds": 0} == {**other, "seconds": 0}
-    for key, value in whole["model"].items():
-        assert torch.equal(value, parts["model"][key])
-
-
-def test_a_run_names_every_commit_that_it_was_made_with(tmp_path, monkeypatch, capsys):
-    path, commits = write(tmp_path, "usf"), []
-    for epochs, commit in enumerate(("one", "one", "two-dirty"), 1):
-        made = {"processor": "p", "versions": "v", "commit": commit}
-        for module in (cli, runner):
-            monkeypatch.setattr(module, "machine", made.copy)
-        header, _, _ = run(path, tmp_path, "--no-measure", "--set", f"train.epochs={epochs}")
-        commits.append(header["commit"])
-        assert ("in no commit" in capsys.readouterr().err) == commit.endswith("dirty")
-    assert commits == ["one", "one", "one; two-dirty"] and header["processor"] == "p"
-
-
-def test_a_finished_run_is_not_repeated(tmp_path):
-    path = write(tmp_path, "usf")
-    run(path, tmp_path)
-    (log,) = tmp_path.glob("*/usf/seed-0/log.jsonl")
-    before = log.stat().st_mtime_ns
-    run(path, tmp_path)
-    assert log.stat().st_mtime_ns == before
-
-
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -117,6 +70,15 @@ def test_a_finished_run_is_not_repeated(tmp_path):
         ("optimizer.momentum=0.9", "optimizer.momentum: no such key, want one of lr, betas"),
         ("optimizer.lr=fast", "optimizer.lr: got 'fast', want a value of type float"),
         ("optimizer.betas=0.9", "optimizer.betas: got 0.9, want a value of type list"),
+        ("optimizer.betas=[0.9]", "optimizer.betas: got [0.9], want 2 numbers"),
+        ("optimizer.betas=['a', 'b']", "optimizer.betas: got 'a', want a value of type float"),
+        ("optimizer.foreach=3", "optimizer.foreach: got 3, want a value of type bool"),
+        ("optimizer.last_layer={betas = [1]}", "optimizer.last_layer.betas: got [1], want 2 numbers"),
+        ("algorithm={name = 'dfa', blocks = 'tanh1'}", "algorithm.blocks: got 'tanh1', want a value of type list"),
+        ("algorithm={name = 'dfa', blocks = [1]}", "algorithm.blocks: got 1, want a value of type str"),
+        ("algorithm={name = 'dfa', blocks = ['fc9']}", "algorithm.blocks: got ['fc9'], want names, each once, among"),
+        ("algorithm={name = 'drtp', loss_scale = 'x'}", "algorithm.loss_scale: got 'x', want a value of type float"),
+        ("search.x={low = 'a', high = 2}", "search.x: got {'low': 'a', 'high': 2}, want {choices = [...]} or"),
         ("algorithm.last_layer={name = 'fa', size = 1}", "algorithm.last_layer: "),
         ("algorithm.kinds.Conv2=fa", "algorithm.kinds: got 'Conv2', want names of torch.nn's layers"),
         ("algorithm.kinds.Conv2d=bp", "algorithm.kinds.Conv2d: got 'bp', want one of backprop"),
@@ -138,14 +100,6 @@ def test_bad_keys_are_named(tmp_path, capsys, setting, message):
     assert stopped.value.code == 2
     shown = " ".join(capsys.readouterr().err.split())
     assert message in shown and str(path) in shown
-
-
-def test_a_folder_of_another_experiment_is_left_alone(tmp_path, capsys):
-    path = write(tmp_path, "usf")
-    run(path, tmp_path)
-    with pytest.raises(SystemExit):
-        run(path, tmp_path, "--set", "optimizer.lr=0.5")
-    assert "optimizer.lr: got 0.5, " in capsys.readouterr().err
 
 
 # Images on which the networks are small: for the locally-connected ones a position costs as many weights as a kernel.
@@ -350,74 +304,19 @@ def test_autoencoder_reconstructs(tmp_path):
     assert image.size == (10 * 10 + 2, 2 * 10 + 2)
 
 
-def test_a_run_from_before_validation_says_what_differs(tmp_path, capsys):
-    path = write(tmp_path, "usf")
-    run(path, tmp_path, "--set", "train.epochs=1")
-    (file,) = tmp_path.glob("*/usf/seed-0/checkpoint.pt")
-    saved = checkpoint.load(file)
-    content = json.loads(saved["experiment"])
-    del content["data"]["validation"]
-    checkpoint.save(file, saved | {"experiment": json.dumps(content)})
-    with pytest.raises(SystemExit):
-        run(path, tmp_path)
-    assert "data.validation: got 0.1, " in capsys.readouterr().err
-    run(path, tmp_path, "--set", "data.validation=0", "--set", "train.epochs=1")
-
-
-@pytest.mark.parametrize("left", ["without its log", "a row short", "torn"])
-def test_a_log_is_mended_from_the_checkpoint(tmp_path, left):
-    path = write(tmp_path, "usf")
-    run(path, tmp_path)
-    (made,) = tmp_path.glob("*/usf/seed-0/log.jsonl")
-    whole = made.read_text()
-    if left == "without its log":
-        made.unlink()
-    else:
-        made.write_text("\n".join(whole.splitlines()[:-1]) if left == "a row short" else whole[:-40])
-    run(path, tmp_path)
-    assert made.read_text() == whole
-
-
-def test_one_process_holds_a_folder(tmp_path, capsys):
-    path = write(tmp_path, "usf")
-    with checkpoint.lock(tmp_path / tmp_path.name / "usf" / "seed-0"), pytest.raises(SystemExit):
-        run(path, tmp_path)
-    assert "another process trains into it" in capsys.readouterr().err
-    run(path, tmp_path)
-
-
-@pytest.mark.parametrize("damage", ["empty", "text", "torch's own", "a bit", "cut", "another content"])
-def test_a_damaged_checkpoint_is_named(tmp_path, capsys, damage):
-    path = write(tmp_path, "usf")
-    run(path, tmp_path)
-    (made,) = tmp_path.glob("*/usf/seed-0/checkpoint.pt")
-    whole = made.read_bytes()
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1
-    if damage == "torch's own":
-        torch.save({"model": {}}, made)
-    elif damage == "another content":
-        checkpoint.save(made, {"model": {}})
-    else:
-        made.write_bytes({"empty": b"", "text": b"not one", "a bit": bytes(flipped), "cut": whole[:-9]}[damage])
-    with pytest.raises(SystemExit):
-        run(path, tmp_path)
-    shown = capsys.readouterr().err.splitlines()[-1]
-    assert str(made) in shown and "move it away" in shown
-
-
-def test_stopping_by_hand_says_how_to_go_on(tmp_path, monkeypatch):
-    def stopped(self, batches, first):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(learn.Learner, "epoch", stopped)
-    with pytest.raises(SystemExit, match="the same command goes on"):
-        run(write(tmp_path, "usf"), tmp_path)
-
-
-def test_the_order_of_samples_is_a_function_of_seed_and_epoch():
-    numbers = {order(seed, epoch) for seed in range(30) for epoch in range(30)}
-    assert len(numbers) == 900 and order(0, 1) == 599057444
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("resnet18", {}, "model.name = 'resnet18', want a network that is its layers one after the other"),
+        ("lenet", {}, "model.name = 'lenet': layer: expected [Flatten,] Linear"),
+        ("mlp", {"alpha": "x"}, "alpha: expected a finite number"),
+    ],
+)
+def test_what_target_propagation_does_not_take(model, options, message):
+    content = {"model": {"name": model}, "algorithm": {"name": "dtp", **options}, "inverse_optimizer": {"name": "adam"}}
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        learn.build(experiment.check(content), (3 if model == "resnet18" else 1, 32, 32), 10, 0, "cpu")
+    assert str(raised.value).startswith("algorithm") and "\n" not in str(raised.value)
 
 
 TABLE = """
@@ -469,15 +368,15 @@ def test_a_wrong_row_is_named(tmp_path, old, new, message):
 def test_keys_names_every_key(capsys):
     cli.main(["keys"])
     shown = capsys.readouterr().out
-    for key in (
-        "train.milestones",
-        "data.augment",
-        "model.init",
-        "usf: scale, last_layer, kinds, mirror",
-        "like =",
-        "weight_decay",
-    ):
+    for key in ("usf (SignSymmetry): scale, last_layer, kinds, mirror", "like =", "weight_decay", "mirror.decay = 0.1"):
         assert key in shown
+    # Each with its default and what it means.
+    for part, cls in (("data", experiment.Data), ("model", experiment.Model), ("train", experiment.Train)):
+        for key in vars(cls()):
+            assert re.search(rf"^{part}\.{key} = \S+ +\S+ \S+", shown, re.MULTILINE), key
+    for name, cls in re.findall(r"^(\w+) \(([\w.]+)\): ", shown, re.MULTILINE):
+        package = "" if "optim" in cls else "torch.optim." if name in experiment.OPTIMIZERS else "bioplaus_kernels."
+        assert isinstance(pydoc.locate(package + cls), type), cls
 
 
 def test_rules_by_kind_and_of_the_last_layer():

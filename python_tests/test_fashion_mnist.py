@@ -41,7 +41,7 @@ def test_lenet_learns_fashion_mnist(tmp_path):
         optimizer = {"name": "sgd", "lr": 0.03, "momentum": 0.9, "weight_decay": 1e-4}
         e = experiment.check(
             {
-                "data": {"name": "fashion-mnist"},
+                "data": {"name": "fashion-mnist", "validation": 0},
                 "model": {"name": "lenet"},
                 "algorithm": {"name": rule},
                 "optimizer": optimizer,

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import math
 import pickle
+import re
 import socket
 import struct
 import subprocess
@@ -243,11 +244,35 @@ def test_fashion_mnist_in_debians_place(tmp_path, monkeypatch):
     assert torch.equal(image[0], image[2])
 
 
-def test_fashion_mnist_that_cannot_be_had(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"data__name": "mnist"},
+            r"data\.name: mnist is not in {root}/MNIST/raw and .*; put the four files of https://",
+        ),
+        (
+            {"data__name": "fashion-mnist"},
+            r"is not in {root}/FashionMNIST/raw and .*; put .*dataset-fashion-mnist.* there",
+        ),
+        ({"data__name": "cifar10"}, r"data\.name: cifar10 is not in {root} and .*; put https://.*--data-root"),
+        (of("imagenet"), r"data\.path: {root}/imagenet must hold the folders train and val"),
+        (
+            {"data__name": "coco", "data__path": "coco", "model__name": "retinanet-small"},
+            r"data\.path: {root}/coco must hold the folders train2017, val2017 and annotations",
+        ),
+    ],
+)
+def test_data_that_cannot_be_had(tmp_path, monkeypatch, changes, message):
+    """Says which set, where its files are wanted, and where they are from."""
+    nowhere = tmp_path.as_uri() + "/nowhere/"
     monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
-    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [f"{tmp_path.as_uri()}/nowhere/"])
-    with pytest.raises(RuntimeError, match=r"Error downloading[\s\S]*dataset-fashion-mnist"):
-        run(tmp_path / "out", root=tmp_path, data__name="fashion-mnist")
+    for loader in (torchvision.datasets.MNIST, torchvision.datasets.FashionMNIST):
+        monkeypatch.setattr(loader, "mirrors", [nowhere])
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", nowhere)
+    with pytest.raises((RuntimeError, OSError), match=message.format(root=tmp_path)) as raised:
+        run(tmp_path / "out", root=tmp_path, **changes)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25])
@@ -390,8 +415,8 @@ def test_every_torchvision_classifier_is_a_model():
             assert isinstance(models.build(name, (3, 224, 224), 7), torch.nn.Module)
 
 
-def learner(model, rule, shape):
-    content = {"algorithm": {"name": rule}, "optimizer": {"name": "sgd", "lr": 0.1}}
+def learner(model, rule, shape, **options):
+    content = {"algorithm": {"name": rule, **options}, "optimizer": {"name": "sgd", "lr": 0.1}}
     return learn.Learner(experiment.check(content), model, shape, 0, "cpu")
 
 
@@ -399,6 +424,10 @@ def test_direct_feedback_says_which_blocks_it_takes():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
     with pytest.raises(ValueError, match=r"algorithm\.blocks: got none, want names; .* Tanh, and it has none"):
         learner(model, "dfa", (3, 2, 2))
+    for blocks in ([], ["fc"], ["2", "2"]):
+        said = re.escape(f"algorithm.blocks: got {blocks}, want names, each once, among 0, 1, 2, 3")
+        with pytest.raises(ValueError, match=said):
+            learner(model, "dfa", (3, 2, 2), blocks=blocks)
     model[2] = torch.nn.Tanh()
     assert learner(model, "dfa", (3, 2, 2)).model.blocks == ("2",)
 

@@ -19,9 +19,14 @@ def test_kendalls_tau(here, tau):
     assert report._kendall(here) == pytest.approx(tau)
 
 
-def log(folder, errors, lr=0.1, losses=None, data_name="mnist", validation=(), commit="c", more=None):
+def log(folder, errors, lr=0.1, losses=None, data_name="mnist", validation=(), commit="c", more=None, rule="fa"):
     folder.mkdir(parents=True)
-    content = {"data": {"name": data_name}, "optimizer": {"lr": lr}, "train": {"epochs": len(errors) - 1}}
+    content = {
+        "algorithm": {"name": rule},
+        "data": {"name": data_name},
+        "optimizer": {"lr": lr},
+        "train": {"epochs": len(errors) - 1},
+    }
     header = {"row": folder.parent.name, "published": {"test_error": 1.0}, "experiment": content}
     header |= {"processor": "p", "versions": "v", "commit": commit, "command": "m"}
     rows = [{"epoch": n, "train_loss": 1.0, "test_error": error, **(more or {})} for n, error in enumerate(errors)]
@@ -138,11 +143,17 @@ def test_pictures(tmp_path):
                 losses=[None, 1.0, None if row == "lost" else 1.0],
             )
     rows = report.collect([tmp_path])["t"]
-    for name, draw in (("curves", pictures.curves), ("angles", pictures.angles)):
-        assert draw(rows, "t", tmp_path / f"{name}.png") is not True
+    pictures.curves(rows, "t", tmp_path / "curves.png")
     pictures.overview({"t": rows[:2]}, tmp_path / "overview.png")
-    assert not (tmp_path / "angles.png").exists()
-    for name in ("curves", "overview"):
+    # Of rows without angles and of back-propagation, whose are 0, there is nothing to see.
+    measured = {"angle_grad/1": 0.0, "angle_grad/2": 0.0}
+    log(tmp_path / "u" / "bp" / "seed-0", [0.9, 0.1], more=measured, rule="backprop")
+    for table in (rows, report.collect([tmp_path])["u"]):
+        assert not pictures.angles(table, "t", tmp_path / "angles.png") and not (tmp_path / "angles.png").exists()
+    log(tmp_path / "u" / "fa" / "seed-0", [0.9, 0.1])
+    log(tmp_path / "u" / "fa" / "seed-1", [0.9, 0.1], more=measured)
+    assert pictures.angles(report.collect([tmp_path])["u"], "t", tmp_path / "angles.png")
+    for name in ("curves", "angles", "overview"):
         assert Image.open(tmp_path / f"{name}.png").size[0] > 500
     assert len(set(pictures.COLOURS.values())) == len(pictures.COLOURS)
     # A colour for each, and for each its own.

@@ -13,10 +13,15 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 import tomllib
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    # Ctrl-C while torch is loaded, before anything is begun: no traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from tqdm import tqdm
@@ -82,7 +87,7 @@ def _run(args: argparse.Namespace) -> None:
     experiments = [experiment.load(path, row, dict(args.changes)) for path, _, row in found]
     for e, (path, table, row) in zip(experiments, found, strict=True):
         for seed in args.seeds or e.seeds:
-            run(e, seed, args.out / table / row / f"seed-{seed}", **_options(args, path, table))
+            _train(path, row, e, seed, args.out / table / row / f"seed-{seed}", **_options(args, path, table))
     for name in dict.fromkeys(table for _, table, _ in found):
         rows = report.collect([args.out])[name]
         image = args.out / name / "curves.png"
@@ -104,7 +109,7 @@ def _search(args: argparse.Namespace) -> None:
                 drawn = e.draw(trial, args.seed)
                 one = experiment.load(path, row, dict(args.changes) | drawn | {"train.epochs": epochs})
                 folder = args.out / table / f"{row}-search" / f"trial-{trial}"
-                run(one, args.seed, folder, test=False, **_options(args, path, table, drawn=drawn))
+                _train(path, row, one, args.seed, folder, test=False, **_options(args, path, table, drawn=drawn))
                 trained = report.read(folder)
                 trained.rows = trained.rows[: epochs + 1]
                 scores[trial] = trained.rank
@@ -124,6 +129,13 @@ def _keys(args: argparse.Namespace) -> None:
 
 def _entries(args: argparse.Namespace) -> list[tuple[Path, str, str]]:
     return [(path, table, row) for path in args.files for table, row, _ in experiment.entries(path, args.rows)]
+
+
+def _train(path: Path, row: str, *args: Any, **options: Any) -> None:
+    try:
+        run(*args, **options)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{path}, row {row}: {error}") from error
 
 
 def _options(args: argparse.Namespace, path: Path, table: str, **about: Any) -> dict[str, Any]:
@@ -172,4 +184,5 @@ def _seeds(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

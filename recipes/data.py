@@ -39,6 +39,17 @@ _GREY = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
+# Below the data root, and where the files are from that torchvision would download.
+_FILES = {
+    "mnist": ("MNIST/raw", "the four files of https://ossci-datasets.s3.amazonaws.com/mnist/"),
+    "fashion-mnist": (
+        "FashionMNIST/raw",
+        "the four files of https://github.com/zalandoresearch/fashion-mnist (Debian: dataset-fashion-mnist)",
+    ),
+    "cifar10": ("", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
+}
+
+
 @dataclass
 class Data:
     train: TensorDataset | datasets.VisionDataset
@@ -157,9 +168,22 @@ def load(
     * "none": the whole image, resized (Bartunov et al. 2018, ImageNet)
 
     Raises ValueError for an unknown ``spec`` or images of too few channels, and RuntimeError or OSError where the files
-    cannot be had.
+    cannot be had, with the folder where they are wanted and where they are from.
     """
     name = kind(spec)
+    try:
+        return _load(name, spec, root, size, channels, augment, normalise)
+    except (RuntimeError, OSError) as error:
+        if name not in _FILES:
+            raise
+        folder, source = _FILES[name]
+        raise RuntimeError(
+            f"data.name: {name} is not in {Path(root) / folder} and cannot be downloaded "
+            f"({' '.join(str(error).split())}); put {source} there, or give another --data-root"
+        ) from error
+
+
+def _load(name: str, spec: str, root: str | Path, size: int, channels: int, augment: str, normalise: bool) -> Data:
     shape = (channels, size, size)
     statistics = pixels(name, normalise)
     if name == "digits":
@@ -172,12 +196,7 @@ def load(
     if name in _GREY:
         if name == "fashion-mnist":
             _unpack_debian_fashion_mnist(Path(root))
-        try:
-            raw = [_GREY[name](root, train=train, download=True) for train in (True, False)]
-        except RuntimeError as error:
-            if name == "fashion-mnist":
-                raise RuntimeError(f"{error}\nDebian has these files in its package dataset-fashion-mnist.") from error
-            raise
+        raw = [_GREY[name](root, train=train, download=True) for train in (True, False)]
         prepared = [_in_memory(part.data.unsqueeze(1), part.targets, shape, statistics) for part in raw]
         return Data(prepared[0], prepared[1], shape, 10)
     flips = {"standard": [v2.RandomHorizontalFlip()], "vertical": [v2.RandomVerticalFlip()], "none": []}[augment]
@@ -194,7 +213,10 @@ def load(
     folder = Path(spec.partition(":")[2])
     held_out = next((folder / part for part in ("val", "test") if (folder / part).is_dir()), None)
     if held_out is None or not (folder / "train").is_dir():
-        raise FileNotFoundError(f"{folder} must hold the folders train and val (or test), each with a folder per class")
+        raise FileNotFoundError(
+            f"data.path: {folder} must hold the folders train and val (or test), each with a folder per class "
+            "(ImageNet: ILSVRC 2012 of https://image-net.org); data.path is below --data-root"
+        )
     prepare = _prepare(size, channels, statistics)
     crops = [v2.RandomResizedCrop(size), *flips] if augment != "none" else []
     # The usual margin: 256 for 224.

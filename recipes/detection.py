@@ -49,6 +49,12 @@ def load(spec: str, root: str | Path, size: int = 0) -> Data:
     name = kind(spec)
     size = size or KINDS[name]
     folder = Path(spec.partition(":")[2]) if name == "coco" else Path(root) / f"shapes-{size}"
+    if name == "coco" and not all(_annotations(folder, split).exists() for split in SHAPES_IMAGES):
+        raise FileNotFoundError(
+            f"data.path: {folder} must hold the folders train2017, val2017 and annotations, the last with "
+            "instances_train2017.json and instances_val2017.json (COCO 2017 of https://cocodataset.org); data.path is "
+            "below --data-root"
+        )
     if name == "shapes":
         for seed, (split, images) in enumerate(SHAPES_IMAGES.items()):
             if not _annotations(folder, split).exists():

@@ -49,6 +49,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import json
 import math
 import random
 import tomllib
@@ -77,10 +78,10 @@ AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Data:
-    name: str = "mnist"
+    name: str = "mnist"  # digits, mnist, fashion-mnist, cifar10, imagefolder, shapes or coco
     path: str = ""  # of an image folder, below the data root
     size: int = 0  # height and width of the images; 0: as they are, or the smallest the model takes
-    augment: str = "standard"  # as in recipes.data.load
+    augment: str = "standard"  # of colour: standard crops and flips, vertical instead of horizontal flips, or none
     normalise: bool = True  # pixels to mean 0 and deviation 1; false: they stay from 0 to 1
     fgsm: float = 0.0  # step of FGSM on the test images, of pixels from 0 to 1; 0: no attack
     validation: float = 0.1  # share of the training images that choose the best epoch; 0: the test images do
@@ -92,7 +93,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    name: str = "lenet"
+    name: str = "lenet"  # a network of recipes.models or a classifier of torchvision
     init_from: str = ""  # weights to begin with: a row of this table, a checkpoint.pt, or torchvision
     init: str = "model"  # "model": its own, "xavier": Glorot's uniform weights and zero biases, "zero": both zero
     hidden: list[int] = field(default_factory=list)  # of mlp: units of each hidden layer, none: 5 times 256
@@ -101,13 +102,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Train:
-    epochs: int = 20
-    batch_size: int = 64
+    epochs: int = 20  # through the training images; more of them go on with a run
+    batch_size: int = 64  # images a step; the last ones of an epoch that are fewer are left out
     milestones: list[int] = field(default_factory=list)  # epochs after which the rates are multiplied by gamma
-    gamma: float = 0.1
+    gamma: float = 0.1  # what milestones multiply by
     cosine: bool = False  # the rates fall to 0 along a cosine
-    amp: str = "none"
-    compile: bool = False
+    amp: str = "none"  # automatic mixed precision: bf16, or fp16 with a scaled loss
+    compile: bool = False  # the network, by torch.compile
     inverse_steps: list[int] = field(default_factory=lambda: [1])  # of the inverses a batch; of all, or each its own
     inverse_first: int = 0  # epochs of the inverses alone before the first
     inverse_extra: int = 0  # epochs of the inverses alone after each
@@ -293,15 +294,23 @@ def keys() -> str:
         for line in inspect.getsource(cls).splitlines():
             name, _, rest = line.strip().partition(":")
             source[name] = rest.partition("#")[2].strip()
-        lines += [f"{part}.{key} = {value!r}".ljust(40) + f" {source[key]}" for key, value in vars(cls()).items()]
-    lines += ["", "algorithm.name, and the other keys of [algorithm] with it:", ""]
+        values = {key: json.dumps(value) for key, value in vars(cls()).items()}
+        lines += [f"{part}.{key} = {value}".ljust(40) + f" {source[key]}" for key, value in values.items()]
+    mirror = (f"algorithm.mirror.{key} = {json.dumps(value)}" for key, value in MIRROR.items())
+    lines += [line.ljust(40) + " of bioplaus_kernels.mirror_" for line in mirror]
+    lines += [
+        "",
+        "algorithm.name, and the other keys of [algorithm] with it, which help(bioplaus_kernels.CLASS) explains:",
+    ]
     for name, rule in (RULES | DIRECT).items():
         own = [f.name for f in dataclasses.fields(rule)] + _beside(name)
-        lines.append(f"{name}: {', '.join(own)}")
-    lines += [f"{', '.join(VARIANTS)}: {', '.join(_TARGETS)}", "", "optimizer.name, and the keys with it:", ""]
+        lines.append(f"{name} ({'direct.' if name in DIRECT else ''}{rule.__name__}): {', '.join(own)}")
+    lines += [f"{', '.join(VARIANTS)} (TargetProp): {', '.join(_TARGETS)}", ""]
+    lines.append("optimizer.name, and the keys with it, which help(torch.optim.CLASS) explains:")
     for name, optimizer in OPTIMIZERS.items():
         own = [p for p in inspect.signature(optimizer).parameters if p != "params"]
-        lines.append(f"{name}: {', '.join(own)}, last_layer (a table of the same keys)")
+        package = "bioplaus_kernels.optim." if optimizer.__module__.startswith("bioplaus") else ""
+        lines.append(f"{name} ({package}{optimizer.__name__}): {', '.join(own)}, last_layer (a table of the same keys)")
     return "\n".join(lines)
 
 
@@ -341,7 +350,11 @@ def _check_values(e: Experiment) -> None:
     for key, space in e.search.items():
         good = isinstance(space, dict) and (
             (set(space) == {"choices"} and isinstance(space["choices"], list) and space["choices"])
-            or ({"low", "high"} <= set(space) <= {"low", "high", "log"} and space["low"] < space["high"])
+            or (
+                {"low", "high"} <= set(space) <= {"low", "high", "log"}
+                and all(isinstance(space[end], int | float) for end in ("low", "high"))
+                and space["low"] < space["high"]
+            )
         )
         if not good:
             raise ValueError(f"search.{key}: got {space!r}, want {{choices = [...]}} or {{low, high, log = true}}")
@@ -372,9 +385,9 @@ def _algorithm(table: dict[str, Any]) -> dict[str, Any]:
     _one_of("algorithm.name", name, [*RULES, *DIRECT, *VARIANTS])
     if name in VARIANTS:
         allowed = list(_TARGETS)
+        _typed("algorithm.auxiliary", table.get("auxiliary", 512), int)
         _one_of("algorithm.schedule", table.get("schedule", "parallel"), schedules.SCHEDULES)
-        for key, least in (("auxiliary", 1), ("hidden", 0)):
-            _least(f"algorithm.{key}", _typed(f"algorithm.{key}", table.get(key, least), int), least)
+        _least("algorithm.hidden", _typed("algorithm.hidden", table.get("hidden", 0), int), 0)
         if table.get("hidden") and not VARIANTS[name].direct:
             raise ValueError(f"algorithm.hidden: got {table['hidden']}, want 0 with algorithm.name = {name!r}")
     else:
@@ -437,9 +450,14 @@ def _optimizer(table: dict[str, Any], where: str) -> dict[str, Any]:
         arguments = {k: v for k, v in options.items() if k not in ("name", "last_layer")}
         for name, value in arguments.items():
             default = inspect.signature(OPTIMIZERS[table["name"]]).parameters[name].default
-            if isinstance(default, bool | int | float | tuple):
-                number = type(default) if isinstance(default, bool) else list if isinstance(default, tuple) else float
-                _typed(f"{key}.{name}", value, number)
+            if isinstance(default, tuple):
+                for number in _typed(f"{key}.{name}", value, list):
+                    _typed(f"{key}.{name}", number, float)
+                if len(value) != len(default):
+                    raise ValueError(f"{key}.{name}: got {value!r}, want {len(default)} numbers")
+            else:
+                # None stands for torch's own choice of yes or no.
+                _typed(f"{key}.{name}", value, bool if default is None or isinstance(default, bool) else float)
         _wrap(key, lambda a: OPTIMIZERS[table["name"]]([torch.zeros(1)], **a), arguments)
     return table
 

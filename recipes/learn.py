@@ -27,6 +27,7 @@ class Learner:
         self.criterion = squared_error if experiment.reconstructs else nn.functional.cross_entropy
         options = dict(experiment.algorithm)
         name = options.pop("name")
+        self.loss_scale = options.pop("loss_scale", 1.0)
         used: set[type] = set()
         if experiment.family == "rule":
             last, kinds = options.pop("last_layer", None), options.pop("kinds", {})
@@ -38,7 +39,7 @@ class Learner:
             used = {type(r) for r in (*rules.values(), last)}
             bk.convert_(model, rules if kinds else rules[nn.Module], last_layer=last, seed=seed)
         else:
-            blocks, self.loss_scale = options.pop("blocks", None), options.pop("loss_scale", 1.0)
+            blocks = options.pop("blocks", None)
             if blocks is None:
                 blocks = [n for n, m in model.named_modules() if isinstance(m, nn.Tanh)]
                 if not blocks:
@@ -46,6 +47,10 @@ class Learner:
                         "algorithm.blocks: got none, want names; by default they are the model's Tanh, and it has none"
                     )
             example = torch.zeros(2, *shape)
+            missing = [block for block in blocks if block not in dict(model.named_modules())]
+            if missing or not blocks or len({*blocks}) < len(blocks):
+                names = ", ".join(n for n, m in model.named_modules() if n and not [*m.children()])
+                raise ValueError(f"algorithm.blocks: got {blocks}, want names, each once, among {names}")
             model = bk.DirectFeedback(model, blocks, DIRECT[name](**options), example=example, seed=seed)
         # The layout that convolutions and pooling compute in, so that they convert nothing.
         self.model = model.to(self.device, memory_format=torch.channels_last)
@@ -131,7 +136,16 @@ class TargetLearner(Learner):
         self.schedule = options.pop("schedule", "parallel")
         if experiment.reconstructs:
             options |= {"loss": squared_error, "output": nn.Identity()}
-        self.model = self.network = bartunov.target_prop(model, shape, variant, **options).to(self.device)
+        if not isinstance(model, nn.Sequential):
+            raise ValueError(
+                f"algorithm.name: got {variant!r} with model.name = {experiment.model.name!r}, want a network that is "
+                "its layers one after the other, such as mlp or lc-mnist"
+            )
+        try:
+            self.model = self.network = bartunov.target_prop(model, shape, variant, **options).to(self.device)
+        except (ValueError, TypeError) as error:
+            text = " ".join(str(error).split())
+            raise ValueError(f"algorithm: {variant} with model.name = {experiment.model.name!r}: {text}") from error
         self.optimizers = [optimizer(experiment.optimizer, self.model.layers)]
         if experiment.inverse_optimizer:
             self.optimizers.append(optimizer(experiment.inverse_optimizer, self.model.inverses))

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from recipes.report import MEASURES, Row, Run, columns, like_for_like, mean_angle, short
+from recipes.report import MEASURES, Row, Run, like_for_like, mean_angle, measured, short
 
 # A rule's colour is the same in every picture; families have neighbouring hues.
 COLOURS = {
@@ -53,6 +53,12 @@ def colour(run: Run) -> str:
     return COLOURS.get(run.header["experiment"].get("algorithm", {}).get("name", ""), PAPER)
 
 
+def exact(run: Run) -> bool:
+    """Whether it trains by back-propagation, in every layer."""
+    algorithm = run.header["experiment"].get("algorithm", {})
+    return algorithm.get("name") == "backprop" and not {"last_layer", "kinds"} & algorithm.keys()
+
+
 def curves(rows: list[list[Run]], title: str, path: Path) -> None:
     """A panel a row: its score over the epochs, the mean of its seeds with a band of their standard deviation, dotted
     that of training, and in grey the other rows."""
@@ -66,6 +72,7 @@ def curves(rows: list[list[Run]], title: str, path: Path) -> None:
     # Not from before training, which would take most of the space.
     lines = [line[1:] for line in (*(mean for _, mean, _ in means), *learnt)]
     values = [value for line in lines for value in line if math.isfinite(value) and value > 0]
+    longest = max(epochs[-1] for epochs, _, _ in means)
     for axes, runs, (epochs, mean, deviation), learning in zip(panels, rows, means, learnt, strict=False):
         for other, line, _ in means:
             axes.plot(other[1:], line[1:], color=OTHER, linewidth=0.8, zorder=1)
@@ -87,40 +94,43 @@ def curves(rows: list[list[Run]], title: str, path: Path) -> None:
             _plain(axes.yaxis, (1, 2, 5))
         elif values:
             axes.set_ylim(0, max(values) * 1.1)
-        _label_ends(axes, epochs[-1], ends)
+        _label_ends(axes, epochs[-1], longest, ends)
     unit = " %" if scale == 100 else ""
     text = f"{short(score)}{unit}: mean of the seeds, band ± their standard deviation; grey: the other rows"
     dotted = "; dotted: training" if trained else ""
-    dashed = "; dashed: the paper" if any(like_for_like(runs[0]) for runs in rows) else ""
-    figure.supxlabel(f"epoch\n{text}{dotted}{dashed}", fontsize=9)
+    paper = any(like_for_like(runs[0]) and score in runs[0].header["published"] for runs in rows)
+    dashed = "; dashed: the paper" if paper else ""
+    _caption(figure, f"{text}{dotted}{dashed}; numbers: the last epoch")
     figure.savefig(path, dpi=100)
 
 
 def angles(rows: list[list[Run]], title: str, path: Path) -> bool:
     """A panel a row with angles: solid the weights' to the feedback, dashed the gradient's to back-propagation's, the
     means over the layers that `columns` has; thin, each layer. False, and no picture, where no row has any."""
-    rows = [runs for runs in rows if any(columns(runs[0].rows[-1], kind) for kind in MEASURES)]
+    # Back-propagation's own angles are 0.
+    rows = [runs for runs in rows if any(measured(runs, kind)[0] for kind in MEASURES) and not exact(runs[0])]
     if not rows:
         return False
     figure, panels = _grid(rows, title)
+    longest = max(min(r.epochs for r in runs) for runs in rows)
     for axes, runs in zip(panels, rows, strict=False):
-        ends = []
+        epochs, ends = [0], []
         for kind, style, name in (("angle_weight", "-", "W to B"), ("angle_grad", "--", "to BP")):
-            layers = columns(runs[0].rows[-1], kind)
-            if not layers:
+            seeds, layers = measured(runs, kind)
+            if not seeds:
                 continue
             for layer in layers:
-                epochs, line, _ = _over_seeds(runs, lambda row, layer=layer: row.get(layer), 1)
+                epochs, line, _ = _over_seeds(seeds, lambda row, layer=layer: row.get(layer), 1)
                 axes.plot(epochs, line, style, color=colour(runs[0]), alpha=3 / (6 + len(layers)), linewidth=0.7)
-            epochs, mean, deviation = _over_seeds(runs, lambda row, kind=kind: mean_angle(row, kind), 1)
+            epochs, mean, deviation = _over_seeds(seeds, lambda row, kind=kind: mean_angle(row, kind), 1)
             low, high = ([m + sign * d for m, d in zip(mean, deviation, strict=True)] for sign in (-1, 1))
             axes.fill_between(epochs, low, high, color=colour(runs[0]), alpha=0.2, linewidth=0)
             axes.plot(epochs, mean, style, color=colour(runs[0]), linewidth=2)
             ends.append((mean[-1], f"{mean[-1]:.0f}° {name}", colour(runs[0])))
             axes.set(ylim=(-3, 123), yticks=range(0, 121, 30))
-        _label_ends(axes, runs[0].epochs, ends)
-    text = "solid: angle of W to B; dashed: of the gradient to back-propagation's; thin: each layer"
-    figure.supxlabel(f"epoch\n{text}", fontsize=9)
+        _label_ends(axes, epochs[-1], longest, ends)
+    text = "degrees. solid: angle of W to B; dashed: of the gradient to back-propagation's; thin: each layer"
+    _caption(figure, f"{text}; numbers: the last epoch")
     figure.savefig(path, dpi=100)
     return True
 
@@ -196,7 +206,7 @@ def _grid(rows: list[list[Run]], title: str) -> tuple[Figure, list[Axes]]:
     wide = len(rows) if len(rows) < 5 else min((4, 3), key=lambda n: -len(rows) % n - (-len(rows) // n))
     high = math.ceil(len(rows) / wide)
     figure = Figure(figsize=(max(3.1 * wide, 6.5), 2.3 * high + 1), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(textwrap.fill(title, int(9 * figure.get_figwidth())))
     panels = figure.subplots(high, wide, squeeze=False, sharey=True).ravel()
     for axes in panels[len(rows) :]:
         axes.set_axis_off()
@@ -207,6 +217,10 @@ def _grid(rows: list[list[Run]], title: str) -> tuple[Figure, list[Axes]]:
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
     return figure, list(panels)
+
+
+def _caption(figure: Figure, text: str) -> None:
+    figure.supxlabel("epoch\n" + textwrap.fill(text, int(14 * figure.get_figwidth())), fontsize=9)
 
 
 def _plain(axis: Any, of_ten: tuple[float, ...]) -> None:
@@ -230,10 +244,10 @@ def _over_seeds(
     return epochs, means, deviations
 
 
-def _label_ends(axes: Axes, end: float, labels: list[tuple[float, str, str]]) -> None:
+def _label_ends(axes: Axes, end: int, longest: int, labels: list[tuple[float, str, str]]) -> None:
     # Beside the lines' ends and apart from one another.
-    axes.set_xlim(right=end + 0.42 * max(end, 1))
-    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= end and tick == int(tick)])
+    axes.set_xlim(-0.04 * longest, 1.42 * longest)
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= longest and tick == int(tick)])
     where: Any = axes.get_xaxis_transform()
     labels = sorted(label for label in labels if math.isfinite(label[0]))
     places = [axes.transAxes.inverted().transform(axes.transData.transform((end, label[0])))[1] for label in labels]
@@ -243,7 +257,8 @@ def _label_ends(axes: Axes, end: float, labels: list[tuple[float, str, str]]) ->
             apart = max(0.0, GAP - (places[k] - places[k - 1])) / 2
             places[k - 1], places[k] = places[k - 1] - apart, places[k] + apart
         places = [min(max(place, 0.04), 0.96) for place in places]
-    for place, (_, text, own) in zip(places, labels, strict=True):
+    for place, (value, text, own) in zip(places, labels, strict=True):
+        axes.plot(end, value, "o", color=own, markersize=2.5)
         axes.annotate(
             text, (end, place), (3, 0), where, textcoords="offset points", va="center", fontsize=7.5, color=own
         )

@@ -143,6 +143,12 @@ def columns(row: Row, kind: str) -> list[str]:
     return weights[1:] if unused else weights
 
 
+def measured(runs: list[Run], kind: str) -> tuple[list[Run], list[str]]:
+    """Those of a row's seeds that have angles of `kind`, and the columns of the first of them."""
+    found = [run for run in runs if columns(run.rows[-1], kind)]
+    return found, columns(found[0].rows[-1], kind) if found else []
+
+
 def mean_angle(row: Row, kind: str) -> float:
     """Mean over `columns`, nan where there are none."""
     return _average(row[name] for name in columns(row, kind))
@@ -234,7 +240,7 @@ def layers(rows: list[list[Run]]) -> str:
     for kind, name in (("angle_weight", "W to B"), ("angle_grad", "to BP")):
         found: dict[str, list[str]] = {}
         for runs in rows:
-            names = [column.partition("/")[2] for column in columns(runs[0].rows[-1], kind)]
+            names = [column.partition("/")[2] for column in measured(runs, kind)[1]]
             text = ", ".join(names) if len(names) < 4 else f"{names[0]} … {names[-1]}"
             if names:
                 found.setdefault(text, []).append(runs[0].header["row"])

@@ -69,7 +69,8 @@ def _run(
         if other := difference(json.loads(saved["experiment"]), content):
             key, made, now = other
             raise ValueError(
-                f"{key}: got {now!r}, {path} was made with {made!r}; give another --out, or move that folder away"
+                f"{key}: got {_said(now)}, {path} was made with {_said(made)}; want the same to go on with it, another "
+                "--out to train beside it, or that folder away to start anew"
             )
         _log(folder, json.loads(saved["header"]), saved["rows"])
         if len(saved["rows"]) > experiment.train.epochs or diverged(saved["rows"]):
@@ -208,6 +209,10 @@ def order(seed: int, epoch: int) -> int:
 
 def diverged(rows: list[Row]) -> bool:
     return len(rows) > 1 and not math.isfinite(rows[-1]["train_loss"])
+
+
+def _said(value: Any) -> str:
+    return "nothing" if value is None else repr(value)
 
 
 def _short(row: Row) -> Row:
