@@ -152,6 +152,8 @@ def test_pictures(tmp_path):
         assert not pictures.angles(table, "t", tmp_path / "angles.png") and not (tmp_path / "angles.png").exists()
     log(tmp_path / "u" / "fa" / "seed-0", [0.9, 0.1])
     log(tmp_path / "u" / "fa" / "seed-1", [0.9, 0.1], more=measured)
+    # Without a gradient there is no angle.
+    log(tmp_path / "u" / "fa" / "seed-2", [0.9, 0.1], more=dict.fromkeys(measured))
     assert pictures.angles(report.collect([tmp_path])["u"], "t", tmp_path / "angles.png")
     for name in ("curves", "angles", "overview"):
         assert Image.open(tmp_path / f"{name}.png").size[0] > 500

@@ -394,8 +394,7 @@ def _algorithm(table: dict[str, Any]) -> dict[str, Any]:
         allowed = list(_TARGETS)
         _typed("algorithm.auxiliary", table.get("auxiliary", 512), int)
         _one_of("algorithm.schedule", table.get("schedule", "parallel"), schedules.SCHEDULES)
-        for key, least in (("auxiliary", 1), ("hidden", 0)):
-            _least(f"algorithm.{key}", _typed(f"algorithm.{key}", table.get(key, least), int), least)
+        _least("algorithm.hidden", _typed("algorithm.hidden", table.get("hidden", 0), int), 0)
         if table.get("hidden") and not VARIANTS[name].direct:
             raise ValueError(f"algorithm.hidden: got {table['hidden']}, want 0 with algorithm.name = {name!r}")
     else:

@@ -238,7 +238,7 @@ def _over_seeds(
     means, deviations = [], []
     for epoch in epochs:
         found = [value(r.rows[epoch]) for r in runs]
-        known = [scale * v for v in found if v is not None]
+        known = [scale * v for v in found if v is not None and not math.isnan(v)]
         means.append(statistics.fmean(known) if len(known) == len(runs) else math.nan)
         deviations.append(statistics.stdev(known) if len(known) == len(runs) > 1 else 0.0)
     return epochs, means, deviations
