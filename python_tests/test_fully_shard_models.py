@@ -393,6 +393,7 @@ def _close(found: Any, wanted: Any) -> None:
             _close(one, other)
 
 
+@pytest.mark.filterwarnings("ignore:a rule does not act everywhere")
 @pytest.mark.parametrize("case", CASES)
 def test_kinds_of_models(case: str, found: dict[str, Any]) -> None:
     first, third, wanted_rows = CASES[case][2:]
