@@ -10,7 +10,8 @@ from PIL import Image
 
 pytest.importorskip("pycocotools")
 from recipes import __main__ as cli
-from recipes import checkpoint, data, experiment, learn, report
+from recipes import checkpoint, data, experiment, learn, report, schedules
+from recipes import run as runner
 from recipes.run import order
 
 FILES = sorted((Path(experiment.__file__).parent / "experiments").glob("*.toml"))
@@ -77,6 +78,18 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path, name, options, inverse
         assert torch.equal(value, parts["model"][key])
 
 
+def test_a_run_names_every_commit_that_it_was_made_with(tmp_path, monkeypatch, capsys):
+    path, commits = write(tmp_path, "usf"), []
+    for epochs, commit in enumerate(("one", "one", "two-dirty"), 1):
+        made = {"processor": "p", "versions": "v", "commit": commit}
+        for module in (cli, runner):
+            monkeypatch.setattr(module, "machine", made.copy)
+        header, _, _ = run(path, tmp_path, "--no-measure", "--set", f"train.epochs={epochs}")
+        commits.append(header["commit"])
+        assert ("in no commit" in capsys.readouterr().err) == commit.endswith("dirty")
+    assert commits == ["one", "one", "one; two-dirty"] and header["processor"] == "p"
+
+
 def test_a_finished_run_is_not_repeated(tmp_path):
     path = write(tmp_path, "usf")
     run(path, tmp_path)
@@ -108,6 +121,10 @@ def test_a_finished_run_is_not_repeated(tmp_path):
         ("algorithm.kinds.Conv2=fa", "algorithm.kinds: got 'Conv2', want names of torch.nn's layers"),
         ("algorithm.kinds.Conv2d=bp", "algorithm.kinds.Conv2d: got 'bp', want one of backprop"),
         ("algorithm.mirror.lr=0.1", "algorithm.mirror: got one, want none without wm"),
+        ("train.inverse_steps=[0]", "train.inverse_steps: got 0, want at least 1"),
+        ("train.inverse_steps=[]", "train.inverse_steps: got none, want one number"),
+        ("train.inverse_first=2", "train.inverse_first: got 2, want none without inverse_optimizer"),
+        ("data.validation=1", "data.validation: got 1, want a share"),
         ("optimizer.lr=-1", "optimizer: Invalid learning rate"),
         ("data.name=emnist", "data.name: got 'emnist', want digits"),
         ("model.name=lanet", "model.name: got 'lanet', want mlp"),
@@ -205,6 +222,30 @@ def test_inverses_are_measured_against_the_transposed_weights():
     assert after[last] < 1e-3
 
 
+def test_epochs_of_the_inverses_alone(tmp_path, monkeypatch):
+    alone = []
+    monkeypatch.setattr(schedules, "train_inverses", lambda tp, batches, inverse, steps: alone.append(steps))
+    path = write(tmp_path, "dtp", inverse=INVERSE)
+    settings = ["train.inverse_first=3", "train.inverse_extra=2", "train.inverse_steps=[2]"]
+    run(path, tmp_path, "--no-measure", *[part for setting in settings for part in ("--set", setting)])
+    # 3 before the first epoch, 2 after each of two.
+    assert alone == [[2]] * 7
+
+
+def test_loss_scale_of_drtp():
+    x, y = torch.randn(4, 1, 2, 2), torch.arange(4)
+    gradients = []
+    for options in ({}, {"loss_scale": 3.0}):
+        e = experiment.check({"model": {"name": "mlp"}, "algorithm": {"name": "drtp", **options}})
+        trained = learn.build(e, (1, 2, 2), 10, 0, "cpu")
+        trained.loss(trained.model, x, y).backward()
+        gradients.append([p.grad for p in trained.model.parameters() if p.grad is not None])
+    for plain, scaled in list(zip(*gradients, strict=True))[:-2]:
+        torch.testing.assert_close(scaled, 3 * plain)
+    # The last layer learns from the loss.
+    assert torch.equal(gradients[0][-1], gradients[1][-1])
+
+
 def test_last_layers_own_rate():
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 4))
     options = {"name": "manhattan", "lr": 1e-3, "last_layer": {"lr": 0.5, "manhattan": False}}
@@ -234,7 +275,19 @@ SEARCH = """
 """
 
 
-def test_search_goes_on_with_the_best_and_report_shows_it(tmp_path, capsys):
+def test_search_goes_on_with_the_best_and_report_shows_it(tmp_path, monkeypatch):
+    load, batches, tests = data.load, data.Batches, []
+
+    def loaded(*args):
+        tests.append(load(*args))
+        return tests[-1]
+
+    def make(dataset, *args, **options):
+        assert all(dataset is not one.test for one in tests), "a search looks at test images"
+        return batches(dataset, *args, **options)
+
+    monkeypatch.setattr(data, "load", loaded)
+    monkeypatch.setattr(data, "Batches", make)
     path = write(tmp_path, "usf")
     path.write_text(path.read_text() + SEARCH)
     arguments = ["search", str(path), "--trials", "3", "--first", "1", "--keep", "1", "--device", "cpu"]
@@ -244,13 +297,13 @@ def test_search_goes_on_with_the_best_and_report_shows_it(tmp_path, capsys):
     assert sorted(len(r.rows) for r in trials) == [2, 2, 3]
     first = {r.header["seed"]: None for r in trials}
     assert list(first) == [0] and len({r.header["drawn"]["optimizer.lr"] for r in trials}) == 3
-    errors = [r.rows[1]["test_error"] for r in trials]
+    errors = [r.rows[1]["validation_error"] for r in trials]
     assert len(trials[errors.index(min(errors))].rows) == 3
     before = [r.folder.joinpath("log.jsonl").stat().st_mtime_ns for r in trials]
     cli.main([*arguments, "--out", str(tmp_path / "out")])
     assert before == [r.folder.joinpath("log.jsonl").stat().st_mtime_ns for r in trials]
     cli.main(["report", str(tmp_path / "out"), "--to", str(tmp_path / "page.md")])
-    assert "3 trials, best test error" in (tmp_path / "page.md").read_text()
+    assert "3 trials, best validation error" in (tmp_path / "page.md").read_text()
     assert (tmp_path / "page" / path.parent.name / "usf-search.png").stat().st_size > 5000
 
 
@@ -269,7 +322,7 @@ def test_report_has_the_papers_figures_beside_ours(tmp_path):
     page = (tmp_path / "page.md").read_text()
     (line,) = (line for line in page.splitlines() if "8.00" in line)
     found = [report.read(tmp_path / "out" / path.parent.name / "backprop" / f"seed-{seed}") for seed in (0, 1)]
-    errors = [min(row["test_error"] for row in r.rows) * 100 for r in found]
+    errors = [min(r.rows, key=lambda row: row["validation_error"])["test_error"] * 100 for r in found]
     assert f"{sum(errors) / 2:.2f} ± {abs(errors[0] - errors[1]) / 2**0.5:.2f}" in line
     single = report.read(tmp_path / "out" / path.parent.name / "usf" / "seed-0")
     assert f" {100 * single.best['test_error']:.2f} |" in next(line for line in page.splitlines() if " 3.00 |" in line)
@@ -287,11 +340,6 @@ def test_report_has_the_papers_figures_beside_ours(tmp_path):
     assert "1 of 2" in other and "Kendall's τ" not in other
 
 
-@pytest.mark.parametrize(("here", "tau"), [([0, 1, 2, 3], 1), ([3, 2, 1, 0], -1), ([1, 0, 2, 3], 2 / 3)])
-def test_kendalls_tau(here, tau):
-    assert report._kendall(here) == pytest.approx(tau)
-
-
 def test_autoencoder_reconstructs(tmp_path):
     path = write(tmp_path, "sdtp", inverse=INVERSE)
     _, rows, _ = run(path, tmp_path, "--set", "model.name=autoencoder")
@@ -301,68 +349,18 @@ def test_autoencoder_reconstructs(tmp_path):
     assert image.size == (10 * 10 + 2, 2 * 10 + 2)
 
 
-def log(folder, errors, lr=0.1, losses=None, data_name="mnist"):
-    folder.mkdir(parents=True)
-    content = {"data": {"name": data_name}, "optimizer": {"lr": lr}, "train": {"epochs": len(errors) - 1}}
-    header = {"row": folder.parent.name, "published": {"test_error": 1.0}, "experiment": content}
-    header |= {"processor": "p", "versions": "v", "commit": "c", "command": "m"}
-    rows = [{"epoch": n, "train_loss": 1.0, "test_error": error} for n, error in enumerate(errors)]
-    for row, loss in zip(rows, losses or [], strict=False):
-        row["train_loss"] = loss
-    (folder / "log.jsonl").write_text("".join(json.dumps(part) + "\n" for part in (header, *rows)))
-
-
-def test_a_page_keeps_the_tables_that_the_roots_do_not_have(tmp_path):
-    page = tmp_path / "page.md"
-    log(tmp_path / "one" / "first" / "a" / "seed-0", [0.9, 0.1])
-    log(tmp_path / "two" / "second" / "b" / "seed-0", [0.9, 0.2])
-    report.write([tmp_path / "one"], page)
-    report.write([tmp_path / "two"], page)
-    assert "## first" in page.read_text() and "## second" in page.read_text()
-
-
-def test_report_refuses_what_it_would_lose(tmp_path, capsys):
-    page = tmp_path / "page.md"
-    log(tmp_path / "one" / "t" / "a" / "seed-0", [0.9, 0.1])
-    report.write([tmp_path / "one"], page)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    log(tmp_path / "two" / "t" / "a" / "seed-0", [0.9, 0.2, 0.1], lr=0.5)
-    (tmp_path / "empty").mkdir()
-    for root, message in (("two", "optimizer.lr: 0.5 in"), ("empty", "no runs in it"), ("missing", "no runs in it")):
-        with pytest.raises(ValueError, match=message):
-            report.write([tmp_path / root], page)
-    assert all(path.read_bytes() == content for path, content in before.items())
+def test_a_run_from_before_validation_says_what_differs(tmp_path, capsys):
+    path = write(tmp_path, "usf")
+    run(path, tmp_path, "--set", "train.epochs=1")
+    (file,) = tmp_path.glob("*/usf/seed-0/checkpoint.pt")
+    saved = checkpoint.load(file)
+    content = json.loads(saved["experiment"])
+    del content["data"]["validation"]
+    checkpoint.save(file, saved | {"experiment": json.dumps(content)})
     with pytest.raises(SystemExit):
-        cli.main(["report", str(tmp_path / "one")])
-    assert "--to" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]\n", "{}\n{}\n", '{"row": "a"}\n'])
-def test_report_names_a_damaged_log(tmp_path, text):
-    log(tmp_path / "t" / "a" / "seed-0", [0.9, 0.1])
-    path = tmp_path / "t" / "a" / "seed-0" / "log.jsonl"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=str(path)):
-        report.collect([tmp_path])
-
-
-def test_failed_runs_are_marked_and_in_no_order(tmp_path):
-    # Chance of ten classes is 0.9, and its standard error over 10,000 images 0.003.
-    ends = {"a": 0.1, "b": 0.2, "c": 0.3, "chance": 0.9089, "worse": 0.8911, "learns": 0.890}
-    for name, end in ends.items():
-        log(tmp_path / "t" / name / "seed-3", [0.95, 0.05, end])
-    log(tmp_path / "t" / "nan" / "seed-3", [0.9, 0.1, 0.1], losses=[None, 1.0, None])
-    (rows,) = report.collect([tmp_path]).values()
-    failed = {runs[0].header["row"]: runs[0].failed for runs in rows}
-    assert failed == dict.fromkeys(("a", "b", "c", "learns"), "") | {
-        "chance": "collapsed",
-        "worse": "collapsed",
-        "nan": "diverged",
-    }
-    shown = report.order(rows)
-    assert "chance" not in shown and "nan" not in shown and "learns" in shown
-    lines = {line.split()[0]: line for line in report.table(rows).splitlines()[2:]}
-    assert "collapsed (3)" in lines["chance"] and "30.00" in lines["c"] and "5.00" in lines["c"]
+        run(path, tmp_path)
+    assert "data.validation: got 0.1, " in capsys.readouterr().err
+    run(path, tmp_path, "--set", "data.validation=0", "--set", "train.epochs=1")
 
 
 @pytest.mark.parametrize("left", ["without its log", "a row short", "torn"])
@@ -408,7 +406,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, capsys, damage):
 
 
 def test_stopping_by_hand_says_how_to_go_on(tmp_path, monkeypatch):
-    def stopped(self, batches):
+    def stopped(self, batches, first):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(learn.Learner, "epoch", stopped)

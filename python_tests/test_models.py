@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -176,7 +177,59 @@ def test_schedules(variant: str, schedule: str, one_thread: None) -> None:
     assert losses[-1] < 0.5 * losses[0]
     after = tp.inverses.state_dict()
     assert not any(torch.equal(before[name], after[name]) for name in before)
-    with pytest.raises(ValueError, match="schedule: expected one of parallel, alternating, got 'both'"):
+    with pytest.raises(ValueError, match="schedule: expected one of parallel, sequential, alternating, got 'both'"):
         schedules.train_epoch(tp, batches, forward, inverse, "both")
     with pytest.raises(ValueError, match="batches: expected at least one"):
         schedules.train_epoch(tp, iter(batches), forward, inverse, "alternating")
+    with pytest.raises(ValueError, match=r"inverse_steps: expected one number or \d, got \[1, 1, 1, 1\]"):
+        schedules.train_epoch(tp, batches, forward, inverse, schedule, [1, 1, 1, 1])
+
+
+class Counted(torch.optim.SGD):
+    """Counts the steps that each of its parameters has had a gradient in."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.01)
+        self.count = dict.fromkeys(self.param_groups[0]["params"], 0)
+
+    def step(self, closure: Any = None) -> None:
+        for p in self.count:
+            self.count[p] += p.grad is not None
+        super().step(closure)
+
+
+@pytest.mark.parametrize(("steps", "counts"), [([1], (2, 2)), ([3], (6, 6)), ([1, 4], (2, 8))])
+@pytest.mark.parametrize("schedule", [*schedules.SCHEDULES, "inverses alone"])
+def test_steps_of_the_inverses(schedule: str, steps: list[int], counts: tuple[int, int]) -> None:
+    tp = bartunov.target_prop(bartunov.lc(bartunov.Spec(((3, 4, 2),), (6,)), 1, 4, 3), (1, 4, 4), "sdtp")
+    batches = [(torch.randn(4, 1, 4, 4), torch.arange(4) % 3) for _ in range(2)]
+    inverse, forward = Counted(tp.inverses.parameters()), Counted(tp.layers.parameters())
+    if schedule == "inverses alone":
+        schedules.train_inverses(tp, batches, inverse, steps)
+    else:
+        schedules.train_epoch(tp, batches, forward, inverse, schedule, steps)
+    for k, count in enumerate(counts, 1):
+        assert {inverse.count[p] for p in tp.inverses[k].parameters()} == {count}
+    assert set(forward.count.values()) == {0 if schedule == "inverses alone" else 2}
+
+
+def test_a_sequential_step_uses_the_inverses_that_have_stepped() -> None:
+    tp = bartunov.target_prop(bartunov.fc(4, [6, 5], 3), (1, 2, 2), "sdtp", sigma=0.0)
+    batches = [(torch.randn(4, 1, 2, 2), torch.arange(4) % 3)]
+    found = []
+    for way in ("sequential", "by hand", "parallel"):
+        copied = copy.deepcopy(tp)
+        inverse, forward = (torch.optim.SGD(part.parameters(), lr=0.5) for part in (copied.inverses, copied.layers))
+        if way == "by hand":
+            schedules.train_inverses(copied, batches, inverse, [2])
+        schedules.train_epoch(copied, batches, forward, *((None,) if way == "by hand" else (inverse, way, [2])))
+        found.append(copied.layers[0][1].weight)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_inverses_of_ddtp_rhl_share_a_random_layer() -> None:
+    tp = bartunov.target_prop(bartunov.fc(4, [6, 5], 3), (1, 2, 2), "ddtp", hidden=7)
+    assert [type(part) for part in tp.inverses[1]] == [torch.nn.Sequential, torch.nn.Linear, torch.nn.Tanh]
+    assert tp.inverses[1][0][0].weight.shape == (7, 3) and not tp.inverses[1][0][0].weight.requires_grad
+    # That of the last hidden layer is linear in the logits' target.
+    assert tp.inverses[2][0].weight.shape == (5, 3)

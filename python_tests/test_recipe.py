@@ -172,7 +172,10 @@ def test_cifar10(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar10, "test_list", [batch("test_batch")])
     meta = write("batches.meta", {"label_names": list("abcdefghij")})
     monkeypatch.setattr(cifar10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
-    assert len(run(tmp_path / "out", root=tmp_path, data__name="cifar10", train__batch_size=10)) == 2
+    assert (
+        len(run(tmp_path / "out", root=tmp_path, data__name="cifar10", data__validation=0.25, train__batch_size=10))
+        == 2
+    )
     loaded = data.load("cifar10", tmp_path, 32, 3)
     assert (len(loaded.train), len(loaded.test), loaded.shape) == (60, 12, (3, 32, 32))
     image, label = loaded.test[3]
@@ -217,6 +220,8 @@ def test_mnist(tmp_path):
     image, label = loaded.test[5]
     torch.testing.assert_close(image[0], (torch.from_numpy(pixels[5]) / 255 - 0.1307) / 0.3081)
     assert label == 5
+    plain = data.load("mnist", tmp_path, 28, 1, normalise=False)
+    torch.testing.assert_close(plain.test[5][0][0], torch.from_numpy(pixels[5]) / 255)
 
 
 def test_fashion_mnist_in_debians_place(tmp_path, monkeypatch):
@@ -243,6 +248,47 @@ def test_fashion_mnist_that_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [f"{tmp_path.as_uri()}/nowhere/"])
     with pytest.raises(RuntimeError, match=r"Error downloading[\s\S]*dataset-fashion-mnist"):
         run(tmp_path / "out", root=tmp_path, data__name="fashion-mnist")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25])
+def test_validation_images_are_held_out_of_training_by_class(share):
+    loaded = data.load("digits", "", 8, 1)
+    targets = loaded.train.tensors[1]
+    kept, held = loaded.split(share)
+    assert torch.cat([kept, held]).sort().values.equal(torch.arange(len(targets)))
+    assert len(held) == round(share * len(targets))
+    expected = share * targets.bincount()
+    assert (targets[held].bincount() - expected).abs().max() <= 1
+    assert loaded.split(share)[1].equal(held)
+    with pytest.raises(
+        ValueError, match=r"data\.validation: got 0\.001, which is 1 of 1437 images; want one of each class"
+    ):
+        loaded.split(0.001)
+
+
+def test_validation_images_are_prepared_as_test_images(images):
+    loaded = data.load(f"imagefolder:{images}", "", 16, 3)
+    _, held = loaded.split(0.25)
+    first, second = (list(data.Batches(loaded.plain, 3, only=held)) for _ in range(2))
+    assert sum(len(y) for _, y in first) == 8 and sum(y.sum() for _, y in first) == 4
+    assert all(torch.equal(x, again) for (x, _), (again, _) in zip(first, second, strict=True))
+
+
+def test_training_never_sees_validation_images(tmp_path, monkeypatch):
+    made, batches = [], data.Batches
+
+    def make(dataset, size, *args, only=None, **options):
+        made.append((dataset, args, only))
+        return batches(dataset, size, *args, only=only, **options)
+
+    monkeypatch.setattr(data, "Batches", make)
+    rows = run(tmp_path, model__name="mlp")
+    assert {"train_loss", "train_error", "validation_loss", "validation_error", "test_error"} <= rows[1].keys()
+    seen = [set(only.tolist()) for _, _, only in made if only is not None]
+    training, part, validation, probe = seen
+    assert len(validation) == 144 and training.isdisjoint(validation)
+    assert part <= training and probe <= part
+    assert len(training) + len(validation) == 1437
 
 
 def test_digits_are_a_fixed_split():
@@ -315,7 +361,7 @@ def test_stops_when_the_loss_is_not_finite(tmp_path, fewer_digits, capsys):
     ("changes", "message"),
     [
         (of("/nowhere"), "/nowhere must hold the folders train and val"),
-        ({"train__batch_size": 5000}, "train.batch_size: got 5000, there are 1437 images"),
+        ({"train__batch_size": 5000}, "train.batch_size: got 5000, there are 1293 images"),
         ({"data__size": 4}, "data.size: lenet takes no images of 1 x 4 x 4"),
         ({"model__name": "vit_b_16"}, "data.size: vit_b_16 takes no images of 3 x 32 x 32"),
     ],

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from recipes import experiment, report
-from recipes.run import run
+from recipes import experiment, page, pictures, report
+from recipes.run import machine, run
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     found = _entries(args)
+    if "-dirty" in machine()["commit"]:
+        print("the code has changes that are in no commit, and a report will say so of these runs", file=sys.stderr)
     experiments = [experiment.load(path, row, dict(args.changes)) for path, _, row in found]
     for e, (path, table, row) in zip(experiments, found, strict=True):
         for seed in args.seeds or e.seeds:
@@ -83,7 +86,7 @@ def _run(args: argparse.Namespace) -> None:
     for name in dict.fromkeys(table for _, table, _ in found):
         rows = report.collect([args.out])[name]
         image = args.out / name / "curves.png"
-        report.picture(rows, name, image)
+        pictures.curves(rows, name, image)
         print(f"\n{report.table(rows)}\n\ncurves: {image}")
 
 
@@ -92,6 +95,8 @@ def _search(args: argparse.Namespace) -> None:
         e = experiment.load(path, row, dict(args.changes))
         if not e.search:
             raise ValueError(f"{path}, row {row}: search: got none, want keys and their ranges")
+        if not e.data.validation:
+            raise ValueError(f"{path}, row {row}: data.validation: got 0, want validation images: trials see no others")
         trials = range(args.trials)
         for epochs in dict.fromkeys((args.first or e.train.epochs, e.train.epochs)):
             scores = {}
@@ -99,7 +104,7 @@ def _search(args: argparse.Namespace) -> None:
                 drawn = e.draw(trial, args.seed)
                 one = experiment.load(path, row, dict(args.changes) | drawn | {"train.epochs": epochs})
                 folder = args.out / table / f"{row}-search" / f"trial-{trial}"
-                run(one, args.seed, folder, **_options(args, path, table, drawn=drawn))
+                run(one, args.seed, folder, test=False, **_options(args, path, table, drawn=drawn))
                 trained = report.read(folder)
                 trained.rows = trained.rows[: epochs + 1]
                 scores[trial] = trained.rank
@@ -108,7 +113,8 @@ def _search(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    report.write(args.roots, args.to)
+    for line in page.write(args.roots, args.to):
+        print(line, file=sys.stderr)
     print(args.to)
 
 

@@ -21,8 +21,19 @@ NATIVE = {"digits": (1, 8), "mnist": (1, 28), "fashion-mnist": (1, 28), "cifar10
 
 AUGMENT = ("standard", "vertical", "none")
 
-# Loader, mean and standard deviation of the grey sets in MNIST's format.
-_GREY = {"mnist": (datasets.MNIST, 0.1307, 0.3081), "fashion-mnist": (datasets.FashionMNIST, 0.2860, 0.3530)}
+Pixels = tuple[tuple[float, ...], tuple[float, ...]]
+
+# Mean and standard deviation of the training images' channels.
+PIXELS: dict[str, Pixels] = {
+    "digits": ((0.305,), (0.376,)),
+    "mnist": ((0.1307,), (0.3081,)),
+    "fashion-mnist": ((0.2860,), (0.3530,)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "imagefolder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+# Loaders of the grey sets in MNIST's format.
+_GREY = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}
 
 # Where Debian's package dataset-fashion-mnist puts its files.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -35,6 +46,29 @@ class Data:
     shape: tuple[int, int, int]
     classes: int
     collate: Callable[[list[Any]], Any] | None = None  # of a DataLoader, where not torch's own
+    plain: datasets.VisionDataset | None = None  # the training images as test images are prepared, where that differs
+
+    def split(self, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Numbers of the training images to learn from, and of those to validate on: always the same `share` of them.
+
+        In proportion to the classes where the images have one each. Raises ValueError where that leaves a class or a
+        part without images.
+        """
+        if not share:
+            return torch.arange(len(self.train)), torch.arange(0)
+        held = round(share * len(self.train))
+        targets = (
+            self.train.tensors[1] if isinstance(self.train, TensorDataset) else getattr(self.train, "targets", None)
+        )
+        try:
+            parts = train_test_split(range(len(self.train)), test_size=held, stratify=targets, random_state=0)
+        except ValueError as error:
+            raise ValueError(
+                f"data.validation: got {share}, which is {held} of {len(self.train)} images; "
+                "want one of each class at least in either part, or 0, and the test images choose"
+            ) from error
+        train, validation = (torch.tensor(sorted(part)) for part in parts)
+        return train, validation
 
 
 class Batches:
@@ -58,14 +92,11 @@ class Batches:
         reconstruct: bool = False,
     ) -> None:
         self.dataset, self.size, self.shuffle, self.device = dataset, size, shuffle, torch.device(device)
-        self.reconstruct = reconstruct
+        self.reconstruct, self.only = reconstruct, only
+        self.count = len(dataset) if only is None else len(only)
         self.loader: DataLoader | None = None
-        if isinstance(dataset, TensorDataset):
-            self.tensors = dataset.tensors if only is None else [t[only] for t in dataset.tensors]
-            self.count = len(self.tensors[0])
-        else:
+        if not isinstance(dataset, TensorDataset):
             part = dataset if only is None else Subset(dataset, only.tolist())
-            self.count = len(part)
             self.loader = DataLoader(
                 part,
                 size,
@@ -86,8 +117,11 @@ class Batches:
             yield x, x.flatten(1) if self.reconstruct else y
 
     def _in_memory(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        images, targets = self.tensors
-        order = None if self.shuffle is None else torch.randperm(self.count, generator=self.shuffle)
+        images, targets = self.dataset.tensors
+        order = self.only
+        if self.shuffle is not None:
+            drawn = torch.randperm(self.count, generator=self.shuffle)
+            order = drawn if order is None else order[drawn]
         for start in range(0, len(self) * self.size, self.size):
             part = slice(start, start + self.size)
             chosen = part if order is None else order[part]
@@ -102,8 +136,12 @@ def kind(spec: str) -> str:
     return name
 
 
-def load(spec: str, root: str | Path, size: int, channels: int, augment: str = "standard") -> Data:
+def load(
+    spec: str, root: str | Path, size: int, channels: int, augment: str = "standard", normalise: bool = True
+) -> Data:
     """The data set ``spec`` with images of ``channels`` x ``size`` x ``size``; downloads go into ``root``.
+
+    normalise: subtract the training images' mean and divide by their standard deviation, by channel; else 0 … 1.
 
     augment, of training images in colour; grey ones are never changed:
 
@@ -117,58 +155,61 @@ def load(spec: str, root: str | Path, size: int, channels: int, augment: str = "
     """
     name = kind(spec)
     shape = (channels, size, size)
+    mean, std = PIXELS[name]
+    pixels = (mean, std) if normalise else ((0.0,) * len(mean), (1.0,) * len(std))
     if name == "digits":
         digits = load_digits()
         images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
         targets = torch.from_numpy(digits.target)
         train, test = train_test_split(range(len(images)), test_size=0.2, stratify=targets, random_state=0)
-        prepared = [_in_memory(images[part], targets[part], shape, (0.305,), (0.376,)) for part in (train, test)]
+        prepared = [_in_memory(images[part], targets[part], shape, pixels) for part in (train, test)]
         return Data(prepared[0], prepared[1], shape, 10)
     if name in _GREY:
-        loader, mean, std = _GREY[name]
         if name == "fashion-mnist":
             _unpack_debian_fashion_mnist(Path(root))
         try:
-            raw = [loader(root, train=train, download=True) for train in (True, False)]
+            raw = [_GREY[name](root, train=train, download=True) for train in (True, False)]
         except RuntimeError as error:
             if name == "fashion-mnist":
                 raise RuntimeError(f"{error}\nDebian has these files in its package dataset-fashion-mnist.") from error
             raise
-        prepared = [_in_memory(part.data.unsqueeze(1), part.targets, shape, (mean,), (std,)) for part in raw]
+        prepared = [_in_memory(part.data.unsqueeze(1), part.targets, shape, pixels) for part in raw]
         return Data(prepared[0], prepared[1], shape, 10)
     flips = {"standard": [v2.RandomHorizontalFlip()], "vertical": [v2.RandomVerticalFlip()], "none": []}[augment]
     if name == "cifar10":
         crops = [v2.RandomCrop(32, padding=4), *flips] if augment != "none" else []
-        normalise = _normalise(size, channels, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+        prepare = _prepare(size, channels, pixels)
         return Data(
-            datasets.CIFAR10(root, train=True, download=True, transform=v2.Compose([*crops, *normalise])),
-            datasets.CIFAR10(root, train=False, download=True, transform=v2.Compose(normalise)),
+            datasets.CIFAR10(root, train=True, download=True, transform=v2.Compose([*crops, *prepare])),
+            datasets.CIFAR10(root, train=False, download=True, transform=v2.Compose(prepare)),
             shape,
             10,
+            plain=datasets.CIFAR10(root, train=True, transform=v2.Compose(prepare)),
         )
     folder = Path(spec.partition(":")[2])
     held_out = next((folder / part for part in ("val", "test") if (folder / part).is_dir()), None)
     if held_out is None or not (folder / "train").is_dir():
         raise FileNotFoundError(f"{folder} must hold the folders train and val (or test), each with a folder per class")
-    normalise = _normalise(size, channels, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    prepare = _prepare(size, channels, pixels)
     crops = [v2.RandomResizedCrop(size), *flips] if augment != "none" else []
     # The usual margin: 256 for 224.
     middle = [v2.Resize(round(size * 8 / 7)), v2.CenterCrop(size)] if augment != "none" else []
-    train_set = datasets.ImageFolder(str(folder / "train"), v2.Compose([*crops, *normalise]))
-    test_set = datasets.ImageFolder(str(held_out), v2.Compose([*middle, *normalise]))
+    train_set = datasets.ImageFolder(str(folder / "train"), v2.Compose([*crops, *prepare]))
+    test_set = datasets.ImageFolder(str(held_out), v2.Compose([*middle, *prepare]))
     if train_set.classes != test_set.classes:
         raise ValueError(f"{folder}: train and {held_out.name} do not hold the same classes")
-    return Data(train_set, test_set, shape, len(train_set.classes))
+    plain = datasets.ImageFolder(str(folder / "train"), test_set.transform)
+    return Data(train_set, test_set, shape, len(train_set.classes), plain=plain)
 
 
-def _normalise(size: int, channels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> list[v2.Transform]:
-    if channels < len(mean):
+def _prepare(size: int, channels: int, pixels: Pixels) -> list[v2.Transform]:
+    if channels < len(pixels[0]):
         raise ValueError(f"colour images cannot be given to a model of {channels} channel(s)")
     return [
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
         v2.Resize((size, size)),
-        v2.Normalize(mean, std),
+        v2.Normalize(*pixels),
     ]
 
 
@@ -176,11 +217,10 @@ def _in_memory(
     images: torch.Tensor,
     targets: torch.Tensor,
     shape: tuple[int, int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    pixels: Pixels,
 ) -> TensorDataset:
     """Small grey images, prepared once; a second and third channel are a view and cost no memory."""
-    images = v2.Compose(_normalise(shape[1], shape[0], mean, std)[1:])(images)
+    images = v2.Compose(_prepare(shape[1], shape[0], pixels)[1:])(images)
     return TensorDataset(images.expand(-1, *shape), targets)
 
 

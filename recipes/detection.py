@@ -53,29 +53,34 @@ def load(spec: str, root: str | Path, size: int = 0) -> Data:
         for seed, (split, images) in enumerate(SHAPES_IMAGES.items()):
             if not _annotations(folder, split).exists():
                 write_shapes(folder, split, images, size, seed)
-    train, test = (coco(folder / f"{s}2017", _annotations(folder, s), train=s == "train") for s in ("train", "val"))
-    return Data(train, test, (3, size, size), max(train.coco.getCatIds()) + 1, collate)
+    train, test, plain = (
+        coco(folder / f"{split}2017", _annotations(folder, split), objects=split == "train", flips=flips)
+        for split, flips in (("train", True), ("val", False), ("train", False))
+    )
+    return Data(train, test, (3, size, size), max(train.coco.getCatIds()) + 1, collate, plain)
 
 
 def _annotations(folder: Path, split: str) -> Path:
     return folder / "annotations" / f"instances_{split}2017.json"
 
 
-def coco(images: str | Path, annotations: str | Path, train: bool = False) -> datasets.CocoDetection:
+def coco(
+    images: str | Path, annotations: str | Path, *, objects: bool = False, flips: bool = False
+) -> datasets.CocoDetection:
     """A set in COCO's format by torchvision's own loader: (image (3, H, W) in 0 … 1, {boxes, labels, image_id}).
 
-    Boxes are x1, y1, x2, y2 in pixels and labels COCO's category ids; crowds are no objects. For training: random
-    horizontal flips, and no images without objects. Resizing is the model's, which maps its detections back.
+    Boxes are x1, y1, x2, y2 in pixels and labels COCO's category ids; crowds are no objects. objects: no images without
+    any. flips: random horizontal ones. Resizing is the model's, which maps its detections back.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         dataset = datasets.CocoDetection(str(images), str(annotations))
-    if train:
+    if objects:
         dataset.ids = [i for i in dataset.ids if dataset.coco.getAnnIds(i, iscrowd=False)]
     dataset.transforms = v2.Compose(
         [
             _objects,
             v2.ToImage(),
-            *([v2.RandomHorizontalFlip()] if train else []),
+            *([v2.RandomHorizontalFlip()] if flips else []),
             v2.ClampBoundingBoxes(),
             v2.SanitizeBoundingBoxes(),
             v2.ToDtype(torch.float32, scale=True),
@@ -167,8 +172,12 @@ def _draw(canvas: ImageDraw.ImageDraw, shape: str, box: Box, colour: Colour) -> 
         canvas.ellipse((x, y, right, bottom), outline=colour, width=max(2, min(w, h) // 5))
 
 
-def average_precision(truth: COCO, detections: list[dict[str, Any]]) -> dict[str, float]:
+def average_precision(
+    truth: COCO, detections: list[dict[str, Any]], images: list[int] | None = None
+) -> dict[str, float]:
     """COCO's AP (mean over classes and over IoU 0.50, 0.55 … 0.95), AP50 and AP75, of boxes, by pycocotools.
+
+    images: ids of those that count, by default all of `truth`.
 
     Detections are in COCO's format of results: image_id, category_id, bbox (x, y, width, height), score.
     """
@@ -179,6 +188,8 @@ def average_precision(truth: COCO, detections: list[dict[str, Any]]) -> dict[str
         return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
+        if images is not None:
+            evaluation.params.imgIds = images
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -21,6 +21,11 @@ name = "mlp"                             as in recipes.models, or to detect: ret
 [algorithm]
 name = "dtp"                             a feedback rule, a direct rule or a variant of target propagation,
 alpha = 0.15                             and the arguments of its class
+blocks = ["tanh1"]                       of a direct rule: the modules that it feeds, by default every Tanh
+loss_scale = 1.0                         of drtp: a factor of what it feeds
+schedule = "parallel"                    of target propagation: or sequential, or alternating by epoch
+auxiliary = 512                          units z of ao_sdtp
+hidden = 0                               units of ddtp's random hidden layer (DDTP-RHL), 0: linear inverses
 [algorithm.last_layer]                    of a feedback rule: another in the last layer, or last_layer = "fa"
 name = "fa"
 scale = "xavier"
@@ -76,6 +81,8 @@ class Data:
     path: str = ""  # of an image folder, below the data root
     size: int = 0  # height and width of the images; 0: as they are, or the smallest the model takes
     augment: str = "standard"  # as in recipes.data.load
+    normalise: bool = True  # pixels to mean 0 and deviation 1; false: they stay from 0 to 1
+    validation: float = 0.1  # share of the training images that choose the best epoch; 0: the test images do
 
     def spec(self, root: str | Path) -> str:
         """What `recipes.data.load` takes; `root` is where the data sets are."""
@@ -97,6 +104,9 @@ class Train:
     cosine: bool = False  # the rates fall to 0 along a cosine
     amp: str = "none"
     compile: bool = False
+    inverse_steps: list[int] = field(default_factory=lambda: [1])  # of the inverses a batch; of all, or each its own
+    inverse_first: int = 0  # epochs of the inverses alone before the first
+    inverse_extra: int = 0  # epochs of the inverses alone after each
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,10 @@ class Experiment:
     def reconstructs(self) -> bool:
         """Whether the network is to give its input back, with squared error."""
         return self.model.name == "autoencoder"
+
+    @property
+    def classifies(self) -> bool:
+        return not self.detects and not self.reconstructs
 
     def draw(self, trial: int, seed: int = 0) -> dict[str, Any]:
         """Overrides for a trial of a random search: of each key of `search` a uniform or log-uniform number in
@@ -251,7 +265,8 @@ def difference(made: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any
 
     More epochs go on with a run, unless its rates were falling towards the last one.
     """
-    made, now = _flat(made), _flat(now)
+    # What does not say was made before there was the key.
+    made, now = ({"data.validation": 0, **_flat(content)} for content in (made, now))
     for key in sorted(made.keys() | now.keys()):
         more = key == "train.epochs" and not now.get("train.cosine")
         if made.get(key) != now.get(key) and not more:
@@ -287,7 +302,7 @@ def keys() -> str:
 
 
 _PARTS = ("data", "model", "algorithm", "optimizer", "inverse_optimizer", "train", "search")
-_TARGETS = ("schedule", "auxiliary", "alpha", "sigma", "reduction", "mix", "inverse_objective")
+_TARGETS = ("schedule", "auxiliary", "hidden", "alpha", "sigma", "reduction", "mix", "inverse_objective")
 
 
 def _check_values(e: Experiment) -> None:
@@ -305,6 +320,8 @@ def _check_values(e: Experiment) -> None:
     _least("train.epochs", e.train.epochs, 1)
     _least("train.batch_size", e.train.batch_size, 1)
     _least("data.size", e.data.size, 0)
+    if not 0 <= e.data.validation < 1:
+        raise ValueError(f"data.validation: got {e.data.validation}, want a share: at least 0 and less than 1")
     for key, space in e.search.items():
         good = isinstance(space, dict) and (
             (set(space) == {"choices"} and isinstance(space["choices"], list) and space["choices"])
@@ -314,11 +331,20 @@ def _check_values(e: Experiment) -> None:
             raise ValueError(f"search.{key}: got {space!r}, want {{choices = [...]}} or {{low, high, log = true}}")
     for epoch in e.train.milestones:
         _typed("train.milestones", epoch, int)
+    if not e.train.inverse_steps:
+        raise ValueError("train.inverse_steps: got none, want one number, or one for each inverse")
+    for steps in e.train.inverse_steps:
+        _least("train.inverse_steps", _typed("train.inverse_steps", steps, int), 1)
+    _least("train.inverse_first", e.train.inverse_first, 0)
+    _least("train.inverse_extra", e.train.inverse_extra, 0)
     if e.train.cosine and e.train.milestones:
         raise ValueError("train.cosine: got true beside train.milestones, want one of the two")
     learns = e.family == "targets" and VARIANTS[e.algorithm["name"]].inverse_loss is not None
     if learns and e.algorithm.get("mix") != 1 and not e.inverse_optimizer:
         raise ValueError(f"inverse_optimizer: got none, want one with algorithm.name = {e.algorithm['name']!r}")
+    for key in ("inverse_steps", "inverse_first", "inverse_extra"):
+        if not e.inverse_optimizer and getattr(e.train, key) != getattr(Train(), key):
+            raise ValueError(f"train.{key}: got {getattr(e.train, key)}, want none without inverse_optimizer")
     if not learns and e.inverse_optimizer:
         raise ValueError(f"inverse_optimizer: got one, want none with algorithm.name = {e.algorithm['name']!r}")
     if e.family == "targets" and (e.train.amp != "none" or e.train.compile):
@@ -331,11 +357,19 @@ def _algorithm(table: dict[str, Any]) -> dict[str, Any]:
     if name in VARIANTS:
         allowed = list(_TARGETS)
         _one_of("algorithm.schedule", table.get("schedule", "parallel"), schedules.SCHEDULES)
+        for key, least in (("auxiliary", 1), ("hidden", 0)):
+            _least(f"algorithm.{key}", _typed(f"algorithm.{key}", table.get(key, least), int), least)
+        if table.get("hidden") and not VARIANTS[name].direct:
+            raise ValueError(f"algorithm.hidden: got {table['hidden']}, want 0 with algorithm.name = {name!r}")
     else:
         cls = (RULES | DIRECT)[name]
         allowed = [f.name for f in dataclasses.fields(cls)] + _beside(name)
         own = {key: value for key, value in table.items() if key in allowed and key not in _beside(name)}
         _wrap("algorithm", lambda options: cls(**options), own)
+        if name in DIRECT:
+            for block in _typed("algorithm.blocks", table.get("blocks", []), list):
+                _typed("algorithm.blocks", block, str)
+            _typed("algorithm.loss_scale", table.get("loss_scale", 1.0), float)
         if "last_layer" in table:
             rule("algorithm.last_layer", table["last_layer"])
         for kind, value in _typed("algorithm.kinds", table.get("kinds", {}), dict).items():
@@ -370,7 +404,9 @@ def rule(key: str, value: Any) -> bk.Rule:
 
 def _beside(name: str) -> list[str]:
     # What [algorithm] takes beside the arguments of its class.
-    return ["blocks"] if name in DIRECT else ["last_layer", "kinds", "mirror"]
+    if name in DIRECT:
+        return ["blocks", "loss_scale"] if name == "drtp" else ["blocks"]
+    return ["last_layer", "kinds", "mirror"]
 
 
 def _optimizer(table: dict[str, Any], where: str) -> dict[str, Any]:

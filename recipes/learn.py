@@ -38,7 +38,7 @@ class Learner:
             used = {type(r) for r in (*rules.values(), last)}
             bk.convert_(model, rules if kinds else rules[nn.Module], last_layer=last, seed=seed)
         else:
-            blocks = options.pop("blocks", None)
+            blocks, self.loss_scale = options.pop("blocks", None), options.pop("loss_scale", 1.0)
             if blocks is None:
                 blocks = [n for n, m in model.named_modules() if isinstance(m, nn.Tanh)]
                 if not blocks:
@@ -60,8 +60,8 @@ class Learner:
     def state(self) -> dict[str, Any]:
         return {"model": self.model, "optimizer": self.optimizers[0], "scaler": self.scaler}
 
-    def epoch(self, batches: data.Batches) -> float:
-        """Train once through `batches`; the mean loss."""
+    def epoch(self, batches: data.Batches, first: bool = False) -> float:
+        """Train once through `batches`, for the `first` time or again; the mean loss."""
         self.network.train()
         total = torch.zeros((), device=self.device)
         (optimizer,) = self.optimizers
@@ -85,7 +85,7 @@ class Learner:
 
     def loss(self, model: nn.Module, x: Any, y: Any) -> Tensor:
         # DRTP projects the targets.
-        options = {"targets": y, "loss_scale": self.scaler.get_scale()} if self.labelled else {}
+        options = {"targets": y, "loss_scale": self.loss_scale * self.scaler.get_scale()} if self.labelled else {}
         return self.criterion(model(x, **options), y)
 
     @torch.no_grad()
@@ -141,13 +141,19 @@ class TargetLearner(Learner):
         names = ("optimizer", "inverse_optimizer")
         return {"model": self.model, **dict(zip(names, self.optimizers, strict=False))}
 
-    def epoch(self, batches: data.Batches) -> float:
+    def epoch(self, batches: data.Batches, first: bool = False) -> float:
         self.model.train()
-        inverse = self.optimizers[1] if len(self.optimizers) > 1 else None
-        return schedules.train_epoch(self.model, batches, self.optimizers[0], inverse, self.schedule)
+        train, inverse = self.experiment.train, self.optimizers[1] if len(self.optimizers) > 1 else None
+        steps = train.inverse_steps
+        for _ in range(train.inverse_first if first else 0):
+            schedules.train_inverses(self.model, batches, inverse, steps)
+        loss = schedules.train_epoch(self.model, batches, self.optimizers[0], inverse, self.schedule, steps)
+        for _ in range(train.inverse_extra):
+            schedules.train_inverses(self.model, batches, inverse, steps)
+        return loss
 
     def measure(self, x: Tensor, y: Tensor) -> dict[str, float]:
-        """Of every layer `angle_grad/<layer>`; of every learned inverse its loss and its angle to the transposed W."""
+        """Of every layer `angle_grad/<number>`; of every learned inverse its loss and its angle to the transposed W."""
         tp = self.model
         weights = metrics.trained(tp.layers)
         found = {}
@@ -165,7 +171,7 @@ class TargetLearner(Learner):
             ours = torch.autograd.grad(tp.forward_loss(h, tp.targets(h, y), y), list(weights.values()))
             exact = torch.autograd.grad(tp.loss(tp(x), y), list(weights.values()))
             for name, g, e in zip(weights, ours, exact, strict=True):
-                found[f"angle_grad/{name.removesuffix('.weight')}"] = metrics.compare(g, e).angle
+                found[f"angle_grad/{int(name.partition('.')[0]) + 1}"] = metrics.compare(g, e).angle
             if tp.inverse_objective is not None:
                 with torch.no_grad():
                     losses = [loss.item() for loss in tp.inverse_losses(h)]
@@ -185,7 +191,9 @@ class Detector(Learner):
     def evaluate(self, batches: data.Batches) -> dict[str, float]:
         """COCO's AP, AP50 and AP75 over all of `batches`; in full precision, which torchvision's suppression needs."""
         found = detection.detect(self.network.eval(), batches)
-        return detection.average_precision(batches.dataset.coco, found)
+        ids = batches.dataset.ids
+        images = ids if batches.only is None else [ids[i] for i in batches.only.tolist()]
+        return detection.average_precision(batches.dataset.coco, found, images)
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tables and pictures of runs, the papers' figures beside ours.
+"""Runs and the tables of them, the papers' figures beside ours.
 
 A run's folder is TABLE/ROW/seed-N, or TABLE/ROW/trial-N of a search, with the log.jsonl that `recipes.run` writes: a
 header, then a row an epoch, the first before training.
@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
+import shlex
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from recipes.experiment import difference
@@ -25,6 +24,8 @@ from recipes.experiment import difference
 Row = dict[str, Any]
 # Classes and test images, for logs whose header does not say.
 SIZES = {"digits": (10, 360), "mnist": (10, 10000), "fashion-mnist": (10, 10000), "cifar10": (10, 10000)}
+# Columns of text, numbers among it.
+TEXTS = ("best on", "seeds", "failed (seed)", "uncommitted code (seed)")
 MEASURES = {"angle_weight": "angle, W to B", "angle_grad": "angle to BP's gradient"}
 
 
@@ -36,13 +37,23 @@ class Run:
 
     @property
     def score(self) -> str:
-        """What its best epoch is best in: test error, average precision where objects are detected, or test loss."""
-        return next(name for name in ("test_error", "test_AP", "test_loss") if name in self.rows[0])
+        """What is shown of it: test error, average precision where objects are detected, or test loss."""
+        return self.chosen.replace("validation", "test")
+
+    @property
+    def chosen(self) -> str:
+        """What its best epoch is best in: that of validation images, of test images where there were none."""
+        names = (f"{split}_{name}" for split in ("validation", "test") for name in ("error", "AP", "loss"))
+        return next(name for name in names if name in self.rows[0])
 
     @property
     def best(self) -> Row:
-        """The best epoch on the test set, as both papers and BioTorch report it."""
         return min(self.rows, key=self._rank)
+
+    @property
+    def seed(self) -> str:
+        """The number in its folder's name."""
+        return re.sub(r"\D+", "", self.folder.name)
 
     @property
     def epochs(self) -> int:
@@ -64,7 +75,7 @@ class Run:
             return "diverged"
         known = SIZES.get(self.header["experiment"]["data"]["name"], (None, None))
         classes, images = (self.header.get(k, size) for k, size in zip(("classes", "test_images"), known, strict=True))
-        if self.score != "test_error" or classes is None or last["test_error"] is None:
+        if classes is None or last.get("test_error") is None:
             return ""
         chance = 1 - 1 / classes
         return "collapsed" if abs(last["test_error"] - chance) <= 3 * math.sqrt(chance / classes / images) else ""
@@ -75,8 +86,8 @@ class Run:
         return self._rank(self.best)
 
     def _rank(self, row: Row) -> float:
-        value = row[self.score]
-        return math.inf if value is None else -value if self.score == "test_AP" else value
+        value = row[self.chosen]
+        return math.inf if value is None else -value if self.chosen.endswith("AP") else value
 
 
 def read(folder: Path) -> Run:
@@ -94,7 +105,7 @@ def collect(roots: Iterable[Path]) -> dict[str, list[list[Run]]]:
     """Runs below `roots` that have had an epoch, by table, in each by row its seeds, rows by their files' names.
 
     Of a seed in two roots the longer run counts, of two as long the first. Raises ValueError for a root without runs
-    and for a seed whose runs are of different experiments.
+    and for a row whose seeds are of different experiments.
     """
     tables: dict[str, dict[str, dict[str, Run]]] = {}
     for root in roots:
@@ -106,14 +117,16 @@ def collect(roots: Iterable[Path]) -> dict[str, list[list[Run]]]:
             found = read(log.parent)
             if len(found.rows) > 1:
                 seeds = tables.setdefault(table, {}).setdefault(row, {})
-                other = seeds.setdefault(seed, found)
+                # The trials of a search differ.
+                known = seeds.get(seed) if seed.startswith("trial-") else next(iter(seeds.values()), None)
+                other = known or found
                 if differs := difference(other.header["experiment"], found.header["experiment"]):
                     key, one, two = differs
                     raise ValueError(
                         f"{key}: {one!r} in {other.folder}, {two!r} in {found.folder}; "
-                        "want one experiment in a row, move one of the two folders to a row of its own"
+                        "want one experiment in a row: remove what is replaced, or move it to a row of its own"
                     )
-                seeds[seed] = max(other, found, key=lambda run: len(run.rows))
+                seeds[seed] = max(seeds.get(seed, found), found, key=lambda run: len(run.rows))
     return {table: [list(seeds.values()) for seeds in rows.values()] for table, rows in sorted(tables.items())}
 
 
@@ -121,16 +134,18 @@ def columns(row: Row, kind: str) -> list[str]:
     """The columns of `kind` ("angle_weight" or "angle_grad") that say something about the feedback.
 
     That leaves out the first layer's weight angle, as nothing uses its feedback, and the last layer's gradient angle,
-    which is 0 by definition.
+    which is 0 by definition. Target propagation has no inverse of its first layer, and all of its angles count.
     """
-    found = [name for name in row if name.startswith(kind + "/")]
-    return found if len(found) < 2 else found[1:] if kind == "angle_weight" else found[:-1]
+    weights, gradients = ([n for n in row if n.startswith(k + "/")] for k in ("angle_weight", "angle_grad"))
+    if kind == "angle_grad":
+        return gradients[:-1]
+    unused = weights[:1] and gradients and weights[0].partition("/")[2] == gradients[0].partition("/")[2]
+    return weights[1:] if unused else weights
 
 
 def mean_angle(row: Row, kind: str) -> float:
     """Mean over `columns`, nan where there are none."""
-    angles = [row[name] for name in columns(row, kind) if row[name] is not None]
-    return statistics.fmean(angles) if angles else math.nan
+    return _average(row[name] for name in columns(row, kind))
 
 
 def table(rows: list[list[Run]], style: str = "simple") -> str:
@@ -147,24 +162,27 @@ def table(rows: list[list[Run]], style: str = "simple") -> str:
         epochs, planned = min(r.epochs for r in runs), max(r.planned for r in runs)
         line.append(epochs if epochs >= planned else f"{epochs} of {planned}")
         line.append(statistics.fmean(r.best["epoch"] for r in runs))
+        line.append(", ".join(sorted({r.chosen.partition("_")[0] for r in runs})))
         line.append(_mean([r.rows[-1].get(score) for r in runs], 100 if percent else 1))
-        line.append(", ".join(re.sub(r"\D+", "", r.folder.name) for r in runs))
-        failed = [r for r in runs if r.failed]
-        line.append(", ".join(f"{r.failed} ({re.sub('[^0-9]+', '', r.folder.name)})" for r in failed))
-        line += [statistics.fmean(mean_angle(r.rows[-1], kind) for r in runs) for kind in MEASURES]
+        line.append(", ".join(r.seed for r in runs))
+        line.append(", ".join(f"{r.failed} ({r.seed})" for r in runs if r.failed))
+        dirty = [r.seed for r in runs if "-dirty" in r.header["commit"]]
+        line.append(", ".join(dirty))
+        line += [_average(mean_angle(r.rows[-1], kind) for r in runs) for kind in MEASURES]
         lines.append(["" if isinstance(cell, float) and math.isnan(cell) else cell for cell in line])
-    short = [name.replace("_", " ") + (" %" if percent else "") for name in names]
-    headers = ["row", *(f"paper: {name}" for name in short), *short]
-    last = f"last: {score.replace('_', ' ')}" + (" %" if percent else "")
-    headers += ["epochs", "best epoch", last, "seeds", "failed (seed)", "W to B °", "to BP °"]
+    titles = [short(name) + (" %" if percent else "") for name in names]
+    headers = ["row", *(f"paper: {title}" for title in titles), *titles]
+    last = f"last: {short(score)}" + (" %" if percent else "")
+    headers += ["epochs", "best epoch", "best on", last, "seeds", "failed (seed)", "uncommitted code (seed)"]
+    headers += ["W to B °", "to BP °"]
     used = [i for i in range(len(headers)) if any(line[i] not in (None, "") for line in lines)]
-    formats = [""] + [".2f"] * (2 * len(names)) + ["", ".0f", ".2f", "", "", ".1f", ".1f"]
+    formats = [""] + [".2f"] * (2 * len(names)) + ["", ".0f", "", ".2f", "", "", "", ".1f", ".1f"]
     return tabulate(
         [[line[i] for i in used] for line in lines],
         [headers[i] for i in used],
         tablefmt=style,
         floatfmt=[formats[i] for i in used],
-        disable_numparse=[0, *(i for i, k in enumerate(used) if headers[k] in ("seeds", "failed (seed)"))],
+        disable_numparse=[0, *(i for i, k in enumerate(used) if headers[k] in TEXTS)],
         colalign=["left", *["right"] * (len(used) - 1)],
         missingval="",
     )
@@ -185,123 +203,43 @@ def order(rows: list[list[Run]]) -> str:
     return "Paper: {}.  \nHere: {}.  \nKendall's τ between the two orders: {:.2f}.".format(*lists, tau)
 
 
-def picture(rows: list[list[Run]], title: str, path: Path) -> None:
-    """Errors (or losses) and, where they were measured, angles over the epochs."""
-    kinds = [kind for kind in MEASURES if any(columns(runs[0].rows[0], kind) for runs in rows)]
-    figure = Figure(figsize=(5 + 4.5 * len(kinds), 4.2), layout="constrained")
-    figure.suptitle(title)
-    first, *others = figure.subplots(1, 1 + len(kinds), squeeze=False)[0]
-    score = rows[0][0].score
-    scale = 1 if score == "test_loss" else 100
-    colours = colormaps["tab10" if len(rows) <= 10 else "tab20"].colors
-    for number, runs in enumerate(rows):
-        for r in runs:
-            style = {"color": colours[number % len(colours)], "label": r.header["row"] if r is runs[0] else None}
-            epochs = [row["epoch"] for row in r.rows]
-            for name, line in ((score, "-"), (score.replace("test", "train"), ":")):
-                # Gaps where it is 0, which a logarithmic axis has no place for.
-                values = [scale * row[name] if row.get(name) else math.nan for row in r.rows]
-                first.plot(epochs, values, line, linewidth=1.5, **(style if line == "-" else {"color": style["color"]}))
-            for axes, kind in zip(others, kinds, strict=True):
-                for name in columns(r.rows[0], kind):
-                    values = [math.nan if row.get(name) is None else row[name] for row in r.rows]
-                    axes.plot(epochs, values, color=style["color"], alpha=0.3, linewidth=0.7)
-                axes.plot(epochs, [mean_angle(row, kind) for row in r.rows], color=style["color"], linewidth=2)
-    first.set(title=f"{score.replace('_', ' ')} (dotted: training)", ylabel="%" if scale == 100 else "", yscale="log")
-    for axes, kind in zip(others, kinds, strict=True):
-        axes.set(
-            title=f"{MEASURES[kind]} (thin: each layer)", ylabel="degrees", ylim=(-3, 123), yticks=range(0, 121, 15)
-        )
-    for axes in (first, *others):
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-    figure.legend(loc="outside right center")
-    figure.savefig(path, dpi=100)
+def short(name: str) -> str:
+    """A figure's name in a table or a picture."""
+    return name.replace("_", " ")
 
 
-def histogram(runs: list[Run], path: Path) -> None:
-    """How many of a search's trials came to which score, and the score by each number that was drawn.
-
-    Bartunov et al. 2018, figure 5, and with the number of auxiliary units as the one thing drawn figure 4.
-    """
-    runs = [r for r in runs if math.isfinite(r.rank)]
-    drawn = [r.header["drawn"] for r in runs]
-    keys = [key for key in drawn[0] if all(isinstance(d[key], int | float) for d in drawn)]
-    figure = Figure(figsize=(4 * (1 + len(keys)), 3.6), layout="constrained")
-    figure.suptitle(f"{runs[0].header['row']}, {len(runs)} trials")
-    first, *others = figure.subplots(1, 1 + len(keys), squeeze=False)[0]
-    score, scores = f"best {runs[0].score.replace('_', ' ')}", [abs(r.rank) for r in runs]
-    first.hist(scores, bins=20)
-    first.set(xlabel=score, ylabel="trials")
-    for axes, key in zip(others, keys, strict=True):
-        axes.plot([d[key] for d in drawn], scores, ".")
-        axes.set(xlabel=key, ylabel=score, xscale="log" if key.endswith("lr") else "linear")
-    figure.savefig(path, dpi=100)
+def changes(run: Run) -> dict[str, str]:
+    """What the run's command changed of the experiment's file, by key."""
+    words = shlex.split(run.header["command"])
+    return dict(value.split("=", 1) for option, value in pairwise(words) if option == "--set")
 
 
-def write(roots: list[Path], to: Path) -> None:
-    """Write the Markdown page `to`, and beside it a folder of its name with the logs it is made of and the pictures.
-
-    That folder is a root itself, after `roots`, so that nothing is lost from a page by writing it again: a table that
-    `roots` do not have stays, as does the longer run. A file notes.md in the folder of a table goes below that table.
-    Raises ValueError as `collect` does.
-    """
-    folder = to.with_suffix("")
-    parts = [HEAD.format(folder=folder.name)]
-    kept = [folder] if any(folder.glob("*/*/*/log.jsonl")) else []
-    for name, rows in collect([*roots, *kept]).items():
-        place = folder / name
-        for r in (r for runs in rows for r in runs):
-            copy = place / r.folder.parent.name / r.folder.name
-            for file in ("log.jsonl", "reconstructions.png"):
-                if (r.folder / file).exists() and copy.resolve() != r.folder.resolve():
-                    copy.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(r.folder / file, copy / file)
-        searches = [runs for runs in rows if runs[0].folder.name.startswith("trial-")]
-        rows = [runs for runs in rows if runs not in searches]
-        parts.append(f"## {name}\n")
-        if rows:
-            title = f"{name}, trained on {rows[0][0].header['experiment']['data']['name']}"
-            picture(rows, title, place / "curves.png")
-            parts += [f"{title}.\n", table(rows, "github") + "\n", order(rows) + "\n", _made(rows)]
-            parts.append(f"![curves]({folder.name}/{name}/curves.png)\n")
-            for runs in rows:
-                image = place / runs[0].folder.parent.name / runs[0].folder.name / "reconstructions.png"
-                if image.exists():
-                    parts.append(f"{runs[0].header['row']}: ![reconstructions]({image.relative_to(to.parent)})\n")
-        for runs in searches:
-            row = runs[0].folder.parent.name
-            histogram(runs, place / f"{row}.png")
-            best = min(runs, key=lambda r: r.rank)
-            drawn = ", ".join(f"{key} = {value}" for key, value in best.header["drawn"].items())
-            text = f"{len(runs)} trials, best {best.score.replace('_', ' ')} {abs(best.rank):.4f} with {drawn}."
-            parts.append(f"### {row}\n\n{text}\n\n![histogram]({folder.name}/{name}/{row}.png)\n")
-        if (place / "notes.md").exists():
-            parts.append((place / "notes.md").read_text())
-    temporary = to.with_name(to.name + ".tmp")
-    temporary.write_text("\n".join(part for part in parts if part.strip()))
-    temporary.replace(to)
+def like_for_like(run: Run) -> bool:
+    """Whether the published figures are of the same data and as many epochs."""
+    return not {"data.name", "data.path", "train.epochs"} & changes(run).keys() and run.epochs >= run.planned
 
 
-HEAD = """# Results
+def layers(rows: list[list[Run]]) -> str:
+    """A sentence of the layers over which a table's angles are means; empty without angles."""
+    parts = []
+    for kind, name in (("angle_weight", "W to B"), ("angle_grad", "to BP")):
+        found: dict[str, list[str]] = {}
+        for runs in rows:
+            names = [column.partition("/")[2] for column in columns(runs[0].rows[-1], kind)]
+            text = ", ".join(names) if len(names) < 4 else f"{names[0]} … {names[-1]}"
+            if names:
+                found.setdefault(text, []).append(runs[0].header["row"])
+        # The layers of most rows, and then whose are others.
+        texts = sorted(found, key=lambda text: -len(found[text]))
+        others = [f"{text} ({'; '.join(found[text])})" for text in texts[1:]]
+        if texts:
+            parts.append(f'"{name} °" is the mean over the layers {"; ".join([texts[0], *others])}')
+    return ". ".join(parts) + "." if parts else ""
 
-Made by `python -m recipes report`, from the logs in [{folder}]({folder}). Errors are those of the epoch with the
-lowest test error, as the papers report it: chosen on test data, so a little too good. "last" is the last epoch's,
-which nothing chose. "train error" is on as many training images as there are test images. Figures are means over the
-seeds that are listed, ± their standard deviation; a row with one seed has none. Collapsed runs end within three
-standard errors of chance; they and diverged ones are in no order. "W to B" is the angle of the weights to the
-feedback at the end of training, over all layers but the first, "to BP" that of the weights' gradient to
-back-propagation's on one batch, over all but the last.
-"""
 
-
-def _made(rows: list[list[Run]]) -> str:
-    headers = [r.header for runs in rows for r in runs]
-    facts = [", ".join(sorted({h[key] for h in headers})) for key in ("processor", "versions", "commit")]
-    commands = "\n".join(
-        sorted({re.sub(r"(experiments/[\w-]+)/[\w-]+\.toml", r"\1.toml", h["command"]) for h in headers})
-    )
-    return "{}; {}; commit {}.\n\n```\n{}\n```\n".format(*facts, commands)
+def _average(values: Iterable[float | None]) -> float:
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    return statistics.fmean(known) if known else math.nan
 
 
 def _mean(values: list[float | None], scale: float) -> str | None:

@@ -36,16 +36,18 @@ def run(
     device: str = "cpu",
     workers: int = 0,
     measure: bool = True,
+    test: bool = True,
     about: dict[str, Any] | None = None,
 ) -> list[Row]:
     """Train one seed of `experiment` into `folder`, or go on with it; the rows of log.jsonl without its header.
 
-    measure: angles and inverse losses after every epoch. about: more for the header.
+    measure: angles and inverse losses after every epoch. test: the test images after every epoch; without, none of them
+    is ever loaded. about: more for the header.
     Raises ValueError where `folder` holds a run of another experiment or a damaged checkpoint, and RuntimeError where
     another process trains into it.
     """
     with checkpoint.lock(folder):
-        return _run(experiment, seed, folder, data_root, device, workers, measure, about)
+        return _run(experiment, seed, folder, data_root, device, workers, measure, test, about)
 
 
 def _run(
@@ -56,9 +58,11 @@ def _run(
     device: str,
     workers: int,
     measure: bool,
+    test: bool,
     about: dict[str, Any] | None,
 ) -> list[Row]:
     content = {k: v for k, v in experiment.resolved.items() if k not in ("seeds", "search", "published", "row")}
+    content["data"] = content.get("data", {}) | {"validation": experiment.data.validation}
     path = folder / "checkpoint.pt"
     saved = checkpoint.load(path) if path.exists() else None
     if saved is not None:
@@ -76,18 +80,25 @@ def _run(
         data = detection.load(spec, data_root, size)
     else:
         channels, native = models.input_for(experiment.model.name, *datasets.NATIVE[experiment.data.name])
-        data = datasets.load(spec, data_root, size or native, channels, experiment.data.augment)
-    if experiment.train.batch_size > len(data.train):
-        raise ValueError(f"train.batch_size: got {experiment.train.batch_size}, there are {len(data.train)} images")
+        data = datasets.load(
+            spec, data_root, size or native, channels, experiment.data.augment, experiment.data.normalise
+        )
+    kept, validation = data.split(experiment.data.validation)
+    if experiment.train.batch_size > len(kept):
+        raise ValueError(f"train.batch_size: got {experiment.train.batch_size}, there are {len(kept)} images")
     learner = learn.build(experiment, data.shape, data.classes, seed, device)
     shuffle = torch.Generator()
     options: dict[str, Any] = {"device": device, "workers": workers, "collate": data.collate}
     options["reconstruct"] = experiment.reconstructs
-    batches = datasets.Batches(data.train, experiment.train.batch_size, shuffle, **options)
+    batches = datasets.Batches(data.train, experiment.train.batch_size, shuffle, only=kept, **options)
     # Of the training images as many as there are test images, evenly spread.
-    part = torch.linspace(0, len(data.train) - 1, min(len(data.train), len(data.test))).long()
-    held = {"train": datasets.Batches(data.train, 500, only=part, **options)} if not experiment.detects else {}
-    held["test"] = datasets.Batches(data.test, 32 if experiment.detects else 500, **options)
+    part = kept[torch.linspace(0, len(kept) - 1, min(len(kept), len(data.test))).long()]
+    size = 32 if experiment.detects else 500
+    held = {"train": datasets.Batches(data.train, 500, only=part, **options)} if experiment.classifies else {}
+    if len(validation):
+        held["validation"] = datasets.Batches(data.plain or data.train, size, only=validation, **options)
+    if test:
+        held["test"] = datasets.Batches(data.test, size, **options)
     many = 32 if experiment.detects else 128
     probe = next(iter(datasets.Batches(data.train, many, only=part[:: max(1, len(part) // many)], **options)))
     schedulers = [_scheduler(experiment, optimizer) for optimizer in learner.optimizers]
@@ -102,9 +113,14 @@ def _run(
         if torch.cuda.is_available() and "cuda_rng" in saved:
             torch.cuda.set_rng_state_all(saved["cuda_rng"])
     header = {"row": experiment.row, "seed": seed, "published": experiment.published, "experiment": content}
-    if not experiment.detects and not experiment.reconstructs:
+    if experiment.classifies:
         header |= {"classes": data.classes, "test_images": len(data.test)}
-    header |= machine() | (about or {})
+    made = machine()
+    if saved is not None:
+        # Of every part of the run.
+        before = json.loads(saved["header"])
+        made = {key: now if now in before[key] else f"{before[key]}; {now}" for key, now in made.items()}
+    header |= made | (about or {})
 
     epochs = experiment.train.epochs
     for epoch in range(len(rows), epochs + 1):
@@ -117,22 +133,26 @@ def _run(
             shuffle.manual_seed(order(seed, epoch))
             start = time.perf_counter()
             progress = tqdm(batches, f"{experiment.row} {epoch}/{epochs}", leave=False, disable=None, unit="batch")
-            row["train_loss"] = learner.epoch(progress)
+            row["train_loss"] = learner.epoch(progress, epoch == 1)
             row["seconds"] = time.perf_counter() - start
             for scheduler in schedulers:
                 scheduler.step()
         for split, part_batches in held.items():
-            row |= {f"{split}_{name}": value for name, value in learner.evaluate(part_batches).items()}
+            found = {f"{split}_{name}": value for name, value in learner.evaluate(part_batches).items()}
+            # The loss of training is that of the batches it learnt from.
+            row |= {name: value for name, value in found.items() if name not in row}
         if measure:
             row |= learner.measure(*probe)
         rows.append(row)
         _save(path, {"rows": rows, "header": json.dumps(header), "experiment": json.dumps(content)}, state)
         _log(folder, header, rows)
         if epoch > 0:
-            shown = ", ".join(f"{name} {row[name]:.4f}" for name in row if name.startswith(("train_", "test_")))
+            shown = ", ".join(
+                f"{name} {row[name]:.4f}" for name in row if name.startswith(("train_", "validation_", "test_"))
+            )
             tqdm.write(f"{experiment.row} seed {seed} {epoch}/{epochs}: {shown}, {row['seconds']:.1f} s")
             sys.stdout.flush()
-    if experiment.reconstructs:
+    if experiment.reconstructs and test:
         images = next(iter(held["test"]))[0][:10]
         with torch.no_grad():
             reconstructions(images, learner.model(images).view_as(images), folder / "reconstructions.png")

@@ -80,12 +80,12 @@ def blocks(model: nn.Sequential) -> list[nn.Sequential]:
 
 
 def target_prop(
-    model: nn.Sequential, shape: Sequence[int], variant: str, *, auxiliary: int = 512, **options: Any
+    model: nn.Sequential, shape: Sequence[int], variant: str, *, auxiliary: int = 512, hidden: int = 0, **options: Any
 ) -> bk.targetprop.TargetProp:
     """`model`, one of this file, with learned tanh inverses of its layers' kind, for images of `shape` (C, H, W).
 
     variant: one of `TargetProp`'s, whose `options` follow; `auxiliary` is the number of units z of "ao_sdtp". The
-    direct inverses of "ddtp" are linear, and mix=1 has none.
+    direct inverses of "ddtp" are linear, or with `hidden` units those of DDTP-RHL, and mix=1 has none.
     """
     layers = blocks(model)
     x = torch.zeros(1, *shape, device="meta")
@@ -100,6 +100,9 @@ def target_prop(
         nn.init.xavier_uniform_(options["auxiliary"][1].weight)
     inverses: list[nn.Module | None] = [None] * len(layers)
     plan = bk.targetprop.VARIANTS[variant]
+    if hidden:
+        inverses = bk.targetprop.rhl_inverses(sizes[1:], x.shape[1], hidden, activation=nn.Tanh())
+        return bk.targetprop.TargetProp(layers, inverses, variant, **options)
     for k in () if options.get("mix") == 1 else range(1, len(layers) - (plan.first == "hidden")):
         if plan.direct:
             inverses[k] = nn.Sequential(nn.Linear(x.shape[1], math.prod(sizes[k])), nn.Unflatten(1, sizes[k]))
