@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .backends.reference import checks
 from .feedback import Frozen
 from .nn import FeedbackLayer
+from .nn.in_forward import keep_order
 from .proof import Report, Row
 from .register import Registered
 
@@ -66,6 +67,7 @@ def fully_shard(module: nn.Module, *, blocks: Iterable[nn.Module] | None = None,
                 holders.setdefault(p, []).append(m)
     reasons = _reasons(module, names, block_of, holders)
     free = {m for m, reason in reasons.items() if not reason}
+    keep_order()
     for layer in reasons:
         layer.reads_no_weight = layer in free
 

@@ -1,6 +1,7 @@
 """bk.distributed.fully_shard on models of many kinds: gradients, gathers and the report, on two ranks."""
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Any
 
 import processes
 import pytest
+import small
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -186,6 +188,37 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, int, int, dict[str, tuple[s
 }
 
 
+class Every(nn.Module):
+    """Every layer with one rule, each on its own input."""
+
+    def __init__(self, rule: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gain = nn.Parameter(torch.ones(1))
+        self.layers = nn.ModuleDict({name: make(small.RULES[rule]) for name, (make, _) in small.LAYERS.items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for name, layer in self.layers.items():
+            shape = small.LAYERS[name][1][1:]
+            inputs = x[:, : math.prod(shape)].reshape(-1, *shape)
+            total = total + small.call(layer, inputs * self.gain).square().mean()
+        return total
+
+
+def _every(rule: str, mesh: Any = None, rank: int = 0, world: int = 1) -> tuple[dict[str, Tensor], set[str]]:
+    model, outcomes = Every(rule), set()
+    if mesh is not None:
+        outcomes = {row.outcome for row in bk.distributed.fully_shard(model, mesh=mesh).rows}
+    size = max(math.prod(shape[1:]) for _, shape in small.LAYERS.values())
+    x = torch.randn(4, size, generator=torch.Generator().manual_seed(6))
+    model(x.chunk(world)[rank]).backward()
+    return _gradients(model), outcomes
+
+
+EVERY = [rule for rule in small.RULES if rule != "backprop"]
+
+
 def _model(case: str) -> nn.Module:
     make, rule = CASES[case][:2]
     torch.manual_seed(0)
@@ -252,6 +285,7 @@ def _work(rank: int, world: int) -> dict[str, Any]:
         rows = {row.name: (row.outcome, row.reason) for row in report.rows}
         found[case] = {"grads": grads, "gathers": gathers.counts, "rows": rows}
     gathers.begin()
+    found["every"] = {rule: _every(rule, mesh, rank, world) for rule in EVERY}
     found["accumulated"] = _accumulate(_sharded(mesh), rank, world)
     found["saved"] = _saved(mesh, rank, world)
     found["compiled"] = _compiled(mesh, rank, world)
@@ -359,6 +393,7 @@ def _close(found: Any, wanted: Any) -> None:
             _close(one, other)
 
 
+@pytest.mark.filterwarnings("ignore:a rule does not act everywhere")
 @pytest.mark.parametrize("case", CASES)
 def test_kinds_of_models(case: str, found: dict[str, Any]) -> None:
     first, third, wanted_rows = CASES[case][2:]
@@ -368,6 +403,14 @@ def test_kinds_of_models(case: str, found: dict[str, Any]) -> None:
     for name, (outcome, why) in wanted_rows.items():
         assert seen["rows"][name][0] == outcome
         assert seen["rows"][name][1].startswith(why)
+
+
+@pytest.mark.parametrize("rule", EVERY)
+def test_every_layer(rule: str, found: dict[str, Any]) -> None:
+    grads, outcomes = found["every"][rule]
+    _close(grads, _every(rule)[0])
+    # Cells in no block.
+    assert outcomes == {"gathered once", "gathered and kept"}
 
 
 def test_accumulation_without_reduction_and_prefetch(found: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """What torch.compile must not put off to the backward."""
 
 import torch
-from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
 from ..feedback import Operands
 
@@ -9,8 +8,14 @@ _library = torch.library.Library("bioplaus_compile", "DEF")
 _library.define("in_forward(Tensor x) -> Tensor")
 _library.impl("in_forward", lambda x: x.clone(), "CompositeExplicitAutograd")
 torch.library.register_fake("bioplaus_compile::in_forward", torch.empty_like, lib=_library)
-# An effect has its place in the program; what only the backward reads is computed there, from what is at hand there.
-_register_effectful_op(torch.ops.bioplaus_compile.in_forward.default, _EffectType.ORDERED)
+
+
+def keep_order() -> None:
+    """Let `in_forward` have an effect, which keeps its place; else what only a backward reads is made there."""
+    # Private, and needed where weights are freed alone.
+    from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+
+    _register_effectful_op(torch.ops.bioplaus_compile.in_forward.default, _EffectType.ORDERED)
 
 
 def in_forward(op: Operands) -> Operands:
