@@ -32,7 +32,7 @@ IMAGES, STEPS = 256, 4
 # rank writes down what it trains on.
 PROGRAM = """
 import json, multiprocessing, os, shutil, signal, socket, sys
-import torch
+import torch, torch.distributed.fsdp, torch.distributed.tensor
 torch.set_num_threads(1)
 from recipes import __main__ as cli, checkpoint, data, pictures
 from recipes import run as runner

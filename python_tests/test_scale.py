@@ -93,6 +93,12 @@ def test_bytes_are_those_that_torch_moves(way: str, ranks: int) -> None:
         assert expected.resident == sum(signs.values()) + sum(scale.GATHERED * scale.padded(p, ranks) for p in norms)
 
 
-@pytest.mark.parametrize("net", scale.NETS, ids=lambda net: net.name.split()[0])
+LARGE = "ResNet-152", "Transformer"
+TABLES = [
+    pytest.param(net, id=net.name, marks=[pytest.mark.slow] if net.name.startswith(LARGE) else []) for net in scale.NETS
+]
+
+
+@pytest.mark.parametrize("net", TABLES)
 def test_the_page_has_the_tables(net: scale.Net) -> None:
     assert scale.table(net) in PAGE.read_text()
