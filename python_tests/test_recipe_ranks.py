@@ -100,17 +100,19 @@ def launch(size, *runs):
     return [one.exitcode for one in ranks]
 
 ddp, fsdp2 = ["--parallel", "ddp"], ["--parallel", "fsdp2", "--checkpoint-steps", "1"]
+plain = ["--set", "algorithm.name=backprop"]
 codes = {"two": launch(
     2,
     ("ddp", "", [*ddp, "--set", "train.accumulate=2"]),
     ("fsdp2", "", fsdp2),
+    ("plain", "", [*fsdp2, *plain]),
     ("log", "before_the_log", ddp),
 )}
 codes["write"] = launch(2, ("write", "within_the_write", fsdp2))
 for out in ("log", "write"):
     shutil.copytree(f"{folder}/{out}", f"{folder}/{out}4")
 codes["four"] = launch(4, ("log4", "", fsdp2), ("write4", "", ddp))
-codes["one"] = launch(1, ("one", "", []), ("log", "", []), ("write", "", []))
+codes["one"] = launch(1, ("one", "", []), ("one-plain", "", plain), ("log", "", []), ("write", "", []))
 print("\\n" + json.dumps(codes))
 """
 
@@ -135,11 +137,11 @@ def _end(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("out", ["ddp", "fsdp2", "log", "write", "log4", "write4"])
+@pytest.mark.parametrize("out", ["ddp", "fsdp2", "plain", "log", "write", "log4", "write4"])
 def test_ranks_train_as_one_process(runs, out):
     folder, codes = runs
     assert codes["one"] == [0] and codes["four"] == [0] * 4
-    (rows, model), (wanted, one) = _end(folder / out), _end(folder / "one")
+    (rows, model), (wanted, one) = _end(folder / out), _end(folder / ("one-plain" if out == "plain" else "one"))
     assert len(rows) == 3
     for row, other in zip(rows, wanted, strict=True):
         assert row.keys() == other.keys()
