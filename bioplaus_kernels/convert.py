@@ -203,7 +203,7 @@ def _obstacle(module: Any) -> str:
         return "quantised: convert_ does not train it"
     if "_flat_param" in module._parameters:
         return "holds the weights of its layers as one Parameter, FSDP's: convert_ first, then wrap"
-    if layer is not None and hasattr(module, "unshard"):
+    if layer is not None and (hasattr(module, "unshard") or getattr(module, "reads_no_weight", False)):
         return "sharded by itself: convert_ first, then fully_shard"
     if ours is None:
         if layer is not None:

@@ -110,7 +110,8 @@ class DFA(Stateful):
 class SDFA(DFA):
     """∂L/∂h_l := sign(e) B_l · mean|e| (Frenkel et al. 2021); arguments of `DFA`.
 
-    The mean over the batch keeps the loss's scale, so that a gradient scaler does not divide the error away.
+    The mean over the batch keeps the loss's scale, so that a gradient scaler does not divide the error away. It is that
+    of the samples in the call: of data-parallel ranks each has its own.
     """
 
     name = "sdfa"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -322,6 +322,11 @@ def _together(results: dict[str, Finding]) -> Finding:
 
 def note(report: Report, model: torch.nn.Module, found: dict[str, Finding]) -> None:
     """Write what was found into the rows of `report`, and warn of weights that are called and read."""
+    for name in (n for n, f in found.items() if f.outcome == "called and read"):
+        layer = cast(FeedbackLayer, model.get_submodule(name))
+        layer.read_besides = True
+        if layer.gather_again is not None:
+            layer.gather_again()
     modules = {unwrapped(name): module for name, module in model.named_modules()}
     results = {unwrapped(name): finding for name, finding in found.items()}
     warned = [

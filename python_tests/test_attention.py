@@ -392,3 +392,31 @@ def test_signs_come_from_the_parameter_under_autocast(inputs: str) -> None:
         output = layer(*tensors)[0]
     grads = torch.autograd.grad(output.float().square().sum(), tensors[-1])
     assert grads[0].count_nonzero() == grads[0].numel()
+
+
+@pytest.mark.parametrize("key_is_value", [True, False])
+def test_packed_signs_of_each_projection(key_is_value: bool) -> None:
+    # They are laid out for all three, and cut where a width is a multiple of their tiles.
+    layer = bk.nn.MultiheadAttention(64, 2, batch_first=True, feedback="usf")
+    with torch.no_grad():
+        layer.in_proj_weight[70, 5] = 0
+    grads = []
+    for packed in (False, True):
+        layer.reads_no_weight = layer.out_proj.reads_no_weight = packed
+        x = [torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(3)]
+        y = layer(x[0], x[1], x[1] if key_is_value else x[2])[0]
+        saved = {tuple(t.shape) for t in _saved(y) if t.dtype.is_floating_point}
+        assert ((64, 64) in saved or (128, 64) in saved) != packed
+        grads.append(torch.autograd.grad(y.sum(), x[: 3 - key_is_value]))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def _saved(y: torch.Tensor) -> list[torch.Tensor]:
+    found, stack = [], [y.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None:
+            stack += [n for n, _ in node.next_functions]
+            found += [t for t in getattr(node, "saved_tensors", ()) if t is not None]
+    return found

@@ -26,6 +26,8 @@ RULES: dict[str, Any] = {
     "frsf stored": bk.FixedMagnitude(stored=True),
     "kp": "kp",
 }
+# What the ranks keep whole stays float32.
+MIXED = {"usf": "usf", "fa stored": RULES["fa stored"], "low_rank": bk.LowRank(4)}
 ONCE = [name for name in RULES if name != "kp"]
 
 
@@ -118,11 +120,12 @@ def _others(rank: int, world: int, mesh: Any) -> dict[str, Any]:
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     found: dict[str, Any] = {}
-    model = converted("usf")
     policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    bk.distributed.fully_shard(model, mesh=mesh, mp_policy=policy)
-    _step(model, batches()[0].bfloat16(), rank, world)
-    found["bf16"] = _full(model)
+    for name, rule in MIXED.items():
+        model = converted(rule)
+        bk.distributed.fully_shard(model, mesh=mesh, mp_policy=policy)
+        _step(model, batches()[0].bfloat16(), rank, world)
+        found["bf16", name] = _full(model)
 
     model = converted("usf")
     model.blocks[1] = checkpoint_wrapper(model.blocks[1])
@@ -134,7 +137,7 @@ def _others(rank: int, world: int, mesh: Any) -> dict[str, Any]:
     model.blocks[2].up.install_feedback(bk.Backprop())
     report = bk.distributed.fully_shard(model, mesh=mesh, blocks=list(model.blocks[:2]))
     _step(model, batches()[0], rank, world)
-    found["some"] = _full(model), [row.name for row in report.rows if row.outcome == "gathered twice"]
+    found["some"] = _full(model), [row.name for row in report.rows if row.outcome != "gathered once"]
     try:
         bk.distributed.fully_shard(model, mesh=mesh)
     except ValueError as error:
@@ -209,14 +212,16 @@ def test_weights_are_gathered_once(case: str, ranks: list[dict[Any, Any]]) -> No
 
 
 def test_learned_feedback_is_torchs_way(ranks: list[dict[Any, Any]]) -> None:
-    assert set(ranks[0]["kp"]["rows"]) == {"gathered twice"}
+    # What is the root's is kept.
+    assert set(ranks[0]["kp"]["rows"]) == {"gathered twice", "gathered and kept"}
 
 
-def test_mixed_precision(ranks: list[dict[Any, Any]]) -> None:
-    model = converted("usf")
+@pytest.mark.parametrize("rule", MIXED)
+def test_mixed_precision(rule: str, ranks: list[dict[Any, Any]]) -> None:
+    model = converted(MIXED[rule])
     _step(model, batches()[0], 0, 1)
     for name, grad in _full(model).items():
-        found = ranks[0]["bf16"][name]
+        found = ranks[0]["bf16", rule][name]
         assert found.dtype == torch.float32
         assert (found - grad).norm() < 0.2 * grad.norm(), name
 

@@ -338,7 +338,8 @@ class LowRank(Scaled):
             fill(state[name], drawn)
 
     def factors(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        return state["p"], state["q"].detach()
+        # FSDP's mixed precision casts W, and not what it was told to leave whole.
+        return state["p"].to(weight.dtype), state["q"].detach().to(weight.dtype)
 
     def operands(self, weight: Tensor, state: State) -> Operands:
         return Rule.operands(self, weight, state)._replace(rescale=self.rescale(weight, state))

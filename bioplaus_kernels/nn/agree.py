@@ -1,8 +1,10 @@
-"""Ranks of DistributedDataParallel have one B for each weight, or every one of them raises."""
+"""Data-parallel ranks have one B for each weight, or every one of them raises."""
 
 import hashlib
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -15,11 +17,12 @@ def agree() -> None:
     ddp = DistributedDataParallel._active_ddp_module
     if ddp is None or "_feedback_agrees" in vars(ddp):
         return
-    said, reduced = [], {id(p) for p in ddp._module_parameters}
+    said, own, reduced = [], set(), {id(p) for p in ddp._module_parameters}
     for prefix, layer in ddp.module.named_modules():
         for name, held in vars(layer).get("_held", {}).items():
             layer.look_again(name)
             said.append((prefix, name, layer.feedback_record(name)))
+            own |= {id(layer._buffers.get(attribute)) for attribute in (held.record, *held.kept.values())}
             if held.trained and id(getattr(layer, held.trained)) not in reduced:
                 raise RuntimeError(
                     f"{prefix}.{held.trained}: DistributedDataParallel does not reduce its gradient: convert_ the "
@@ -35,7 +38,23 @@ def agree() -> None:
             "layers under one torch.manual_seed, all of it before the model is wrapped"
         )
     vars(ddp)["_feedback_agrees"] = True
+    # They have been sent when the wrapper was made, and nothing changes them.
+    ddp.modules_buffers = [buffer for buffer in ddp.modules_buffers if id(buffer) not in own]
 
 
 # For torch.compile, which runs it while it traces: with nothing to guard.
 agree._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def mean_over_ranks(model: torch.nn.Module, like: Any, tensor: Tensor) -> Tensor:
+    """The mean of each rank's `tensor`, sharded as `like` is; `tensor` where `model` says nothing of ranks."""
+    if hasattr(like, "full_tensor"):
+        from torch.distributed.tensor import DTensor, Partial
+
+        mesh = like.device_mesh
+        mean = DTensor.from_local(tensor.to(like.dtype).reshape(like.shape), mesh, [Partial("avg")] * mesh.ndim)
+        return mean.redistribute(placements=like.placements)
+    if isinstance(model, DistributedDataParallel):
+        torch.distributed.all_reduce(tensor, group=model.process_group)
+        return tensor / model.process_group.size()
+    return tensor

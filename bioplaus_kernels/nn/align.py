@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._restore import kept
+from .._restore import kept, sharded
 from ..backends.reference import checks
 from ..feedback import as_rule
+from .agree import mean_over_ranks
 from .base import FeedbackLayer
 
 
@@ -56,8 +57,10 @@ def align_(model: torch.nn.Module, example: Any) -> None:
     an optimizer that has each `feedback_weight`: R is a mean over samples and a sum over positions and steps, so that
     an optimizer without a scale of its own (SGD) needs a small lr for convolutions.
 
-    Data-parallel ranks need the same example. Raises ValueError where no layer has such a rule, before a gradient is
-    touched, and for a layer that the call does not reach, one of an attention and one whose weight is computed.
+    Where `fully_shard` (FSDP2) has sharded B, or `model` is a DistributedDataParallel, the gradient is the mean over
+    the ranks; the ranks of any other data parallelism need the same example. Raises ValueError where no layer has such
+    a rule, before a gradient is touched, and for a layer that the call does not reach, one of an attention and one
+    whose weight is computed.
     """
     checks.module("model", model)
     wanted = "a tensor, a tuple of arguments or a dict of keywords"
@@ -91,7 +94,9 @@ def align_(model: torch.nn.Module, example: Any) -> None:
                 model(*((example,) if isinstance(example, Tensor) else example))
     if missed := sorted(layers.keys() - changes.keys()):
         checks.fail("example", "a call that reaches every layer with this rule", f"none of {', '.join(missed)}")
+    sharded(model)
     for name, change in changes.items():
         b = getattr(layers[name], layers[name]._held["weight"].kept["weight"])
         if b.requires_grad:
+            change = mean_over_ranks(model, b, change)
             b.grad = change if b.grad is None else b.grad.add_(change)

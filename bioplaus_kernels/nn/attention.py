@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..backends.reference import checks
+from ..backends.reference.pack_signs import TILE_ROWS
 from ..feedback import Fans, Operands, linear_fans, stored
 from ..functional import CUT, captured, formed, linear_with, needs_feedback
 from .base import FeedbackLayer
@@ -146,9 +147,14 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
     def _rows(op: Operands, weight: Tensor, start: int, stop: int) -> Operands:
         if op is CUT:
             return op
-        # Draws and packed signs are laid out for the whole matrix, so B is formed and sliced; signs of W itself slice.
-        if op.key is None and op.signs is None:
-            return op._replace(magnitude=None if op.magnitude is None else op.magnitude[start:stop])
+        # Draws are laid out for the whole matrix, so B is formed and sliced, as it is where packed signs of these rows
+        # begin within a tile; signs of W itself slice.
+        if op.key is None and op.entries != "factors" and (op.signs is None or start % TILE_ROWS == 0):
+            signs, magnitude = op.signs, op.magnitude
+            if signs is not None:
+                rows, tiles = weight.shape[0], slice(start // TILE_ROWS, -(-stop // TILE_ROWS))
+                signs = torch.cat((signs[start:stop], signs[rows:][start:stop], signs[2 * rows :][tiles]))
+            return op._replace(signs=signs, magnitude=None if magnitude is None else magnitude[start:stop])
         with torch.no_grad():
             return stored(formed(op, weight)[start:stop])
 

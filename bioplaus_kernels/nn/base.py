@@ -1,19 +1,22 @@
 """What every layer with a feedback rule has: the rule, and B in a call."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import ops
 from .._restore import sharded
 from ..backends.reference import checks
 from ..feedback import BACKPROP, Fans, Operands, Record, Rule, State, as_rule, encode, fill, weight_rms, whole
 from ..functional import CUT, captured, formed, needs_feedback
+from .agree import mean_over_ranks
 from .held import FrozenSigns
+from .in_forward import in_forward
 from .state import StatefulLayer
 
 
@@ -21,8 +24,11 @@ class FeedbackLayer(StatefulLayer):
     """Mixin before a torch.nn class: `feedback=`, a rule, and what it keeps for each weight (`StatefulLayer`)."""
 
     _feedback: Rule
-    # Whether no backward may read W: distributed.fully_shard frees it after the forward.
+    # Whether no backward may read W: distributed.fully_shard frees it after the forward. What gathers it again.
     reads_no_weight: bool = False
+    gather_again: Callable[[], None] | None = None
+    # Whether a proof has seen W read without a call of the layer.
+    read_besides: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -82,6 +88,8 @@ class FeedbackLayer(StatefulLayer):
             return weight, BACKPROP
         state = self._call_state(name, weight)
         op = self._rule(name).operands(weight, state) if feedback else BACKPROP
+        if self.reads_no_weight and is_compiling():
+            op = in_forward(op)
         if learns:
             weight = self._rule(name).learning(weight, cast(Tensor, self._parameters[trained]), state)
         return weight, op
@@ -205,7 +213,9 @@ def mirror_(
     nonlinearity, so E[y ξᵀ] = W (Akrout et al. 2019). With `normalise` B is then scaled to the root mean square
     that the rule's `scale` states; without it decay = lr has the fixed point B = W.
 
-    Draws from `generator`, else from torch's: data-parallel ranks need the same state of it. Raises ValueError where no
+    Draws from `generator`, else from torch's. Where `fully_shard` (FSDP2) has sharded W, or `model` is a
+    DistributedDataParallel, the phase is the mean over the ranks; the ranks of any other data parallelism need the same
+    state of the generator. Raises ValueError where no
     layer has the rule `wm`.
     """
     checks.module("model", model)
@@ -233,7 +243,8 @@ def mirror_(
             response = noise @ w.transpose(1, 2)
             seen = response.transpose(1, 2) @ noise / batch_size
             seen = seen.transpose(1, 2) if getattr(layer, "transposed", False) else seen
-            b.mul_(1 - decay).add_(seen.reshape(b.shape), alpha=lr)
+            seen = whole(mean_over_ranks(model, layer.weight_of(name), seen.reshape(b.shape)))
+            b.mul_(1 - decay).add_(seen, alpha=lr)
             if normalise:
                 b.mul_(layer.rms(name) / weight_rms(b))
             if b is not kept:
