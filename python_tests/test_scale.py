@@ -1,50 +1,17 @@
-"""bench/scale.py: its arithmetic against what torch gathers and keeps, and the page that has its tables."""
+"""bench/scale.py: its arithmetic against the bytes that FSDP2 moves and keeps, and the page that has its tables."""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 import bioplaus_kernels as bk
 
 pytest.importorskip("pycocotools")
-from bench import scale
+from bench import scale, sharding
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
-
-
-class Net(nn.Module):
-    """First dimensions that 4 ranks do not divide, a layer of the root's, norms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(18), nn.Linear(18, 30), nn.ReLU(), nn.Linear(30, 18)) for _ in range(3)
-        )
-        self.head = nn.Linear(18, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(x)
-
-
-class Moved(torch.utils._python_dispatch.TorchDispatchMode):
-    """Elements that come out of gathers and go into reductions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gathered = self.reduced = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "allgather" in func.name():
-            self.gathered += args[0].numel()
-        if "reduce_scatter" in func.name():
-            self.reduced += args[1].numel()
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -59,40 +26,20 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 64], indirect=True)
-@pytest.mark.parametrize("way", ["True", "False", "ours"])
-def test_bytes_are_those_that_torch_moves(way: str, ranks: int) -> None:
-    from torch.distributed import fsdp
-
-    model = Net()
+# Six ranks divide few of the first dimensions, and 1,000 none.
+@pytest.mark.parametrize("ranks", [2, 6, 1000], indirect=True)
+@pytest.mark.parametrize(("way", "counted"), [*zip(["True", "False", "ours"], sharding.WAYS, strict=True)])
+def test_bytes_are_those_that_torch_moves(way: str, counted: str, ranks: int) -> None:
+    model = sharding.Net()
     bk.convert_(model, "usf")
-    expected = scale.step(model, ranks, way)
+    step = scale.step(model, ranks, way)
     mesh = torch.distributed.init_device_mesh("cpu", (ranks,))
-    if way == "ours":
-        bk.distributed.fully_shard(model, mesh=mesh)
-    else:
-        bk.convert_(model, None)
-        for block in (*model.blocks, model):
-            fsdp.fully_shard(block, mesh=mesh, reshard_after_forward=way == "True")
-    x = torch.randn(3, 18)
-    signs: dict[int, int] = {}
-
-    def keep(t: Tensor) -> Tensor:
-        signs.update({t.data_ptr(): 4 * t.numel()} if t.dtype == torch.int32 else {})
-        return t
-
-    with Moved() as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        y = model(x)
-    with Moved() as backward:
-        y.sum().backward()
-    assert (forward.gathered, backward.gathered) == (expected.forward, expected.backward)
-    assert (forward.reduced, backward.reduced) == (0, expected.reduced)
-    if way == "ours":
-        # Norms are gathered with the root, and stay.
-        norms = [p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()]
-        assert expected.resident == sum(signs.values()) + sum(scale.GATHERED * scale.padded(p, ranks) for p in norms)
+    found = sharding.measure("usf", counted, mesh, sharding.POLICIES["bfloat16, reduced in float32"])
+    assert found["gathered"] == scale.GATHERED * (step.forward + step.backward)
+    assert found["reduced"] == scale.REDUCED * step.reduced
+    assert found["waiting"] == step.resident
 
 
-@pytest.mark.parametrize("net", scale.NETS, ids=lambda net: net.name.split()[0])
+@pytest.mark.parametrize("net", scale.NETS, ids=lambda net: net.name)
 def test_the_page_has_the_tables(net: scale.Net) -> None:
     assert scale.table(net) in PAGE.read_text()

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         p.error(str(error))
     except KeyboardInterrupt:
         raise SystemExit(
-            "stopped" if args.command == "report" else "stopped; the same command goes on after the last whole epoch"
+            "stopped" if args.command == "report" else "stopped; the same command goes on from the last checkpoint"
         ) from None
 
 

@@ -51,8 +51,6 @@ class Learner:
             rules |= {getattr(nn, kind): rule(f"algorithm.kinds.{kind}", value) for kind, value in kinds.items()}
             last = None if last is None else rule("algorithm.last_layer", last)
             used = {type(r) for r in (*rules.values(), last)}
-            for own in (n for n, kind in RULES.items() if kind in used):
-                check_parallel(own, world)
             bk.convert_(model, rules if kinds else rules[nn.Module], last_layer=last, seed=seed)
         else:
             blocks = options.pop("blocks", None)
@@ -103,11 +101,11 @@ class Learner:
             if self.aligned:
                 # Its gradient is of no scaled loss.
                 self.scaler.unscale_(optimizer)
-                bk.align_(self.model, x)
+                bk.align_(self.wrapped, x)
             self.scaler.step(optimizer)
             self.scaler.update()
             if self.mirrored:
-                bk.mirror_(self.model, **self.mirror)
+                bk.mirror_(self.wrapped, **self.mirror)
             self.total[1] += 1 / self.world.size
         total, steps = self.world.sum(self.total.clone()).tolist()
         self.total.zero_()
@@ -253,13 +251,12 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 # Why not on many ranks.
-_ONE_RANK = {"wm": "mirror_ draws its noise on each", "sdfa": "mean|e| is that of each one's batch"}
-_ONE_RANK |= dict.fromkeys(("sa", "aa", "ia"), "align_ adds its gradient after theirs are averaged")
-_ONE_RANK |= dict.fromkeys(VARIANTS, "two losses and no module's output give its gradients")
+_ONE_RANK = dict.fromkeys(VARIANTS, "two losses and no module's output give its gradients")
+_ONE_RANK["sdfa"] = "mean|e| is that of each one's batch"
 
 
 def check_parallel(name: str, world: World) -> None:
-    """Raises ValueError where the algorithm or rule `name` would not be the same on many ranks as on one."""
+    """Raises ValueError where the algorithm `name` would not be the same on many ranks as on one."""
     if world.kind and name in _ONE_RANK:
         raise ValueError(f"--parallel: got {world.kind} with {name}, which one process trains: {_ONE_RANK[name]}")
 

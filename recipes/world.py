@@ -19,7 +19,10 @@ KINDS = ("ddp", "fsdp2")
 
 @dataclass(frozen=True)
 class World:
-    """kind: "ddp", DistributedDataParallel, "fsdp2", `bioplaus_kernels.distributed.fully_shard`, or "", alone."""
+    """kind: "ddp", DistributedDataParallel, "fsdp2", `bioplaus_kernels.distributed.fully_shard`, or "", alone.
+
+    Without a rule in any layer "fsdp2" is torch's fully_shard, of each entry of a list that is more than a layer.
+    """
 
     kind: str = ""
     rank: int = 0
@@ -40,7 +43,14 @@ class World:
             return nn.parallel.DistributedDataParallel(model)
         if self.kind == "fsdp2":
             mesh = distributed.init_device_mesh(device.type, (self.size,))
-            bk.distributed.fully_shard(model, mesh=mesh)
+            if any(isinstance(m, bk.nn.FeedbackLayer) and m.uses_feedback for m in model.modules()):
+                bk.distributed.fully_shard(model, mesh=mesh)
+                return model
+            lists = [m for m in model.modules() if isinstance(m, nn.Sequential | nn.ModuleList)]
+            entries = [entry for m in lists for entry in m if entry not in lists]
+            blocks = [entry for entry in entries if sum(p.dim() > 1 for p in entry.parameters()) > 1]
+            for block in (*reversed(blocks), model):
+                distributed.fsdp.fully_shard(block, mesh=mesh)
         return model
 
     def apart(self, wrapped: nn.Module, apart: bool) -> AbstractContextManager[None]:
