@@ -8,6 +8,9 @@ VENV ?= .venv
 REQUIREMENTS ?= requirements.txt
 PYTEST_ARGS ?=
 
+# A file's tests stay in one process, which shares what the first of them made.
+PARALLEL = -n auto --maxprocesses 4 --dist loadfile
+
 # One architecture keeps the build short; its PTX runs on newer GPUs as well. `pip install .` builds for more.
 export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
 
@@ -41,11 +44,11 @@ train: build
 	$(PY) -m recipes run recipes/experiments/digits.toml
 
 test: lint
-	$(PY) -m pytest -m "not exhaustive" $(PYTEST_ARGS)
+	$(PY) -m pytest $(PARALLEL) -m "not exhaustive" $(PYTEST_ARGS)
 
 # Every configuration of every GPU kernel as well, and the fast tests on an older torch.
 test-all: lint
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest $(PARALLEL) $(PYTEST_ARGS)
 	$(MAKE) test-amx test-torch-2.11
 
 # The kernels of level AMX where the processor has AVX512_VNNI only: a build of its own with the tile instructions in C++.
@@ -75,7 +78,7 @@ test-installed: $(INSTALLED)
 	  $(PY) -m pytest -m "not slow and not exhaustive" $(FILES) $(PYTEST_ARGS)
 
 check: lint
-	$(PY) -m pytest -m "not slow and not exhaustive" $(PYTEST_ARGS)
+	$(PY) -m pytest $(PARALLEL) -m "not slow and not exhaustive" $(PYTEST_ARGS)
 
 lint: build
 	$(BIN)/ruff check .
