@@ -1,21 +1,27 @@
-"""The documentation: public names have docstrings and a place in the API pages, links lead somewhere, blocks run.
+"""The documentation: public names have docstrings and a place in the API pages, links lead somewhere, blocks run, and
+what is said in several places is the same.
 
 A page runs from top to bottom in one namespace, but those whose sections `test_gallery.py` runs one by one. A block
 that cannot run everywhere says so in the line above it, `<!-- not run: needs a GPU -->`.
 """
 
+import contextlib
 import importlib
 import inspect
 import json
 import re
+import runpy
 import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import matplotlib
 import pytest
 import torch
+from setuptools.command.egg_info import FileList
 
 import bioplaus_kernels as bk
 
@@ -116,6 +122,60 @@ def test_a_dead_link_is_seen() -> None:
     there = "[a](rules.md) [b](rules.md#scale) [c](#here) [d](https://x.y) `[e](no.md)`\n# Here\n"
     text = f"{there}[b](no.md) [d](rules.md#no) ![g](no.png)"
     assert dead_links(DOCS / "index.md", text) == ["no.md", "rules.md#no", "no.png"]
+
+
+def test_lines_of_a_docstring_are_a_list_where_they_are_of_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "griffe", SimpleNamespace(Extension=object))
+    markdown = runpy.run_path(str(ROOT / "scripts" / "docstrings.py"))["markdown"]
+    text = "uSF: B = s * sign(W).\n\nscale: its size.\n*args, other: the rest; its\nstate: a key."
+    assert markdown(text, {"scale", "args", "other"}) == (
+        "uSF: B = s \\* sign(W).\n\n\n* `scale`: its size.\n* `*args`, `other`: the rest; its\n  state: a key."
+    )
+
+
+def test_a_source_build_is_told_of_as_it_is() -> None:
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    wanted = {"torch", *(re.match(r"[\w-]+", name)[0] for name in required)}
+    said = {}
+    for page in _markdown():
+        lines = re.findall(r"pip install (torch .*)", page.read_text())
+        said[str(page.relative_to(ROOT))] = [set(line.split()) for line in lines]
+    assert said["README.md"] and said["docs/index.md"] and said["docs/install.md"]
+    assert all(names == wanted for found in said.values() for names in found), said
+
+
+def test_rules_that_train_what_they_keep_are_named_where_it_matters() -> None:
+    trained = set()
+    for name, rule in {**bk.feedback.RULES, "low_rank": lambda: bk.LowRank(learned=True)}.items():
+        layer = bk.nn.Linear(4, 3, bias=False, feedback=rule())
+        if any(parameter.requires_grad for key, parameter in layer.named_parameters() if key != "weight"):
+            trained.add(name)
+    swap = re.search(r"rules that train a B of their own \((.*?)\)", (DOCS / "swap.md").read_text(), re.DOTALL)[1]
+    frozen = re.search(r"the optimizer trains (.*?)\. Ev", (DOCS / "pitfalls.md").read_text(), re.DOTALL)[1]
+    for said in (swap, frozen):
+        assert set(re.findall(r"`(\w+)`", said)) == trained
+
+
+def test_the_navigation_names_each_page_once() -> None:
+    text = (DOCS / ".nav.yml").read_text()
+    named = re.findall(r"[\w/-]+\.(?:md|ipynb)", text)
+    assert len(set(named)) == len(named)
+    assert {path.name for path in DOCS.glob("*.md")} <= set(named)
+
+
+def test_an_sdist_has_what_a_clone_has() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not tracked:
+        pytest.skip("a copy without git")
+    # setuptools takes these itself.
+    own = {"LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
+    files = FileList()
+    with contextlib.chdir(ROOT):
+        files.findall()
+        for line in Path("MANIFEST.in").read_text().splitlines():
+            files.process_template_line(line)
+    left = [name for name in tracked if name not in own and not name.startswith((".", "bioplaus_kernels/"))]
+    assert set(left) <= set(files.files), set(left) - set(files.files)
 
 
 def blocks(text: str) -> Iterator[tuple[int, str, str]]:
