@@ -239,7 +239,7 @@ def ranges(rows: list[tuple[str, str, float, float, float]], path: Path) -> None
     tall = max(sum(row[0] in column for row in rows) + len(column) for column in columns)
     height = 0.2 * tall + 0.5
     figure, grid = plt.subplots(1, 2, figsize=(2 * _WIDTH, height))
-    figure.subplots_adjust(left=0.16, right=0.98, top=1 - 0.05 / height, bottom=0.42 / height, wspace=0.42)
+    figure.subplots_adjust(left=0.16, right=0.96, top=1 - 0.05 / height, bottom=0.42 / height, wspace=0.42)
     for axes, column in zip(grid, columns, strict=True):
         _ratios(axes, [v for row in rows for v in row[2:]], "x")
         y, ticks, names = 0, [], []
@@ -250,6 +250,7 @@ def ranges(rows: list[tuple[str, str, float, float, float]], path: Path) -> None
                 shade, _ = colour(way, "")
                 axes.plot([least, most], [y, y], color=shade, lw=2, alpha=0.5, solid_capstyle="round")
                 axes.plot(mean, y, "o", color=shade, ms=5)
+                axes.annotate(f"{mean:.2f}", (most, y), (5, 0), textcoords="offset points", va="center", fontsize=8)
                 ticks.append(y)
                 names.append(label(way))
                 y += 1

@@ -230,12 +230,12 @@ def _summary(result: dict[str, Any], out: Path) -> str:
             f"{pictures.label(way)} **{mean:.2f}** ({least:.2f} to {most:.2f})"
         )
     cells = [[work, *("; ".join(side) for side in both)] for work, both in sides.items()]
+    heads = ("geometric mean (best to worst case)", "faster", "slower")
     return f"""## {where(result)}
 
 {f"![time over the baseline's, by work and way]({out.stem}/{picture.name})" if rows else ""}
 
-{tabulate(cells, ("geometric mean (best to worst case)", "faster", "slower"), tablefmt="pipe", disable_numparse=True)}
-"""
+{_folded("figures", tabulate(cells, heads, tablefmt="pipe", disable_numparse=True))}"""
 
 
 def write(results: list[Path], out: Path, draft: bool = False) -> None:
@@ -278,8 +278,8 @@ def write(results: list[Path], out: Path, draft: bool = False) -> None:
         f"""# Benchmarks
 
 {warning}Time of each rule beside back-propagation's, which is 1: what lies in the shade is faster. A dot is the
-geometric mean over the cases of a work, its line goes from the best to the worst. Locally-connected layers, of which
-torch has none, are beside unfold and bmm.
+geometric mean over the cases of a work, the number beside it; its line goes from the best to the worst.
+Locally-connected layers, of which torch has none, are beside unfold and bmm.
 
 {chr(10).join(_summary(result, out) for result in shown)}
 ## Pages
