@@ -13,6 +13,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
+from recipes.pictures import COLOURS as RULES
+
 Row = dict[str, Any]
 # A panel: ways by name, each with its ratios by batch; batch is 0 where a case has none.
 Panel = dict[str, dict[int, float]]
@@ -22,6 +24,7 @@ _WIDTH = 4.2  # of a panel with its labels, in inches
 BASELINE, REST = "black", ("#795548", "#827717", "#546e7a", "#ad1457", "#4527a0", "#00838f")
 # Torch's ways are greys and browns; a way is found with and without "bioplaus, ".
 COLOURS = {
+    **RULES,
     "sign, then matmul": "#8d6e63",
     "sign, then matmul, torch.compile": "#bcaaa4",
     "sign x magnitude, then matmul": "#8d6e63",
@@ -30,18 +33,13 @@ COLOURS = {
     "unfold + einsum": "#9e9e9e",
     "B formed": "#8d6e63",
     "backprop": "#00897b",
-    "usf": "#1565c0",
     "usf, signs from W": "#64a6e8",
     "usf, packed signs": "#1565c0",
-    "frsf": "#2e9e3f",
     "frsf stored": "#8bc34a",
-    "brsf": "#8e24aa",
-    "fa": "#e65100",
     "fa seeded, ±s": "#d81b60",
     "fa seeded, uniform": "#e65100",
     "fa seeded, normal": "#ffb300",
     "fa stored": "#f59e42",
-    "fa_signed_init": "#6d4c41",
     "by digits": "#1565c0",
     "LocallyConnected2d": "#00897b",
 }

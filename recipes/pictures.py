@@ -15,22 +15,22 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from recipes.report import MEASURES, Row, Run, like_for_like, mean_angle, measured, short
 
-# A rule's colour is the same in every picture; families have neighbouring hues.
+# A rule's colour is the same in every picture, the benchmarks' and the gallery's too.
 COLOURS = {
-    "backprop": "#222222",
-    "usf": "#1f77b4",
-    "frsf": "#3f9fdf",
-    "brsf": "#0b4f8a",
+    "backprop": "black",
+    "usf": "#1565c0",
+    "frsf": "#2e9e3f",
+    "brsf": "#8e24aa",
     "fa_signed_init": "#17a2b8",
     "concordance": "#5bb8c9",
-    "fa": "#e8710a",
+    "fa": "#e65100",
     "low_rank": "#f2a65a",
-    "kp": "#2e8b57",
-    "wm": "#7fb800",
+    "kp": "#00897b",
+    "wm": "#795548",
     "sa": "#4c9f70",
     "aa": "#73c48f",
     "ia": "#a3d9b1",
-    "dfa": "#c2185b",
+    "dfa": "#ad1457",
     "sdfa": "#e05a8f",
     "drtp": "#8e0038",
     "dkp": "#f48fb1",
@@ -46,6 +46,7 @@ COLOURS = {
 }
 # Between the ends' labels, of a panel's height.
 GAP = 0.08
+WIDTH = 7.6
 OTHER, PAPER = "#d8d8d8", "#777777"
 
 
@@ -138,15 +139,11 @@ def angles(rows: list[list[Run]], title: str, path: Path) -> bool:
 def overview(tables: dict[str, list[list[Run]]], path: Path) -> None:
     """A panel a table, a line a row, from the lowest test error up: ours with the standard deviation of its seeds, and
     the published figure, which is a mark where it is of the same data and epochs."""
-    wide = min(2, len(tables))
-    names = list(tables)
-    heights = [max(len(tables[name]) for name in names[i : i + wide]) + 2.4 for i in range(0, len(names), wide)]
-    figure = Figure(figsize=(6.6 * wide, 0.27 * sum(heights) + 0.5), layout="constrained")
-    panels = figure.subplots(len(heights), wide, squeeze=False, height_ratios=heights).ravel()
-    for axes, (name, rows) in zip(panels, tables.items(), strict=False):
+    heights = [len(rows) + 2.4 for rows in tables.values()]
+    figure = Figure(figsize=(WIDTH, 0.24 * sum(heights) + 0.5), layout="constrained")
+    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights).ravel()
+    for axes, (name, rows) in zip(panels, tables.items(), strict=True):
         _ranked(axes, name, rows)
-    for axes in panels[len(tables) :]:
-        axes.set_axis_off()
     text = "test error %: ● ours, ± standard deviation of the seeds   ◇ published, for the same data and epochs"
     figure.supxlabel(text, fontsize=9)
     figure.savefig(path, dpi=100)
@@ -173,7 +170,7 @@ def _ranked(axes: Axes, name: str, rows: list[list[Run]]) -> None:
     axes.set_xlim(min(ends) * 0.93, max(ends) * 1.15 * (max(ends) / min(ends)) ** 0.6)
     axes.set_ylim(-0.7, len(found) - 0.3)
     _plain(axes.xaxis, (1, 1.5, 2, 3, 5, 7))
-    axes.set_yticks(range(len(found)), [textwrap.fill(runs[0].header["row"], 34) for *_, runs in found], fontsize=7.5)
+    axes.set_yticks(range(len(found)), [runs[0].header["row"] for *_, runs in found], fontsize=7.5)
     axes.grid(alpha=0.3)
     data, epochs = rows[0][0].header["experiment"]["data"]["name"], max(r.epochs for runs in rows for r in runs)
     papers = [like_for_like(runs[0]) for runs in rows if runs[0].header["published"]]
@@ -202,17 +199,17 @@ def histogram(runs: list[Run], path: Path) -> None:
 
 
 def _grid(rows: list[list[Run]], title: str) -> tuple[Figure, list[Axes]]:
-    # As few rows of panels, and of these as few places without one, as there can be.
-    wide = len(rows) if len(rows) < 5 else min((4, 3), key=lambda n: -len(rows) % n - (-len(rows) // n))
+    # No wider than a page, which would make what is written small.
+    wide = min(3, len(rows))
     high = math.ceil(len(rows) / wide)
-    figure = Figure(figsize=(max(3.1 * wide, 6.5), 2.3 * high + 1), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2 * high + 1), layout="constrained")
     figure.suptitle(textwrap.fill(title, int(9 * figure.get_figwidth())))
     panels = figure.subplots(high, wide, squeeze=False, sharey=True).ravel()
     for axes in panels[len(rows) :]:
         axes.set_axis_off()
     for axes, runs in zip(panels, rows, strict=False):
         failed = next((f" ({r.failed})" for r in runs if r.failed), "")
-        name = textwrap.fill(runs[0].header["row"] + failed, 32)
+        name = textwrap.fill(runs[0].header["row"] + failed, 28)
         axes.set_title(name, fontsize=9, color=colour(runs[0]), fontweight="bold")
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)

@@ -1,10 +1,12 @@
-"""Makes docs/pictures: what each rule's B is, its angles over training, and the error by depth, on real digits.
+"""Makes docs/pictures: what each rule's B is, its angles over training, and the error by depth, on real digits; and the
+errors of docs/results beside the times of bench/results.
 
-    python scripts/pictures.py [rules] [angles] [depth]
+    python scripts/pictures.py [rules] [angles] [depth] [headline]
 
 Minutes on one core; the figures of docs/choose.md are printed.
 """
 
+import json
 import operator
 import sys
 from collections.abc import Callable
@@ -23,18 +25,12 @@ from torch import Tensor, nn
 
 import bioplaus_kernels as bk
 
-OUT = Path(__file__).parents[1] / "docs" / "pictures"
-# The benchmarks' colours: a rule has one everywhere.
-COLOURS = {
-    "backprop": "black",
-    "usf": "#1565c0",
-    "frsf": "#2e9e3f",
-    "brsf": "#8e24aa",
-    "fa": "#e65100",
-    "dfa": "#ad1457",
-    "kp": "#00897b",
-    "wm": "#795548",
-}
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))
+from recipes.pictures import COLOURS  # noqa: E402
+from recipes.report import collect  # noqa: E402
+
+OUT = ROOT / "docs" / "pictures"
 DEPTHS, SEEDS, EPOCHS = (1, 2, 4, 8, 16), (0, 1, 2), 40
 Step = Callable[[nn.Module, Tensor], None]
 
@@ -206,9 +202,45 @@ def depth() -> None:
     save(figure, "depth")
 
 
+def headline() -> None:
+    """BioTorch's LeNet by rule: test errors, ours and published, and the time of a step, ours and BioTorch's."""
+    rows = {runs[0].folder.parent.name: runs for runs in collect([ROOT / "docs" / "results"])["biotorch-fashion-mnist"]}
+    timed = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())["rows"]
+    ratios = {row["variant"]: row["ratio"] for row in timed if row["case"] == "LeNet N=64"}
+    figure, (errors, times) = plt.subplots(1, 2, figsize=(7.6, 2.3), sharey=True)
+    figure.subplots_adjust(left=0.06, right=0.97, top=0.9, bottom=0.3, wspace=0.06)
+    names = {"bp": "backprop", "usf": "usf", "frsf": "frsf", "brsf": "brsf", "fa": "fa"}
+    for y, (row, rule) in enumerate(names.items()):
+        ours = 100 * mean(run.best["test_error"] for run in rows[row])
+        _pair(errors, y, rule, ours, rows[row][0].header["published"]["test_error"], "{:.1f}")
+        if rule != "backprop":
+            _pair(times, y, rule, ratios[rule], ratios[f"BioTorch {rule}"], "{:.2f}")
+    errors.set_yticks(range(len(names)), [name.upper() if name == "bp" else name for name in names])
+    errors.set_ylim(4.5, -0.5)
+    errors.set_xlim(8, 16.5)
+    times.set_xlim(0.98, 1.32)
+    times.axvline(1, color=COLOURS["backprop"], lw=1)
+    errors.set_title("test error %, Fashion-MNIST, 100 epochs", fontsize=9, loc="left")
+    times.set_title("time of a step / back-propagation's, CPU, batch 64", fontsize=9, loc="left")
+    for axes in (errors, times):
+        axes.tick_params(labelsize=8, length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.grid(axis="x", alpha=0.3)
+    legend = "● ours    ◇ BioTorch's, published on the left, timed here on the right"
+    figure.text(0.5, 0.06, legend, fontsize=8, ha="center")
+    save(figure, "headline")
+
+
+def _pair(axes: plt.Axes, y: int, rule: str, ours: float, theirs: float, form: str) -> None:
+    axes.plot(theirs, y, "D", color="white", markeredgecolor="#777777", ms=6)
+    axes.plot(ours, y, "o", color=COLOURS[rule])
+    text = f"{form.format(ours)} ({form.format(theirs)})"
+    axes.annotate(text, (max(ours, theirs), y), (7, 0), textcoords="offset points", va="center", fontsize=8)
+
+
 if __name__ == "__main__":
     OUT.mkdir(exist_ok=True)
     torch.set_num_threads(1)
-    for draw in (rules, angles, depth):
+    for draw in (rules, angles, depth, headline):
         if draw.__name__ in (sys.argv[1:] or (draw.__name__,)):
             draw()
