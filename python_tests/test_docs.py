@@ -178,6 +178,13 @@ def test_an_sdist_has_what_a_clone_has() -> None:
     assert set(left) <= set(files.files), set(left) - set(files.files)
 
 
+def test_pictures_are_no_wider_than_a_page() -> None:
+    # A wider one is made smaller, and what is written in it cannot be read.
+    drawn = [*DOCS.glob("pictures/*.png"), *DOCS.glob("results/**/*.png")]
+    wide = {path: int.from_bytes(path.read_bytes()[16:20]) for path in drawn}
+    assert len(wide) > 20 and [path for path, pixels in wide.items() if pixels > 760] == []
+
+
 def blocks(text: str) -> Iterator[tuple[int, str, str]]:
     """Line, reason not to run, and code of each block."""
     for found in BLOCK.finditer(text):

@@ -278,7 +278,8 @@ def test_report_has_the_papers_figures_beside_ours(tmp_path):
     (line,) = (line for line in page.splitlines() if "8.00" in line)
     found = [report.read(tmp_path / "out" / path.parent.name / "backprop" / f"seed-{seed}") for seed in (0, 1)]
     errors = [min(r.rows, key=lambda row: row["validation_error"])["test_error"] * 100 for r in found]
-    assert f"{sum(errors) / 2:.2f} ± {abs(errors[0] - errors[1]) / 2**0.5:.2f}" in line
+    spread = abs(errors[0] - errors[1]) / 2**0.5
+    assert f"{sum(errors) / 2:.2f}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{spread:.2f}" in line
     single = report.read(tmp_path / "out" / path.parent.name / "usf" / "seed-0")
     assert f" {100 * single.best['test_error']:.2f} |" in next(line for line in page.splitlines() if " 3.00 |" in line)
     assert "Paper: small < small < small." in page and "Kendall's τ" in page

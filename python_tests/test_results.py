@@ -107,7 +107,11 @@ def test_a_row_is_one_experiment_and_says_what_no_commit_has(tmp_path):
     (rows,) = report.collect([tmp_path]).values()
     head, _, line = report.table(rows, "github").splitlines()
     cells = dict(zip(*([cell.strip() for cell in part.split("|")] for part in (head, line)), strict=True))
-    assert (cells["seeds"], cells["uncommitted code (seed)"], cells["test error %"]) == ("0, 1", "0", "15.00 ± 7.07")
+    assert (cells["seeds"], cells["uncommitted code (seed)"], cells["test error %"]) == (
+        "0, 1",
+        "0",
+        "15.00\xa0±\xa07.07",
+    )
     log(tmp_path / "t" / "a" / "seed-2", [0.9, 0.2], lr=0.5)
     with pytest.raises(ValueError, match=r"optimizer\.lr: 0\.1 in .*seed-0, 0\.5 in .*seed-2; want one experiment"):
         report.collect([tmp_path])

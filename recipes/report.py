@@ -261,7 +261,7 @@ def _mean(values: list[float | None], scale: float) -> str | None:
     known = [scale * value for value in values if value is not None]
     if not known:
         return None
-    spread = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
+    spread = f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{statistics.stdev(known):.2f}" if len(known) > 1 else ""
     return f"{statistics.fmean(known):.2f}{spread}"
 
 
