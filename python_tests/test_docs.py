@@ -163,6 +163,16 @@ def test_the_navigation_names_each_page_once() -> None:
     assert {path.name for path in DOCS.glob("*.md")} <= set(named)
 
 
+def test_a_release_is_the_same_one_everywhere() -> None:
+    cited = dict(
+        re.findall(r"^(version|date-released|license|  - name): (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    newest = re.search(r"^## (.*), (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert (cited["version"], cited["date-released"]) == (bk.__version__, newest[2]) and newest[1] == bk.__version__
+    assert (cited["license"], [{"name": cited["  - name"]}]) == (project["license"], project["authors"])
+
+
 def test_an_sdist_has_what_a_clone_has() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     if not tracked:
