@@ -156,6 +156,19 @@ def test_rules_that_train_what_they_keep_are_named_where_it_matters() -> None:
         assert set(re.findall(r"`(\w+)`", said)) == trained
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/rules.md"])
+def test_a_table_of_rules_has_each_name_and_its_defaults(page: str) -> None:
+    names = set()
+    for line in (ROOT / page).read_text().splitlines():
+        cells = [re.findall(r"`(.+?)`", cell) for cell in line.split(" | ")[:2]]
+        given = [cell.strip('"') for cell in cells[0] if cell.startswith('"')]
+        for name, rule in zip(given, cells[1] if len(cells) > 1 else (), strict=False):
+            if name in bk.feedback.RULES:
+                names.add(name)
+                assert eval(f"feedback.{rule}", {"feedback": bk.feedback}) == bk.feedback.RULES[name]()
+    assert names == set(bk.feedback.RULES)
+
+
 def test_the_navigation_names_each_page_once() -> None:
     text = (DOCS / ".nav.yml").read_text()
     named = re.findall(r"[\w/-]+\.(?:md|ipynb)", text)
