@@ -144,16 +144,21 @@ def test_a_source_build_is_told_of_as_it_is() -> None:
     assert all(names == wanted for found in said.values() for names in found), said
 
 
-def test_rules_that_train_what_they_keep_are_named_where_it_matters() -> None:
-    trained = set()
+def test_rules_whose_b_learns_are_named_where_it_matters() -> None:
+    trained, learning = set(), set()
     for name, rule in {**bk.feedback.RULES, "low_rank": lambda: bk.LowRank(learned=True)}.items():
         layer = bk.nn.Linear(4, 3, bias=False, feedback=rule())
+        if not layer.feedback.fixed:
+            learning.add(name)
         if any(parameter.requires_grad for key, parameter in layer.named_parameters() if key != "weight"):
             trained.add(name)
-    swap = re.search(r"rules that train a B of their own \((.*?)\)", (DOCS / "swap.md").read_text(), re.DOTALL)[1]
-    frozen = re.search(r"the optimizer trains (.*?)\. Ev", (DOCS / "pitfalls.md").read_text(), re.DOTALL)[1]
-    for said in (swap, frozen):
-        assert set(re.findall(r"`(\w+)`", said)) == trained
+    for page, around, wanted in (
+        ("swap.md", r"rules that train a B of their own \((.*?)\)", trained),
+        ("pitfalls.md", r"the optimizer trains (.*?)\. Ev", trained),
+        ("rules.md", r"A B that learns \((.*?)\)", learning),
+    ):
+        said = re.search(around, (DOCS / page).read_text(), re.DOTALL)[1]
+        assert set(re.findall(r"`(\w+)`", said)) == wanted, page
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/rules.md"])
