@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .backends.reference import checks
 from .feedback import Frozen
 from .nn import FeedbackLayer
+from .nn.agree import feedback_records, same_on_ranks
 from .nn.in_forward import keep_order
 from .proof import Report, Row
 from .register import Registered
@@ -40,9 +41,11 @@ def fully_shard(module: nn.Module, *, blocks: Iterable[nn.Module] | None = None,
     Call it after `convert_`. Returns a row for each module that has a matrix: "gathered once"; "gathered twice", and
     why; or "gathered and kept" from forward to backward, as torch keeps what is the root's. Raises ValueError where no
     layer has a rule, where a module is sharded already, and for an entry of `blocks` that is no module of `module`.
+    The first forward raises RuntimeError, on every rank, where the ranks' rules or keys differ.
     """
     from torch._dynamo import OptimizedModule
     from torch.distributed import fsdp
+    from torch.distributed.tensor import DTensor
 
     checks.module("module", module)
     names = {m: name for name, m in module.named_modules()}
@@ -103,6 +106,22 @@ def fully_shard(module: nn.Module, *, blocks: Iterable[nn.Module] | None = None,
             # A compiled block is left for torch's own hook in any case.
             before = disable(freed.before) if m in of_torch else freed.before
             freed.hooks.append(m.register_forward_pre_hook(before))
+
+    meshes = list(dict.fromkeys(p.device_mesh for p in module.parameters() if isinstance(p, DTensor)))
+
+    def agree(*_: Any) -> None:
+        hook.remove()
+        # Without sums, which are each rank's own of what is sharded. A compiled program may go on calling this.
+        said = [(prefix, name, *record[:3]) for prefix, name, record in feedback_records(module) if meshes]
+        while meshes:
+            mesh = meshes.pop()
+            if not same_on_ranks(said, mesh.device_type, mesh.get_all_groups()):
+                raise RuntimeError(
+                    "fully_shard: the ranks have different feedback: give convert_ one rule and one seed, build layers "
+                    "under one torch.manual_seed, load a checkpoint on every rank"
+                )
+
+    hook = module.register_forward_pre_hook(disable(agree))
     return report
 
 
