@@ -114,8 +114,9 @@ class Watch:
             return used(*args, **kwargs)
         if layer.uses_feedback and any(hasattr(p, "full_tensor") for p in own(layer)):
             raise RuntimeError(
-                f"{layer.called(layer.weights()[0])}: it is called with a sharded weight, as tensor parallelism makes "
-                "it, which takes no rule but back-propagation: leave the layer by filter_fn="
+                f"{layer.called(layer.weights()[0])}: it is called with a sharded weight: under FSDP2 by a method "
+                "that is not its block's forward, for which torch has register_fsdp_forward_method; or as tensor "
+                "parallelism makes it, which takes no rule but back-propagation: leave the layer by filter_fn="
             )
         if not torch.is_grad_enabled():
             self.without_gradient.add(layer)

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import disable, is_compiling
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .backends.reference import checks
 from .feedback import Frozen
 from .nn import FeedbackLayer
+from .nn.agree import feedback_records, same_on_ranks
 from .nn.in_forward import keep_order
 from .proof import Report, Row
 from .register import Registered
@@ -40,8 +41,11 @@ def fully_shard(module: nn.Module, *, blocks: Iterable[nn.Module] | None = None,
     Call it after `convert_`. Returns a row for each module that has a matrix: "gathered once"; "gathered twice", and
     why; or "gathered and kept" from forward to backward, as torch keeps what is the root's. Raises ValueError where no
     layer has a rule, where a module is sharded already, and for an entry of `blocks` that is no module of `module`.
+    The first forward raises RuntimeError, on every rank, where the ranks' rules or keys differ.
     """
+    from torch._dynamo import OptimizedModule
     from torch.distributed import fsdp
+    from torch.distributed.tensor import DTensor
 
     checks.module("module", module)
     names = {m: name for name, m in module.named_modules()}
@@ -93,29 +97,50 @@ def fully_shard(module: nn.Module, *, blocks: Iterable[nn.Module] | None = None,
             shard(target, own)
             continue
         shard(target, own, reshard_after_forward=True)
-        freed = _Freed(next(m for m in (layers if target is layers else [block]) if isinstance(m, fsdp.FSDPModule)))
+        of_torch = layers if target is layers else [block]
+        freed = _Freed(next(m for m in of_torch if isinstance(m, fsdp.FSDPModule)), names)
         for m in layers:
             m.gather_again = freed.gather_again
-            freed.hooks.append(m.register_forward_pre_hook(freed.before))
+        compiled = [m for m in names if block_of[m] is block and isinstance(m, OptimizedModule)]
+        for m in dict.fromkeys([*of_torch, *compiled, *layers]):
+            # A compiled block is left for torch's own hook in any case.
+            before = disable(freed.before) if m in of_torch else freed.before
+            freed.hooks.append(m.register_forward_pre_hook(before))
+
+    meshes = list(dict.fromkeys(p.device_mesh for p in module.parameters() if isinstance(p, DTensor)))
+
+    def agree(*_: Any) -> None:
+        hook.remove()
+        # Without sums, which are each rank's own of what is sharded. A compiled program may go on calling this.
+        said = [(prefix, name, *record[:3]) for prefix, name, record in feedback_records(module) if meshes]
+        while meshes:
+            mesh = meshes.pop()
+            if not same_on_ranks(said, mesh.device_type, mesh.get_all_groups()):
+                raise RuntimeError(
+                    "fully_shard: the ranks have different feedback: give convert_ one rule and one seed, build layers "
+                    "under one torch.manual_seed, load a checkpoint on every rank"
+                )
+
+    hook = module.register_forward_pre_hook(disable(agree))
     return report
 
 
 class _Freed:
     # A group that is not gathered for the backward, until a backward is seen to need it.
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, names: dict[nn.Module, str]) -> None:
         group.set_unshard_in_backward(False)
-        self.group, self.hooks = group, list[Any]()
+        self.group, self.names, self.hooks = group, names, list[Any]()
 
     def gather_again(self) -> None:
         self.group.set_unshard_in_backward(True)
         for hook in self.hooks:
             hook.remove()
 
-    def before(self, layer: Any, _: Any) -> None:
+    def before(self, module: nn.Module, _: Any) -> None:
         # A forward within a backward is computed anew.
         if is_compiling() or torch._C._current_graph_task_id() == -1:
             return
-        name = layer.called(layer.weights()[0])
+        name = self.names[module] or "the root"
         warnings.warn(
             f"{name}: activation checkpointing computes it anew, so its block is gathered twice", stacklevel=2
         )

@@ -41,6 +41,17 @@ class Recomputed(Mlp):
         return x + checkpoint(self.inner, x, use_reentrant=False)
 
 
+class Around(nn.Module):
+    """A checkpoint around a block, or around a part of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([Mlp()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.parts[0], x, use_reentrant=False)
+
+
 class Selective(Mlp):
     def forward(self, x: Tensor) -> Tensor:
         saved = partial(create_selective_checkpoint_contexts, _keep_products)
@@ -179,6 +190,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, int, int, dict[str, tuple[s
         {"blocks.0.0._checkpoint_wrapped_module.up": ("gathered twice", ANEW)},
     ),
     "checkpoint": (partial(Net, Recomputed), "fa", 8, 8, {}),
+    "checkpoint around": (partial(Net, Around), "usf", 8, 8, {}),
     "selective checkpoint": (partial(Net, Selective), "usf", 8, 8, {}),
     "layers used twice or not": (partial(Net, Reused), "usf", 5, 5, {}),
     "a cell at every step": (partial(Net, Cell), "usf", 5, 5, {}),
@@ -289,6 +301,8 @@ def _work(rank: int, world: int) -> dict[str, Any]:
     found["accumulated"] = _accumulate(_sharded(mesh), rank, world)
     found["saved"] = _saved(mesh, rank, world)
     found["compiled"] = _compiled(mesh, rank, world)
+    found["compiled anew"] = [_compiled_anew(mesh, rank, world, parts) for parts in (False, True)]
+    found["different"] = [_different(mesh, rank, *drawn) for drawn in (("fa", rank), (("fa", "usf")[rank], 1))]
     found["tools"] = _tools(_sharded(mesh), rank, world)
     found["bytes"] = {way: sharding.measure("usf", way, mesh, sharding.POLICIES["float32"]) for way in sharding.WAYS}
     found["aligned"] = _align(_sharded(mesh, "aa"), rank, world)
@@ -355,6 +369,27 @@ def _compiled(mesh: Any, rank: int, world: int) -> list[dict[str, Tensor]]:
     model.blocks[1] = torch.compile(model.blocks[1], backend="aot_eager", fullgraph=True)
     bk.distributed.fully_shard(model, mesh=mesh)
     return _train(model, rank, world)
+
+
+def _compiled_anew(mesh: Any = None, rank: int = 0, world: int = 1, parts: bool = False) -> list[dict[str, Tensor]]:
+    model = _model("checkpoint around")
+    if mesh is not None:
+        around = [m for m in model.modules() if isinstance(m, Around)]
+        if parts:
+            around[0].parts[0] = torch.compile(around[0].parts[0], backend="aot_eager")
+        else:
+            around[0].parts[0].compile(backend="aot_eager")
+        bk.distributed.fully_shard(model, mesh=mesh, blocks=around if parts else None)
+    return _train(model, rank, world)
+
+
+def _different(mesh: Any, rank: int, rule: str, seed: int) -> str:
+    model = Net()
+    bk.convert_(model, rule, seed=seed)
+    bk.distributed.fully_shard(model, mesh=mesh)
+    with pytest.raises(RuntimeError) as caught:
+        model(_words()[0])
+    return str(caught.value)
 
 
 def _tools(model: nn.Module, rank: int = 0, world: int = 1) -> list[Any]:
@@ -424,6 +459,11 @@ def test_a_checkpoint_of_two_ranks_loads_into_one(found: dict[str, Any]) -> None
 
 def test_a_compiled_block(found: dict[str, Any]) -> None:
     _close(found["compiled"], _train(_sharded(None, MATCH)))
+    _close(found["compiled anew"], [_compiled_anew()] * 2)
+
+
+def test_ranks_of_different_feedback_say_so(found: dict[str, Any]) -> None:
+    assert all("the ranks have different feedback" in said for said in found["different"])
 
 
 def test_tools(found: dict[str, Any]) -> None:

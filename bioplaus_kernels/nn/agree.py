@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..feedback.record import Record
+
 
 def agree() -> None:
     """In the first forward of a DistributedDataParallel, compare what identifies each layer's feedback over its ranks.
@@ -17,21 +19,17 @@ def agree() -> None:
     ddp = DistributedDataParallel._active_ddp_module
     if ddp is None or "_feedback_agrees" in vars(ddp):
         return
-    said, own, reduced = [], set(), {id(p) for p in ddp._module_parameters}
+    own, reduced = set(), {id(p) for p in ddp._module_parameters}
+    records = feedback_records(ddp.module)
     for prefix, layer in ddp.module.named_modules():
-        for name, held in vars(layer).get("_held", {}).items():
-            layer.look_again(name)
-            said.append((prefix, name, layer.feedback_record(name)))
+        for held in vars(layer).get("_held", {}).values():
             own |= {id(layer._buffers.get(attribute)) for attribute in (held.record, *held.kept.values())}
             if held.trained and id(getattr(layer, held.trained)) not in reduced:
                 raise RuntimeError(
                     f"{prefix}.{held.trained}: DistributedDataParallel does not reduce its gradient: convert_ the "
                     "model before it is wrapped"
                 )
-    digest = int.from_bytes(hashlib.blake2b(repr(said).encode(), digest_size=7).digest())
-    found = torch.tensor([digest, -digest], device=next(ddp.module.parameters()).device)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=ddp.process_group)
-    if found[0] != -found[1]:
+    if not same_on_ranks(records, next(ddp.module.parameters()).device, [ddp.process_group]):
         raise RuntimeError(
             "DistributedDataParallel: the ranks have different feedback. It sends nothing of what convert_ drew, and "
             "no buffers where broadcast_buffers=False: load a checkpoint on every rank, give convert_ one seed, build "
@@ -44,6 +42,25 @@ def agree() -> None:
 
 # For torch.compile, which runs it while it traces: with nothing to guard.
 agree._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def feedback_records(model: torch.nn.Module) -> list[tuple[str, str, Record]]:
+    """What identifies the feedback of each weight."""
+    found = []
+    for prefix, layer in model.named_modules():
+        for name in vars(layer).get("_held", {}):
+            layer.look_again(name)
+            found.append((prefix, name, layer.feedback_record(name)))
+    return found
+
+
+def same_on_ranks(what: Any, device: Any, groups: list[Any]) -> bool:
+    """Whether all ranks of `groups`, one a dimension of a mesh, give a `what` of the same repr; 16 bytes are sent."""
+    digest = int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=7).digest())
+    found = torch.tensor([digest, -digest], device=device)
+    for group in groups:
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group)
+    return bool(found[0] == -found[1])
 
 
 def mean_over_ranks(model: torch.nn.Module, like: Any, tensor: Tensor) -> Tensor:
