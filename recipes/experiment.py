@@ -244,7 +244,9 @@ def check(content: dict[str, Any], overrides: dict[str, Any] | None = None) -> E
     row = _typed("row", found.pop("row", "experiment"), str)
     seeds = _typed("seeds", found.pop("seeds", [0]), list)
     for seed in seeds:
-        _typed("seeds", seed, int)
+        _least("seeds", _typed("seeds", seed, int), 0)
+    if not seeds:
+        raise ValueError("seeds: got none, want one at least")
     published = _typed("published", found.pop("published", {}), dict)
     for name, value in published.items():
         _typed(f"published.{name}", value, float)
@@ -322,13 +324,15 @@ _TARGETS = ("schedule", "auxiliary", "hidden", "alpha", "sigma", "reduction", "m
 
 
 def _check_values(e: Experiment) -> None:
+    _one_of("data.name", e.data.name, [*data.NATIVE, *detection.KINDS])
+    if (folder := e.data.name in ("imagefolder", "coco")) != bool(e.data.path):
+        want = "a folder below --data-root" if folder else "none"
+        raise ValueError(f"data.path: got {e.data.path!r}, want {want} with data.name = {e.data.name!r}")
     if e.detects:
-        _wrap("data.name", detection.kind, e.data.spec("."))
         _one_of("model.name", e.model.name, models.DETECTORS)
         if e.family != "rule":
             raise ValueError(f"algorithm.name: got {e.algorithm['name']!r}, want a rule: {', '.join(RULES)}")
     else:
-        _wrap("data.name", data.kind, e.data.spec("."))
         _wrap("model.name", models.check_name, e.model.name)
     _one_of("data.augment", e.data.augment, data.AUGMENT)
     _one_of("model.init", e.model.init, ("model", "xavier", "zero"))
@@ -364,7 +368,8 @@ def _check_values(e: Experiment) -> None:
         if not good:
             raise ValueError(f"search.{key}: got {space!r}, want {{choices = [...]}} or {{low, high, log = true}}")
     for epoch in e.train.milestones:
-        _typed("train.milestones", epoch, int)
+        _least("train.milestones", _typed("train.milestones", epoch, int), 0)
+    _least("train.gamma", e.train.gamma, 0)
     if not e.train.inverse_steps:
         raise ValueError("train.inverse_steps: got none, want one number, or one for each inverse")
     for steps in e.train.inverse_steps:
@@ -392,7 +397,9 @@ def _algorithm(table: dict[str, Any]) -> dict[str, Any]:
     _one_of("algorithm.name", name, [*RULES, *DIRECT, *VARIANTS])
     if name in VARIANTS:
         allowed = list(_TARGETS)
-        _typed("algorithm.auxiliary", table.get("auxiliary", 512), int)
+        _least("algorithm.auxiliary", _typed("algorithm.auxiliary", table.get("auxiliary", 512), int), 0)
+        if "auxiliary" in table and name != "ao_sdtp":
+            raise ValueError(f"algorithm.auxiliary: got {table['auxiliary']}, want none with algorithm.name = {name!r}")
         _one_of("algorithm.schedule", table.get("schedule", "parallel"), schedules.SCHEDULES)
         _least("algorithm.hidden", _typed("algorithm.hidden", table.get("hidden", 0), int), 0)
         if table.get("hidden") and not VARIANTS[name].direct:
@@ -482,6 +489,8 @@ def _typed(key: str, value: Any, kind: type) -> Any:
     good = isinstance(value, int | float) if kind is float else isinstance(value, kind)
     if not good or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"{key}: got {value!r}, want a value of type {kind.__name__}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{key}: got {value}, want a finite number")
     return value
 
 

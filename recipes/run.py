@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from recipes import checkpoint, detection, finetune, learn, models
+from recipes import checkpoint, detection, finetune, learn, models, report
 from recipes import data as datasets
 from recipes.experiment import Experiment, difference
 from recipes.world import ALONE, World
@@ -93,6 +93,14 @@ def _run(
             _log(folder, json.loads(saved["header"]), saved["rows"])
         if len(saved["rows"]) > experiment.train.epochs or diverged(saved["rows"]):
             return saved["rows"]
+
+    for beside, experiment_of in _beside(folder):
+        if other := difference(experiment_of, content):
+            key, made, now = other
+            raise ValueError(
+                f"{key}: got {_said(now)}, {beside} was made with {_said(made)}; want one experiment for all seeds "
+                "of a row: another --out, or that folder away"
+            )
 
     spec, size = experiment.data.spec(data_root), experiment.data.size
     with world.first():
@@ -303,6 +311,14 @@ def _board(folder: Path, epoch: int) -> Any:
 
 def diverged(rows: list[Row]) -> bool:
     return len(rows) > 1 and not math.isfinite(rows[-1]["train_loss"])
+
+
+def _beside(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The row's other seeds and their experiments; a damaged log waits for its own run to write it again."""
+    for log in sorted(folder.parent.glob("seed-*/log.jsonl")):
+        with suppress(ValueError):
+            if log.parent != folder:
+                yield log.parent, report.read(log.parent).header["experiment"]
 
 
 def _said(value: Any) -> str:
