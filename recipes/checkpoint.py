@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 MAGIC = b"bioplaus_kernels recipes checkpoint 1\n"
-HOW = "move it away to start the run anew"
+HOW = "move its folder away to start the run anew"
 
 
 @contextmanager

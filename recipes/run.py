@@ -1,8 +1,8 @@
 """Run an experiment, one folder a seed: log.jsonl (a header, then a row an epoch) and checkpoint.pt.
 
 Both are written after every epoch, the checkpoint also within one, whole or not at all; the same command goes on from
-there, with any number of ranks. A log that is missing or is not that of the checkpoint is written again from it, and no
-more is done where the run is finished. Of many ranks the first one writes.
+there, with any number of ranks. A log that is missing or is not that of the checkpoint is written again from it, one
+without a checkpoint is refused, and no more is done where the run is finished. Of many ranks the first one writes.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ def run(
     measure: angles and inverse losses after every epoch. test: the test images after every epoch; without, none of them
     is ever loaded. checkpoint_steps: steps within an epoch after which there is a checkpoint, 0 for none. tensorboard:
     the rows as TensorBoard's events beside. about: more for the header. world: the ranks, each of which calls this.
-    Raises ValueError where `folder` holds a run of another experiment or a damaged checkpoint, and RuntimeError where
-    another process trains into it, or where ranks do not see the same one.
+    Raises ValueError where `folder` holds a run of another experiment, a damaged checkpoint or a log without one, or
+    where another seed beside it is of another experiment, and RuntimeError where another process trains into it, or
+    where ranks do not see the same one.
     """
     with checkpoint.lock(folder) if world.rank == 0 else nullcontext():
         how = data_root, device, workers, measure, test, checkpoint_steps, tensorboard
@@ -78,6 +79,11 @@ def _run(
     content["data"] = content.get("data", {}) | {"validation": experiment.data.validation}
     path = folder / "checkpoint.pt"
     saved = checkpoint.load(path) if path.exists() else None
+    log = folder / "log.jsonl"
+    if saved is None and log.exists():
+        raise ValueError(
+            f"{log}: has no checkpoint beside it, and a run from the start would replace it; {checkpoint.HOW}"
+        )
     within = {"step": 0, "seconds": 0.0, "total": [0.0, 0.0]} | ((saved or {}).get("within") or {})
     places = world.gather((len(saved["rows"]), within["step"]) if saved else None)
     if places != places[:1] * world.size:
