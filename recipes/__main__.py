@@ -28,7 +28,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from recipes import experiment, page, pictures, report, world
+from recipes import experiment, keys, page, pictures, report, world
 from recipes.run import machine, run
 
 
@@ -146,7 +146,7 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _keys(args: argparse.Namespace) -> None:
-    print(experiment.keys())
+    print(keys.text())
 
 
 def _entries(args: argparse.Namespace) -> list[tuple[Path, str, str]]:

@@ -49,7 +49,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import json
 import math
 import random
 import tomllib
@@ -291,36 +290,8 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def keys() -> str:
-    """What an experiment's file may say: this module's description, every key, its default and the names it takes."""
-    lines = [__doc__ or "", "Keys and their defaults:", ""]
-    for part, cls in (("data", Data), ("model", Model), ("train", Train)):
-        source = {}
-        for line in inspect.getsource(cls).splitlines():
-            name, _, rest = line.strip().partition(":")
-            source[name] = rest.partition("#")[2].strip()
-        values = {key: json.dumps(value) for key, value in vars(cls()).items()}
-        lines += [f"{part}.{key} = {value}".ljust(40) + f" {source[key]}" for key, value in values.items()]
-    mirror = (f"algorithm.mirror.{key} = {json.dumps(value)}" for key, value in MIRROR.items())
-    lines += [line.ljust(40) + " of bioplaus_kernels.mirror_" for line in mirror]
-    lines += [
-        "",
-        "algorithm.name, and the other keys of [algorithm] with it, which help(bioplaus_kernels.CLASS) explains:",
-    ]
-    for name, rule in (RULES | DIRECT).items():
-        own = [f.name for f in dataclasses.fields(rule)] + _beside(name)
-        lines.append(f"{name} ({'direct.' if name in DIRECT else ''}{rule.__name__}): {', '.join(own)}")
-    lines += [f"{', '.join(VARIANTS)} (TargetProp): {', '.join(_TARGETS)}", ""]
-    lines.append("optimizer.name, and the keys with it, which help(torch.optim.CLASS) explains:")
-    for name, optimizer in OPTIMIZERS.items():
-        own = [p for p in inspect.signature(optimizer).parameters if p != "params"]
-        package = "bioplaus_kernels.optim." if optimizer.__module__.startswith("bioplaus") else ""
-        lines.append(f"{name} ({package}{optimizer.__name__}): {', '.join(own)}, last_layer (a table of the same keys)")
-    return "\n".join(lines)
-
-
 _PARTS = ("data", "model", "algorithm", "optimizer", "inverse_optimizer", "train", "search")
-_TARGETS = ("schedule", "auxiliary", "hidden", "alpha", "sigma", "reduction", "mix", "inverse_objective")
+TARGETS = ("schedule", "auxiliary", "hidden", "alpha", "sigma", "reduction", "mix", "inverse_objective")
 
 
 def _check_values(e: Experiment) -> None:
@@ -396,7 +367,7 @@ def _algorithm(table: dict[str, Any]) -> dict[str, Any]:
     name = table.get("name")
     _one_of("algorithm.name", name, [*RULES, *DIRECT, *VARIANTS])
     if name in VARIANTS:
-        allowed = list(_TARGETS)
+        allowed = list(TARGETS)
         _least("algorithm.auxiliary", _typed("algorithm.auxiliary", table.get("auxiliary", 512), int), 0)
         if "auxiliary" in table and name != "ao_sdtp":
             raise ValueError(f"algorithm.auxiliary: got {table['auxiliary']}, want none with algorithm.name = {name!r}")
@@ -406,8 +377,8 @@ def _algorithm(table: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"algorithm.hidden: got {table['hidden']}, want 0 with algorithm.name = {name!r}")
     else:
         cls = (RULES | DIRECT)[name]
-        allowed = [f.name for f in dataclasses.fields(cls)] + _beside(name)
-        own = {key: value for key, value in table.items() if key in allowed and key not in _beside(name)}
+        allowed = [f.name for f in dataclasses.fields(cls)] + beside(name)
+        own = {key: value for key, value in table.items() if key in allowed and key not in beside(name)}
         _wrap("algorithm", lambda options: cls(**options), own)
         if name in DIRECT:
             for block in _typed("algorithm.blocks", table.get("blocks", []), list):
@@ -445,7 +416,7 @@ def rule(key: str, value: Any) -> bk.Rule:
         raise type(error)(f"{key}: {error}") from error
 
 
-def _beside(name: str) -> list[str]:
+def beside(name: str) -> list[str]:
     # What [algorithm] takes beside the arguments of its class.
     if name in DIRECT:
         return ["blocks", "loss_scale"] if name == "drtp" else ["blocks"]
