@@ -88,7 +88,22 @@ def run(path, out, *args):
         ("train.inverse_first=2", "train.inverse_first: got 2, want none without inverse_optimizer"),
         ("data.validation=1", "data.validation: got 1, want a share"),
         ("optimizer.lr=-1", "optimizer: Invalid learning rate"),
-        ("data.name=emnist", "data.name: got 'emnist', want digits"),
+        ("data.name=emnist", "data.name: got 'emnist', want one of digits"),
+        ("data.name=imagefolder:x", "data.name: got 'imagefolder:x', want one of digits"),
+        ("data.name=imagefolder", "data.path: got '', want a folder below --data-root with"),
+        ("data.path=x", "data.path: got 'x', want none with data.name = 'digits'"),
+        ("data.fgsm=nan", "data.fgsm: got nan, want a finite number"),
+        ("optimizer.lr=inf", "optimizer.lr: got inf, want a finite number"),
+        ("optimizer.betas=[nan, 0.9]", "optimizer.betas: got nan, want a finite number"),
+        ("train.gamma=-1", "train.gamma: got -1, want at least 0"),
+        ("train.milestones=[-1]", "train.milestones: got -1, want at least 0"),
+        ("algorithm={name = 'ao_sdtp', auxiliary = -1}", "algorithm.auxiliary: got -1, want at least 0"),
+        (
+            "algorithm={name = 'dtp', auxiliary = 9}",
+            "algorithm.auxiliary: got 9, want none with algorithm.name = 'dtp'",
+        ),
+        ("seeds=[]", "seeds: got none, want one at least"),
+        ("seeds=[-1]", "seeds: got -1, want at least 0"),
         ("model.name=lanet", "model.name: got 'lanet', want mlp"),
         ("row.x=1", "row.x: got a key below row, which is no table"),
     ],
@@ -100,6 +115,41 @@ def test_bad_keys_are_named(tmp_path, capsys, setting, message):
     assert stopped.value.code == 2
     shown = " ".join(capsys.readouterr().err.split())
     assert message in shown and str(path) in shown
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("run", ["--workers=-1"], "--workers: got '-1', want whole numbers of at least 0"),
+        ("run", ["--checkpoint-steps=-1"], "--checkpoint-steps: got '-1', want whole numbers of at least 0"),
+        ("run", ["--seeds=1,-1"], "--seeds: got '-1', want whole numbers of at least 0 with commas between"),
+        ("run", ["--seeds=a"], "--seeds: got 'a', want whole numbers"),
+        ("run", ["--device=meta"], "--device: got 'meta', want cpu, cuda or cuda:N"),
+        ("search", ["--trials=0"], "--trials: got '0', want whole numbers of at least 1"),
+        ("search", ["--keep=0"], "--keep: got '0', want whole numbers of at least 1"),
+        ("search", ["--first=0"], "--first: got '0', want whole numbers of at least 1"),
+    ],
+)
+def test_bad_arguments_are_named(capsys, command, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "x.toml", *arguments])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_seeds_of_a_row_are_of_one_experiment(tmp_path, capsys):
+    path, out = write(tmp_path, "usf"), tmp_path / "out"
+    row = out / path.parent.name / "usf"
+    run(path, out, "--set", "train.epochs=1")
+    other = ["--seeds", "1", "--set", "train.epochs=1", "--set", "optimizer.lr=0.5"]
+    with pytest.raises(SystemExit):
+        run(path, out, *other)
+    assert f"optimizer.lr: got 0.5, {row / 'seed-0'} was made with 0.001" in capsys.readouterr().err
+    assert not (row / "seed-1" / "log.jsonl").exists()
+    # A log that its own run would write again stops no other's training.
+    (row / "seed-0" / "log.jsonl").write_text("{")
+    with pytest.raises(SystemExit):
+        run(path, out, "--seeds", "1", "--set", "train.epochs=1")
+    assert "not a run's log" in capsys.readouterr().err and len((row / "seed-1" / "log.jsonl").read_text()) > 100
 
 
 # Images on which the networks are small: for the locally-connected ones a position costs as many weights as a kernel.
@@ -230,7 +280,7 @@ SEARCH = """
 """
 
 
-def test_search_goes_on_with_the_best_and_report_shows_it(tmp_path, monkeypatch):
+def test_search_goes_on_with_the_best_and_report_shows_it(tmp_path, monkeypatch, capsys):
     load, batches, tests = data.load, data.Batches, []
 
     def loaded(*args):
@@ -260,6 +310,11 @@ def test_search_goes_on_with_the_best_and_report_shows_it(tmp_path, monkeypatch)
     cli.main(["report", str(tmp_path / "out"), "--to", str(tmp_path / "page.md")])
     assert "3 trials, best validation error" in (tmp_path / "page.md").read_text()
     assert (tmp_path / "page" / path.parent.name / "usf-search.png").stat().st_size > 5000
+    # Trials are no seeds of the table that a run prints.
+    monkeypatch.undo()
+    capsys.readouterr()
+    cli.main(["run", str(path), "--set", "train.epochs=1", "--device", "cpu", "--out", str(tmp_path / "out")])
+    assert "0, 1, 2" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def test_a_row_begins_with_anothers_weights(tmp_path, capsys):
     assert first["test_error"] == ended["test_error"] and 0 < last["test_fgsm"] <= 1 and "test_fgsm_feedback" in last
     # Feedback is made of the weights it begins with.
     e = experiment.load(path, "after")
-    learner = learn.build(e, (1, 8, 8), 10, 0, "cpu", finetune.start(e, 3, out / "table/after/seed-3"))
+    learner = learn.build(e, (1, 8, 8), 10, 0, "cpu", start=finetune.start(e, 3, out / "table/after/seed-3"))
     assert torch.equal(learner.model.fc2.feedback_matrix().sign(), before["fc2.weight"].sign())
     unfinished = checkpoint.load(out / "table/before/seed-3/checkpoint.pt")
     checkpoint.save(out / "table/before/seed-3/checkpoint.pt", unfinished | {"rows": unfinished["rows"][:1]})
@@ -80,7 +80,7 @@ def test_torchvisions_weights(monkeypatch, tmp_path):
     monkeypatch.setattr("torchvision.models.get_model_weights", lambda name: types.SimpleNamespace(DEFAULT=best))
     content = {"data": {"name": "digits"}, "model": {"name": "squeezenet1_1", "init_from": "torchvision"}}
     e = experiment.check(content | {"algorithm": {"name": "usf"}})
-    learner = learn.build(e, (3, 32, 32), 10, 0, "cpu", finetune.start(e, 0, tmp_path))
+    learner = learn.build(e, (3, 32, 32), 10, 0, "cpu", start=finetune.start(e, 0, tmp_path))
     found = dict(learner.model.named_parameters())
     assert found["classifier.1.weight"].shape[0] == 10
     assert all(torch.equal(found[n], p) for n, p in there.named_parameters() if not n.startswith("classifier"))
@@ -103,6 +103,16 @@ def test_keys_that_do_not_fit(keys, message):
     with pytest.raises(ValueError) as raised:
         experiment.check(content, keys)
     assert message in str(raised.value)
+
+
+def test_a_file_that_is_no_runs_checkpoint_is_named(tmp_path):
+    content = {"data": {"name": "digits"}, "algorithm": {"name": "usf"}}
+    other = experiment.check(content, {"model.init_from": str(tmp_path / "other.pt")})
+    with pytest.raises(OSError, match=r"^model.init_from: got .*other.pt', there is no such file"):
+        finetune.start(other, 0, tmp_path)
+    torch.save({}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other.pt: not a checkpoint of recipes; model.init_from wants a checkpoint"):
+        finetune.start(other, 0, tmp_path)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e6])

@@ -244,8 +244,8 @@ def test_rates_rise_first(cosine):
         ("", ["--set", "train.accumulate=3"], "train.batch_size: got 64, want a multiple of 1 ranks times 3 parts"),
         ("", ["--checkpoint-steps", "1", "--set", "algorithm.name=fw_dtp"], "want none with target propagation"),
         ("", ["--set", "train.accumulate=2", "--set", "algorithm.name=fw_dtp"], "train.accumulate: got 2, want 1"),
-        ("", ["--checkpoint-steps", "-3"], "--checkpoint-steps: got '-3', want a whole number, 0 at least"),
-        ("", ["--workers", "-1"], "--workers: got '-1', want a whole number, 0 at least"),
+        ("", ["--checkpoint-steps", "-3"], "--checkpoint-steps: got '-3', want whole numbers of at least 0"),
+        ("", ["--workers", "-1"], "--workers: got '-1', want whole numbers of at least 0"),
         ("", ["--set", "train.warmup=-1"], "train.warmup: got -1, want at least 0"),
     ],
 )

@@ -177,6 +177,11 @@ def test_report_refuses_what_it_would_lose(tmp_path, capsys):
         with pytest.raises(ValueError, match=message):
             pages.write([tmp_path / root], page)
     assert all(path.read_bytes() == content for path, content in before.items())
+    (tmp_path / "own.md").write_text("# Results\n\nOf my own.\n")
+    for name, message in (("own.md", "is no page of report"), ("page", "want a file whose name ends in .md")):
+        with pytest.raises(ValueError, match=message):
+            pages.write([tmp_path / "one"], tmp_path / name)
+    assert (tmp_path / "own.md").read_text().endswith("Of my own.\n") and not (tmp_path / "own").exists()
     with pytest.raises(SystemExit):
         cli.main(["report", str(tmp_path / "one")])
     assert "--to" in capsys.readouterr().err

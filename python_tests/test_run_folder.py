@@ -110,6 +110,16 @@ def test_a_log_is_mended_from_the_checkpoint(tmp_path, finished, left):
     assert made.read_text() == whole
 
 
+def test_a_log_without_a_checkpoint_is_left_alone(tmp_path, finished, capsys):
+    path, folder = finished
+    (folder / "checkpoint.pt").unlink()
+    whole = (folder / "log.jsonl").read_text()
+    with pytest.raises(SystemExit):
+        run(path, tmp_path, "--set", "train.epochs=1")
+    assert f"{folder / 'log.jsonl'}: has no checkpoint beside it" in capsys.readouterr().err
+    assert (folder / "log.jsonl").read_text() == whole
+
+
 def test_one_process_holds_a_folder(tmp_path, finished, capsys):
     path, folder = finished
     with checkpoint.lock(folder), pytest.raises(SystemExit):
@@ -134,7 +144,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, finished, capsys, damage):
     with pytest.raises(SystemExit):
         run(path, tmp_path)
     shown = capsys.readouterr().err.splitlines()[-1]
-    assert str(made) in shown and "move it away" in shown
+    assert str(made) in shown and "move its folder away" in shown
 
 
 def test_stopping_by_hand_says_how_to_go_on(tmp_path, monkeypatch):

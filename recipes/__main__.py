@@ -28,7 +28,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from recipes import experiment, page, pictures, report, world
+from recipes import experiment, keys, page, pictures, report, world
 from recipes.run import machine, run
 
 
@@ -44,17 +44,17 @@ def parser() -> argparse.ArgumentParser:
     )
     r.add_argument(
         "--checkpoint-steps",
-        type=_count(0),
+        type=_least(0),
         default=0,
         metavar="N",
         help="a checkpoint also after every N steps of an epoch",
     )
     r.add_argument("--tensorboard", action="store_true", help="the logs' figures as TensorBoard's events, too")
     s = commands.add_parser("search", help="random search in the files' own ranges")
-    s.add_argument("--trials", type=_count(1), default=60, metavar="N", help="(default: %(default)s)")
+    s.add_argument("--trials", type=_least(1), default=60, metavar="N", help="(default: %(default)s)")
     s.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
-    s.add_argument("--first", type=_count(1), metavar="N", help="epochs after which only the best trials go on")
-    s.add_argument("--keep", type=_count(1), default=1, metavar="N", help="how many go on (default: %(default)s)")
+    s.add_argument("--first", type=_least(1), metavar="N", help="epochs after which only the best trials go on")
+    s.add_argument("--keep", type=_least(1), default=1, metavar="N", help="how many go on (default: %(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for c in (r, s):
         c.add_argument("files", nargs="+", type=Path, metavar="FILE.toml", help="a table's experiments, or one")
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         c.add_argument("--data-root", default="data", metavar="DIR", help="where data sets are (default: %(default)s)")
         c.add_argument("--device", type=_device, default=device, help="(default: %(default)s)")
         c.add_argument(
-            "--workers", type=_count(0), default=0, metavar="N", help="processes that load images of folders"
+            "--workers", type=_least(0), default=0, metavar="N", help="processes that load images of folders"
         )
         c.add_argument("--no-measure", action="store_true", help="leave out the angles after every epoch")
     t = commands.add_parser("report", help="tables and pictures as a Markdown page, from runs or their copied logs")
@@ -111,7 +111,7 @@ def _run(args: argparse.Namespace) -> None:
     if ranks.rank > 0:
         return
     for name in dict.fromkeys(table for _, table, _ in found):
-        rows = report.collect([args.out])[name]
+        rows = [seeds for seeds in report.collect([args.out])[name] if not seeds[0].searched]
         image = args.out / name / "curves.png"
         pictures.curves(rows, name, image)
         print(f"\n{report.table(rows)}\n\ncurves: {image}")
@@ -146,7 +146,7 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _keys(args: argparse.Namespace) -> None:
-    print(experiment.keys())
+    print(keys.text())
 
 
 def _entries(args: argparse.Namespace) -> list[tuple[Path, str, str]]:
@@ -193,25 +193,31 @@ def _device(text: str) -> str:
         device = torch.device(text)
     except RuntimeError as error:
         raise argparse.ArgumentTypeError(f"got {text!r}, want cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, want cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"got {text!r}, and torch sees {torch.cuda.device_count()} GPUs; try cpu")
     return text
 
 
-def _count(least: int) -> Callable[[str], int]:
-    def count(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"got {text!r}, want a whole number, {least} at least")
-        return int(text)
-
-    return count
-
-
 def _seeds(text: str) -> list[int]:
     try:
-        return [int(number) for number in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"got {text!r}, want whole numbers with commas between") from error
+        return [_least(0)(number) for number in text.split(",")]
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error} with commas between") from error
+
+
+def _least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        try:
+            found = int(text)
+        except ValueError:
+            found = least - 1
+        if found < least:
+            raise argparse.ArgumentTypeError(f"got {text!r}, want whole numbers of at least {least}")
+        return found
+
+    return number
 
 
 if __name__ == "__main__":

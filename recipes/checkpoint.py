@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 MAGIC = b"bioplaus_kernels recipes checkpoint 1\n"
-HOW = "move it away to start the run anew"
+HOW = "move its folder away to start the run anew"
 
 
 @contextmanager
@@ -44,21 +44,23 @@ def save(path: Path, content: dict[str, Any]) -> None:
     write(path, MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """What `save` was given, on the CPU. Raises ValueError that names the file where it is not that, whole."""
+def load(path: Path, advice: str = HOW) -> dict[str, Any]:
+    """What `save` was given, on the CPU. Raises ValueError that names the file and ends in `advice` where it is not
+    that, whole.
+    """
     data = path.read_bytes()
     if not data.startswith(MAGIC):
-        raise ValueError(f"{path}: not a checkpoint of recipes; {HOW}")
+        raise ValueError(f"{path}: not a checkpoint of recipes; {advice}")
     digest, payload = data[len(MAGIC) : len(MAGIC) + 64], data[len(MAGIC) + 65 :]
     if hashlib.sha256(payload).hexdigest().encode() != digest:
-        raise ValueError(f"{path}: damaged, its checksum is another; {HOW}")
+        raise ValueError(f"{path}: damaged, its checksum is another; {advice}")
     try:
         content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
         if isinstance(content, dict) and {"rows", "header", "experiment", "model"} <= content.keys():
             return content
     except Exception as error:  # torch.load raises whatever its parsers do
-        raise ValueError(f"{path}: torch.load cannot read it; {HOW}") from error
-    raise ValueError(f"{path}: not a checkpoint of a run; {HOW}")
+        raise ValueError(f"{path}: torch.load cannot read it; {advice}") from error
+    raise ValueError(f"{path}: not a checkpoint of a run; {advice}")
 
 
 def write(path: Path, content: bytes) -> None:

@@ -49,7 +49,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import json
 import math
 import random
 import tomllib
@@ -244,7 +243,9 @@ def check(content: dict[str, Any], overrides: dict[str, Any] | None = None) -> E
     row = _typed("row", found.pop("row", "experiment"), str)
     seeds = _typed("seeds", found.pop("seeds", [0]), list)
     for seed in seeds:
-        _typed("seeds", seed, int)
+        _least("seeds", _typed("seeds", seed, int), 0)
+    if not seeds:
+        raise ValueError("seeds: got none, want one at least")
     published = _typed("published", found.pop("published", {}), dict)
     for name, value in published.items():
         _typed(f"published.{name}", value, float)
@@ -289,46 +290,20 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def keys() -> str:
-    """What an experiment's file may say: this module's description, every key, its default and the names it takes."""
-    lines = [__doc__ or "", "Keys and their defaults:", ""]
-    for part, cls in (("data", Data), ("model", Model), ("train", Train)):
-        source = {}
-        for line in inspect.getsource(cls).splitlines():
-            name, _, rest = line.strip().partition(":")
-            source[name] = rest.partition("#")[2].strip()
-        values = {key: json.dumps(value) for key, value in vars(cls()).items()}
-        lines += [f"{part}.{key} = {value}".ljust(40) + f" {source[key]}" for key, value in values.items()]
-    mirror = (f"algorithm.mirror.{key} = {json.dumps(value)}" for key, value in MIRROR.items())
-    lines += [line.ljust(40) + " of bioplaus_kernels.mirror_" for line in mirror]
-    lines += [
-        "",
-        "algorithm.name, and the other keys of [algorithm] with it, which help(bioplaus_kernels.CLASS) explains:",
-    ]
-    for name, rule in (RULES | DIRECT).items():
-        own = [f.name for f in dataclasses.fields(rule)] + _beside(name)
-        lines.append(f"{name} ({'direct.' if name in DIRECT else ''}{rule.__name__}): {', '.join(own)}")
-    lines += [f"{', '.join(VARIANTS)} (TargetProp): {', '.join(_TARGETS)}", ""]
-    lines.append("optimizer.name, and the keys with it, which help(torch.optim.CLASS) explains:")
-    for name, optimizer in OPTIMIZERS.items():
-        own = [p for p in inspect.signature(optimizer).parameters if p != "params"]
-        package = "bioplaus_kernels.optim." if optimizer.__module__.startswith("bioplaus") else ""
-        lines.append(f"{name} ({package}{optimizer.__name__}): {', '.join(own)}, last_layer (a table of the same keys)")
-    return "\n".join(lines)
-
-
 _PARTS = ("data", "model", "algorithm", "optimizer", "inverse_optimizer", "train", "search")
-_TARGETS = ("schedule", "auxiliary", "hidden", "alpha", "sigma", "reduction", "mix", "inverse_objective")
+TARGETS = ("schedule", "auxiliary", "hidden", "alpha", "sigma", "reduction", "mix", "inverse_objective")
 
 
 def _check_values(e: Experiment) -> None:
+    _one_of("data.name", e.data.name, [*data.NATIVE, *detection.KINDS])
+    if (folder := e.data.name in ("imagefolder", "coco")) != bool(e.data.path):
+        want = "a folder below --data-root" if folder else "none"
+        raise ValueError(f"data.path: got {e.data.path!r}, want {want} with data.name = {e.data.name!r}")
     if e.detects:
-        _wrap("data.name", detection.kind, e.data.spec("."))
         _one_of("model.name", e.model.name, models.DETECTORS)
         if e.family != "rule":
             raise ValueError(f"algorithm.name: got {e.algorithm['name']!r}, want a rule: {', '.join(RULES)}")
     else:
-        _wrap("data.name", data.kind, e.data.spec("."))
         _wrap("model.name", models.check_name, e.model.name)
     _one_of("data.augment", e.data.augment, data.AUGMENT)
     _one_of("model.init", e.model.init, ("model", "xavier", "zero"))
@@ -364,7 +339,8 @@ def _check_values(e: Experiment) -> None:
         if not good:
             raise ValueError(f"search.{key}: got {space!r}, want {{choices = [...]}} or {{low, high, log = true}}")
     for epoch in e.train.milestones:
-        _typed("train.milestones", epoch, int)
+        _least("train.milestones", _typed("train.milestones", epoch, int), 0)
+    _least("train.gamma", e.train.gamma, 0)
     if not e.train.inverse_steps:
         raise ValueError("train.inverse_steps: got none, want one number, or one for each inverse")
     for steps in e.train.inverse_steps:
@@ -391,16 +367,18 @@ def _algorithm(table: dict[str, Any]) -> dict[str, Any]:
     name = table.get("name")
     _one_of("algorithm.name", name, [*RULES, *DIRECT, *VARIANTS])
     if name in VARIANTS:
-        allowed = list(_TARGETS)
-        _typed("algorithm.auxiliary", table.get("auxiliary", 512), int)
+        allowed = list(TARGETS)
+        _least("algorithm.auxiliary", _typed("algorithm.auxiliary", table.get("auxiliary", 512), int), 0)
+        if "auxiliary" in table and name != "ao_sdtp":
+            raise ValueError(f"algorithm.auxiliary: got {table['auxiliary']}, want none with algorithm.name = {name!r}")
         _one_of("algorithm.schedule", table.get("schedule", "parallel"), schedules.SCHEDULES)
         _least("algorithm.hidden", _typed("algorithm.hidden", table.get("hidden", 0), int), 0)
         if table.get("hidden") and not VARIANTS[name].direct:
             raise ValueError(f"algorithm.hidden: got {table['hidden']}, want 0 with algorithm.name = {name!r}")
     else:
         cls = (RULES | DIRECT)[name]
-        allowed = [f.name for f in dataclasses.fields(cls)] + _beside(name)
-        own = {key: value for key, value in table.items() if key in allowed and key not in _beside(name)}
+        allowed = [f.name for f in dataclasses.fields(cls)] + beside(name)
+        own = {key: value for key, value in table.items() if key in allowed and key not in beside(name)}
         _wrap("algorithm", lambda options: cls(**options), own)
         if name in DIRECT:
             for block in _typed("algorithm.blocks", table.get("blocks", []), list):
@@ -438,7 +416,7 @@ def rule(key: str, value: Any) -> bk.Rule:
         raise type(error)(f"{key}: {error}") from error
 
 
-def _beside(name: str) -> list[str]:
+def beside(name: str) -> list[str]:
     # What [algorithm] takes beside the arguments of its class.
     if name in DIRECT:
         return ["blocks", "loss_scale"] if name == "drtp" else ["blocks"]
@@ -482,6 +460,8 @@ def _typed(key: str, value: Any, kind: type) -> Any:
     good = isinstance(value, int | float) if kind is float else isinstance(value, kind)
     if not good or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"{key}: got {value!r}, want a value of type {kind.__name__}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{key}: got {value}, want a finite number")
     return value
 
 

@@ -31,7 +31,10 @@ def start(experiment: Experiment, seed: int, folder: Path) -> tuple[dict[str, Te
     path = folder.parent.parent / source / f"seed-{seed}" / "checkpoint.pt" if row else Path(source)
     if row and not path.exists():
         raise FileNotFoundError(f"model.init_from: got {source!r}, there is no {path}; run that row first")
-    content = checkpoint.load(path)
+    if not path.exists():
+        raise FileNotFoundError(f"model.init_from: got {source!r}, there is no such file")
+    advice = checkpoint.HOW if row else "model.init_from wants a checkpoint.pt that recipes has written"
+    content = checkpoint.load(path, advice)
     made = json.loads(content["experiment"])
     had, planned = len(content["rows"]) - 1, made.get("train", {}).get("epochs", Train().epochs)
     if row and had < planned:

@@ -40,14 +40,18 @@ def write(roots: list[Path], to: Path) -> list[str]:
 
     That folder is a root itself, after `roots`, so that nothing is lost from a page by writing it again: a table that
     `roots` do not have stays, as does the longer run. Returns a line for each note whose runs are missing or changed.
-    Raises ValueError as `collect` does.
+    Raises ValueError as `collect` does, and for a `to` that is no .md or a page that this did not make.
     """
+    if to.suffix != ".md":
+        raise ValueError(f"--to: got {to}, want a file whose name ends in .md")
+    if to.exists() and not to.read_text().startswith(HEAD.partition(",")[0]):
+        raise ValueError(f"--to: got {to}, which is no page of report and would be lost; want another name")
     folder = to.with_suffix("")
     parts, stale = [HEAD.format(folder=folder.name)], []
     kept = [folder] if any(folder.glob("*/*/*/log.jsonl")) else []
     tables = collect([*roots, *kept])
     folder.mkdir(parents=True, exist_ok=True)
-    shown = {name: [r for r in rows if not _searched(r)] for name, rows in tables.items()}
+    shown = {name: [r for r in rows if not r[0].searched] for name, rows in tables.items()}
     shown = {name: rows for name, rows in shown.items() if rows and rows[0][0].score == "test_error"}
     if shown:
         pictures.overview(shown, folder / "overview.png")
@@ -61,9 +65,9 @@ def write(roots: list[Path], to: Path) -> list[str]:
                     copy.mkdir(parents=True, exist_ok=True)
                     shutil.copy(r.folder / file, copy / file)
         parts.append(f"## {name}\n")
-        if trained := [runs for runs in rows if not _searched(runs)]:
+        if trained := [runs for runs in rows if not runs[0].searched]:
             parts += _trained(name, trained, place, to.parent)
-        for runs in filter(_searched, rows):
+        for runs in (r for r in rows if r[0].searched):
             row = runs[0].folder.parent.name
             pictures.histogram(runs, place / f"{row}.png")
             best = min(runs, key=lambda r: r.rank)
@@ -117,10 +121,6 @@ def digest(runs: list[Run]) -> str:
     """Six hexadecimal digits of what was trained and came out, of all seeds."""
     content = [(r.folder.name, r.header["experiment"], r.rows) for r in runs]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:6]
-
-
-def _searched(runs: list[Run]) -> bool:
-    return runs[0].folder.name.startswith("trial-")
 
 
 def _trained(name: str, rows: list[list[Run]], place: Path, parent: Path) -> list[str]:

@@ -56,6 +56,11 @@ class Run:
         return re.sub(r"\D+", "", self.folder.name)
 
     @property
+    def searched(self) -> bool:
+        """Whether it is a trial of a search, which is no seed."""
+        return self.folder.name.startswith("trial-")
+
+    @property
     def epochs(self) -> int:
         return len(self.rows) - 1
 

@@ -1,8 +1,8 @@
 """Run an experiment, one folder a seed: log.jsonl (a header, then a row an epoch) and checkpoint.pt.
 
 Both are written after every epoch, the checkpoint also within one, whole or not at all; the same command goes on from
-there, with any number of ranks. A log that is missing or is not that of the checkpoint is written again from it, and no
-more is done where the run is finished. Of many ranks the first one writes.
+there, with any number of ranks. A log that is missing or is not that of the checkpoint is written again from it, one
+without a checkpoint is refused, and no more is done where the run is finished. Of many ranks the first one writes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from recipes import checkpoint, detection, finetune, learn, models
+from recipes import checkpoint, detection, finetune, learn, models, report
 from recipes import data as datasets
 from recipes.experiment import Experiment, difference
 from recipes.world import ALONE, World
@@ -52,8 +52,9 @@ def run(
     measure: angles and inverse losses after every epoch. test: the test images after every epoch; without, none of them
     is ever loaded. checkpoint_steps: steps within an epoch after which there is a checkpoint, 0 for none. tensorboard:
     the rows as TensorBoard's events beside. about: more for the header. world: the ranks, each of which calls this.
-    Raises ValueError where `folder` holds a run of another experiment or a damaged checkpoint, and RuntimeError where
-    another process trains into it, or where ranks do not see the same one.
+    Raises ValueError where `folder` holds a run of another experiment, a damaged checkpoint or a log without one, or
+    where another seed beside it is of another experiment, and RuntimeError where another process trains into it, or
+    where ranks do not see the same one.
     """
     with checkpoint.lock(folder) if world.rank == 0 else nullcontext():
         how = data_root, device, workers, measure, test, checkpoint_steps, tensorboard
@@ -78,6 +79,11 @@ def _run(
     content["data"] = content.get("data", {}) | {"validation": experiment.data.validation}
     path = folder / "checkpoint.pt"
     saved = checkpoint.load(path) if path.exists() else None
+    log = folder / "log.jsonl"
+    if saved is None and log.exists():
+        raise ValueError(
+            f"{log}: has no checkpoint beside it, and a run from the start would replace it; {checkpoint.HOW}"
+        )
     within = {"step": 0, "seconds": 0.0, "total": [0.0, 0.0]} | ((saved or {}).get("within") or {})
     places = world.gather((len(saved["rows"]), within["step"]) if saved else None)
     if places != places[:1] * world.size:
@@ -93,6 +99,14 @@ def _run(
             _log(folder, json.loads(saved["header"]), saved["rows"])
         if len(saved["rows"]) > experiment.train.epochs or diverged(saved["rows"]):
             return saved["rows"]
+
+    for beside, experiment_of in _beside(folder):
+        if other := difference(experiment_of, content):
+            key, made, now = other
+            raise ValueError(
+                f"{key}: got {_said(now)}, {beside} was made with {_said(made)}; want one experiment for all seeds "
+                "of a row: another --out, or that folder away"
+            )
 
     spec, size = experiment.data.spec(data_root), experiment.data.size
     with world.first():
@@ -303,6 +317,14 @@ def _board(folder: Path, epoch: int) -> Any:
 
 def diverged(rows: list[Row]) -> bool:
     return len(rows) > 1 and not math.isfinite(rows[-1]["train_loss"])
+
+
+def _beside(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The row's other seeds and their experiments; a damaged log waits for its own run to write it again."""
+    for log in sorted(folder.parent.glob("seed-*/log.jsonl")):
+        with suppress(ValueError):
+            if log.parent != folder:
+                yield log.parent, report.read(log.parent).header["experiment"]
 
 
 def _said(value: Any) -> str:
