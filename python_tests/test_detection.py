@@ -249,8 +249,8 @@ def test_the_small_retinanet_learns(tmp_path, monkeypatch, rule):
     [
         (["model.name=lenet"], "model.name: got 'lenet', want one of retinanet, retinanet-small"),
         (["algorithm.name=dfa"], "algorithm.name: got 'dfa', want a rule: backprop, usf"),
-        (["data.path=here"], "data.name: got 'shapes:here', want shapes or coco:PATH"),
-        (["data.name=coco"], "data.name: got 'coco', want shapes or coco:PATH"),
+        (["data.path=here"], "data.path: got 'here', want none with data.name = 'shapes'"),
+        (["data.name=coco"], "data.path: got '', want a folder below --data-root with data.name = 'coco'"),
         (["data.name=coco", "data.path=nowhere"], "instances_train2017.json"),
         (["data.name=digits"], "model.name: got 'retinanet-small', want"),
         (["train.batch_size=5000"], "train.batch_size: got 5000, there are 22 images"),
