@@ -41,14 +41,14 @@ for python in ${PYTHONS:-python3.11 python3.12 python3.13}; do
     fi
     empty="$work/$python"
     "$python" -m venv "$empty"
-    PATH="$work/bin" "$empty/bin/python" -m pip install --quiet dist/cpu/*.whl pytest expecttest numpy
-    cp -r python_tests "$work/tests"
-    (cd "$work/tests" && PATH="$work/bin" PYTHONSAFEPATH=1 PYTHONPATH=. "$empty/bin/python" -c "
-import bioplaus_kernels as bk
+    PATH="$work/bin" "$empty/bin/python" -m pip install --quiet dist/cpu/*.whl pytest pytest-benchmark expecttest numpy
+    # Of the sources' folder the tests, and not the package.
+    (cd "$work"/bioplaus_kernels-* && export PATH="$work/bin" PYTHONSAFEPATH=1
+        "$empty/bin/python" -c "
 from bioplaus_kernels.backends import native
-assert native.library is not None, native.reason")
-    (cd "$work/tests" && PATH="$work/bin" "$empty/bin/python" -m pytest -q -p no:cacheprovider \
-        -m "not slow and not exhaustive" test_import.py test_layers.py test_feedback_mm.py test_pack_signs.py)
+assert native.library is not None, native.reason"
+        "$empty/bin/python" -m pytest -q -p no:cacheprovider -m "not slow and not exhaustive" \
+            python_tests/test_{import,layers,feedback_mm,pack_signs}.py)
     echo "wheels: $python passed"
-    rm -rf "$empty" "$work/tests"
+    rm -rf "$empty"
 done
