@@ -38,7 +38,7 @@ ifneq ($(shell cat $(VENV)/.checkout 2>/dev/null),$(CURDIR))
 STALE = FORCE
 endif
 
-.PHONY: train test test-all test-amx test-installed check lint docs site format build clean FORCE
+.PHONY: train test test-all test-amx test-installed check lint docs site format build wheels clean FORCE
 
 train: build
 	$(PY) -m recipes run recipes/experiments/digits.toml

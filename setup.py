@@ -142,7 +142,7 @@ class CMakeBuild(build_ext):
     def build_with_cmake(self, extension, torch, cxx, cmake, ninja):
         torch_root = Path(torch.__file__).parent
         output = Path(self.get_ext_fullpath(extension.name)).resolve()
-        for other in output.parent.glob("_C.*"):  # Python would prefer one of its own version's name
+        for other in {*output.parent.glob("_C.*")} - {output}:  # Python would prefer one of its own version's name
             other.unlink()
         defines = {
             "CMAKE_BUILD_TYPE": "Release",

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from recipes.pictures import COLOURS as RULES
+from recipes.pictures import apart
 
 Row = dict[str, Any]
 # A panel: ways by name, each with its ratios by batch; batch is 0 where a case has none.
@@ -105,19 +106,6 @@ def label(way: str) -> str:
     return way.replace("bioplaus, ", "ours, ").replace(", then", ",").replace("torch.compile", "compiled")
 
 
-def _spread(values: list[float], low: float, high: float, apart: float) -> list[float]:
-    """The values in [low, high], moved so that they are `apart`, in their order."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    placed = [min(max(values[i], low), high) for i in order]
-    for i in range(1, len(placed)):
-        placed[i] = max(placed[i], placed[i - 1] + apart)
-    if placed and placed[-1] > high:
-        placed[-1] = high
-        for i in range(len(placed) - 2, -1, -1):
-            placed[i] = min(placed[i], placed[i + 1] - apart)
-    return [y for _, y in sorted(zip(order, placed, strict=True))]
-
-
 def _scale(axis: Any) -> None:
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -153,11 +141,8 @@ def _lines(axes: Axes, panel: Panel) -> None:
         axes.plot(xs, [points[batches[i]] for i in xs], style, color=shade, marker="o", ms=2.5, lw=1.6)
         ends.append((points[last], way, shade))
     axes.axhline(1, color=BASELINE, lw=0.8)
-    # Where the ends lie on the axis, from 0 to 1, is what labels keep apart in.
-    to_axes = axes.transData + axes.transAxes.inverted()
-    heights = [to_axes.transform((0, y))[1] for y, _, _ in ends]
-    apart = 10 / (axes.get_window_extent().height * 72 / axes.figure.dpi)
-    for (_, way, shade), y in zip(ends, _spread(heights, 0.02, 0.98, apart), strict=True):
+    gap = 10 / (axes.get_window_extent().height * 72 / axes.figure.dpi)
+    for (_, way, shade), y in zip(ends, apart(axes, [end[0] for end in ends], gap), strict=True):
         axes.text(1.03, y, label(way), color=shade, fontsize=7.5, va="center", transform=axes.transAxes)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -243,8 +244,6 @@ def write(results: list[Path], out: Path, draft: bool = False) -> None:
 
     Raises ValueError that names the rows with too few quiet samples, unless it is a draft.
     """
-    from . import goals
-
     loaded = [json.loads(path.read_text()) for path in results]
     rows = [f"{path}: {row}" for path, result in zip(results, loaded, strict=True) for row in loud(result)]
     if rows and not draft:
@@ -252,29 +251,40 @@ def write(results: list[Path], out: Path, draft: bool = False) -> None:
             f"--results: expected at least {LEAST} quiet samples in every row, got fewer in {len(rows)} (run these "
             "cases --again, or report a --draft):\n" + "\n".join(rows)
         )
+    warning = f"A draft: {len(rows)} rows have fewer than {LEAST} quiet samples.\n\n" if rows else ""
     folder = out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    # What an earlier report made may not be made again.
-    for old in (*folder.glob("*.md"), *folder.glob("*.svg")):
-        old.unlink()
-    warning = f"A draft: {len(rows)} rows have fewer than {LEAST} quiet samples.\n\n" if rows else ""
+    with tempfile.TemporaryDirectory(dir=out.parent) as made:
+        _write(loaded, warning, Path(made, out.name))
+        # What an earlier report made may not be made again.
+        for old in (*folder.glob("*.md"), *folder.glob("*.svg")):
+            old.unlink()
+        for file in Path(made, out.stem).iterdir():
+            file.replace(folder / file.name)
+        Path(made, out.name).replace(out)
+
+
+def _write(loaded: list[dict[str, Any]], warning: str, out: Path) -> None:
+    from . import goals
+
+    folder = out.with_suffix("")
+    folder.mkdir()
     ops = list(dict.fromkeys(row["op"] for result in loaded for row in result["rows"]))
     for op in ops:
-        _put(folder / f"{op}.md", page(op, loaded, folder))
-    _put(folder / "goals.md", f"# Goals\n\n{GOALS}\n\n{goals.table(loaded)}\n")
+        (folder / f"{op}.md").write_text(page(op, loaded, folder))
+    (folder / "goals.md").write_text(f"# Goals\n\n{GOALS}\n\n{goals.table(loaded)}\n")
     machines = "\n\n".join(
         f"## {where(result)}\n\n{_properties('machine', result['machine'])}\n\n"
         f"{_properties('measured in this run, 1e9 flop/s or byte/s', _rates(result))}"
         for result in loaded
     )
-    _put(folder / "method.md", f"# How it is measured\n\n{METHOD}\n\n{machines}\n")
+    (folder / "method.md").write_text(f"# How it is measured\n\n{METHOD}\n\n{machines}\n")
     # Levels of one processor differ in the products alone; a GPU is a machine of its own.
     shown = [r for i, r in enumerate(loaded) if not i or "gpu" in r["machine"]]
     pages = tabulate(
         [[f"[{op}]({out.stem}/{op}.md)", registry.about(op)] for op in ops], ("page", "what"), tablefmt="pipe"
     )
-    _put(
-        out,
+    out.write_text(
         f"""# Benchmarks
 
 {warning}Time of each rule beside back-propagation's, which is 1: what lies in the shade is faster. A dot is the
@@ -290,9 +300,3 @@ Times are medians of `python -m bench run`, these pages are made by `python -m b
 [how it is measured]({out.stem}/method.md), [goals]({out.stem}/goals.md). No row is left out because it loses.
 """,
     )
-
-
-def _put(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

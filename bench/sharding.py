@@ -1,12 +1,9 @@
 """Bytes that FSDP2 moves in a step and keeps between forward and backward, its two ways and `distributed.fully_shard`.
 
-`python -m bench.sharding` runs two gloo ranks and prints the tables of docs/distributed.md.
+`torchrun --nproc-per-node 2 -m bench.sharding` prints the tables of docs/distributed.md.
 """
 
 import sys
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -130,24 +127,6 @@ def _is_parameter(tensor: Tensor) -> bool:
     return tensor.is_leaf and tensor.requires_grad
 
 
-def on_ranks(function: Callable[[Any], Any], world: int = 2) -> Any:
-    """What `function(mesh)` returns on the first of `world` gloo ranks."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(_rank, (function, world, folder), nprocs=world, start_method="spawn")
-        return torch.load(Path(folder, "found.pt"))
-
-
-def _rank(rank: int, function: Callable[[Any], Any], world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    try:
-        found = function(torch.distributed.init_device_mesh("cpu", (world,)))
-        if rank == 0:
-            torch.save(found, Path(folder, "found.pt"))
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def every(mesh: Any) -> dict[tuple[str, str, str], dict[str, int]]:
     """`measure` of every rule, policy and way."""
     return {
@@ -170,10 +149,14 @@ def table(found: dict[tuple[str, str, str], dict[str, int]], policy: str) -> str
 
 
 def main() -> None:
-    """Print the tables."""
-    found = on_ranks(every)
-    for policy in POLICIES:
-        sys.stdout.write(f"{policy}\n\n{table(found, policy)}\n\n")
+    """Print the tables, on the first rank."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    found = every(torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+    if torch.distributed.get_rank() == 0:
+        for policy in POLICIES:
+            sys.stdout.write(f"{policy}\n\n{table(found, policy)}\n\n")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -72,8 +72,9 @@ def fully_shard(module: nn.Module, *, blocks: Iterable[nn.Module] | None = None,
     reasons = _reasons(module, names, block_of, holders)
     free = {m for m, reason in reasons.items() if not reason}
     keep_order()
-    for layer in reasons:
-        layer.reads_no_weight = layer in free
+    for m in names:
+        if isinstance(m, FeedbackLayer):
+            m.reads_no_weight = m in free
 
     freeing = {block_of[m] for m in free}
     groups = _groups(module, block_of, holders, free)
@@ -111,8 +112,11 @@ def fully_shard(module: nn.Module, *, blocks: Iterable[nn.Module] | None = None,
 
     def agree(*_: Any) -> None:
         hook.remove()
-        # Without sums, which are each rank's own of what is sharded. A compiled program may go on calling this.
-        said = [(prefix, name, *record[:3]) for prefix, name, record in feedback_records(module) if meshes]
+        # A compiled program may go on calling this.
+        if not meshes:
+            return
+        # Without sums, which are each rank's own of what is sharded.
+        said = [(prefix, name, *record[:3]) for prefix, name, record in feedback_records(module)]
         while meshes:
             mesh = meshes.pop()
             if not same_on_ranks(said, mesh.device_type, mesh.get_all_groups()):
@@ -175,14 +179,14 @@ def _groups(
 def _rows(
     names: dict[nn.Module, str],
     of_root: Container[nn.Parameter],
-    reasons: dict[FeedbackLayer, str],
+    reasons: dict[nn.Module, str],
     whole: Container[nn.Parameter],
     reshards: Any,
 ) -> list[Row]:
     rows = []
     for m, name in names.items():
         matrices = [p for p in m.parameters(recurse=is_parametrized(m)) if p.dim() > 1 and p not in whole]
-        why = reasons.get(m, "no rule: torch's way")  # type: ignore[call-overload]
+        why = reasons.get(m, "no rule: torch's way")
         rule = str(m.feedback) if isinstance(m, FeedbackLayer) else ""
         if not why:
             stored = any(isinstance(p, Frozen) for p in m.parameters(recurse=False))
@@ -212,9 +216,9 @@ def _reasons(
     names: dict[nn.Module, str],
     block_of: dict[nn.Module, nn.Module],
     holders: dict[nn.Parameter, list[nn.Module]],
-) -> dict[FeedbackLayer, str]:
+) -> dict[nn.Module, str]:
     # Of each layer with feedback why its backward needs W, "" where it does not.
-    reasons: dict[FeedbackLayer, str] = {}
+    reasons: dict[nn.Module, str] = {}
     # An attention's output projection is a layer of its own, whose weight the attention reads.
     units: list[list[FeedbackLayer]] = []
     for m in names:
@@ -226,15 +230,13 @@ def _reasons(
         if issubclass(type(m), Registered) and not isinstance(m, FeedbackLayer):
             read = {layer for layer in m.children() if isinstance(layer, FeedbackLayer) and not reasons[layer]}
             reasons |= dict.fromkeys(read, f"{type(m).__name__} reads its weight")
-    shared: dict[FeedbackLayer, nn.Module] = {None: module}  # type: ignore[dict-item]
-    while shared:
-        shared = {
-            layer: other
-            for layer, reason in reasons.items()
-            for p in layer.parameters(recurse=False)
-            for other in holders.get(p, ())
-            if not reason and (reasons.get(other) != "" or block_of[other] is not block_of[layer])  # type: ignore[call-overload]
-        }
+    while shared := {
+        layer: other
+        for layer, reason in reasons.items()
+        for p in layer.parameters(recurse=False)
+        for other in holders.get(p, ())
+        if not reason and (reasons.get(other) != "" or block_of[other] is not block_of[layer])
+    }:
         for unit in units:
             if other := next((shared[part] for part in unit if part in shared), None):
                 reasons |= dict.fromkeys(unit, f"its weight is that of {names[other] or 'the root'}, too")

@@ -16,11 +16,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from bench import __main__ as command
 from bench import device, feedback_mm, machine, pictures, registry, report, runner
 from bench.gate import mm_gate
 from bioplaus_kernels.backends import native
+from recipes.pictures import apart
 
 ROOT = Path(__file__).parents[1]
 QUICK = [case for case in registry.cases(quick=True) if case.op != "training_step"]
@@ -475,7 +477,7 @@ def test_pictures_of_a_gpu_are_of_graphs_and_without_backends_alone() -> None:
 
 @pytest.mark.parametrize("values", [[0.1, 0.1, 0.1], [0.9, 0.95, 1.2], [0.5], []])
 def test_labels_are_apart_and_in_order(values: list[float]) -> None:
-    placed = pictures._spread(values, 0.0, 1.0, 0.1)
+    placed = apart(Figure().subplots(), values, 0.1)
     assert all(0 <= y <= 1 + 1e-9 for y in placed)
     order = sorted(range(len(values)), key=values.__getitem__)
     assert all(placed[b] - placed[a] >= 0.1 - 1e-9 for a, b in itertools.pairwise(order))

@@ -38,7 +38,6 @@ _GREY = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}
 # Where Debian's package dataset-fashion-mnist puts its files.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
-
 # Below the data root, and where the files are from that torchvision would download.
 _FILES = {
     "mnist": ("MNIST/raw", "the four files of https://ossci-datasets.s3.amazonaws.com/mnist/"),

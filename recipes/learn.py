@@ -35,6 +35,11 @@ class Learner:
         # Of the epoch so far: this rank's part of the sum of the steps' losses, and of their number.
         self.total = torch.zeros(2, device=self.device)
         self.criterion = squared_error if experiment.reconstructs else nn.functional.cross_entropy
+        self.set_up(model, shape, seed)
+
+    def set_up(self, model: nn.Module, shape: tuple[int, ...], seed: int) -> None:
+        """Give the model the algorithm, and what steps it the optimizers."""
+        experiment, world = self.experiment, self.world
         options = dict(experiment.algorithm)
         name = options.pop("name")
         self.loss_scale = options.pop("loss_scale", 1.0)
@@ -151,22 +156,11 @@ class Learner:
 class TargetLearner(Learner):
     """Target propagation, its layers and its inverses each with an optimizer of their own."""
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        model: nn.Module,
-        shape: tuple[int, ...],
-        seed: int,
-        device: Any,
-        world: World = ALONE,
-    ) -> None:
-        self.experiment, self.device, self.world = experiment, torch.device(device), world
-        # Of the epoch so far: this rank's part of the sum of the steps' losses, and of their number.
-        self.total = torch.zeros(2, device=self.device)
-        self.criterion = squared_error if experiment.reconstructs else nn.functional.cross_entropy
+    def set_up(self, model: nn.Module, shape: tuple[int, ...], seed: int) -> None:
+        experiment = self.experiment
         options = dict(experiment.algorithm)
         variant = options.pop("name")
-        check_parallel(variant, world)
+        check_parallel(variant, self.world)
         self.schedule = options.pop("schedule", "parallel")
         if experiment.reconstructs:
             options |= {"loss": squared_error, "output": nn.Identity()}

@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from sklearn.isotonic import isotonic_regression
 
 from recipes.report import MEASURES, Row, Run, like_for_like, mean_angle, measured, short
 
@@ -198,6 +199,20 @@ def histogram(runs: list[Run], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def apart(axes: Axes, values: list[float], gap: float) -> list[float]:
+    """Heights for labels of `values`, in parts of the panel's: in their order, `gap` apart and in the panel, with as
+    little moved as that takes. Where they are too many the gap is what there is room for."""
+    if not values:
+        return []
+    low, high = 0.04, 0.96
+    gap = min(gap, (high - low) / len(values))
+    order = sorted(range(len(values)), key=values.__getitem__)
+    to_axes = axes.transData + axes.transAxes.inverted()
+    wanted = [to_axes.transform((0, values[i]))[1] - k * gap for k, i in enumerate(order)]
+    found = isotonic_regression(wanted, y_min=low, y_max=high - gap * (len(values) - 1))
+    return [place + k * gap for _, k, place in sorted(zip(order, range(len(values)), found, strict=True))]
+
+
 def _grid(rows: list[list[Run]], title: str) -> tuple[Figure, list[Axes]]:
     # No wider than a page, which would make what is written small.
     wide = min(3, len(rows))
@@ -247,13 +262,7 @@ def _label_ends(axes: Axes, end: int, longest: int, labels: list[tuple[float, st
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= longest and tick == int(tick)])
     where: Any = axes.get_xaxis_transform()
     labels = sorted(label for label in labels if math.isfinite(label[0]))
-    places = [axes.transAxes.inverted().transform(axes.transData.transform((end, label[0])))[1] for label in labels]
-    # Apart from one another and in the panel, with as little moved as that takes.
-    for _ in range(50):
-        for k in range(1, len(places)):
-            apart = max(0.0, GAP - (places[k] - places[k - 1])) / 2
-            places[k - 1], places[k] = places[k - 1] - apart, places[k] + apart
-        places = [min(max(place, 0.04), 0.96) for place in places]
+    places = apart(axes, [label[0] for label in labels], GAP)
     for place, (value, text, own) in zip(places, labels, strict=True):
         axes.plot(end, value, "o", color=own, markersize=2.5)
         axes.annotate(

@@ -7,6 +7,7 @@ without a checkpoint is refused, and no more is done where the run is finished. 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import platform
@@ -32,6 +33,16 @@ from recipes.world import ALONE, World
 Row = dict[str, Any]
 
 
+def _one_process(train: Callable[..., list[Row]]) -> Callable[..., list[Row]]:
+    @functools.wraps(train)
+    def locked(experiment: Experiment, seed: int, folder: Path, *, world: World = ALONE, **options: Any) -> list[Row]:
+        with checkpoint.lock(folder) if world.rank == 0 else nullcontext():
+            return train(experiment, seed, folder, world=world, **options)
+
+    return locked
+
+
+@_one_process
 def run(
     experiment: Experiment,
     seed: int,
@@ -56,25 +67,6 @@ def run(
     where another seed beside it is of another experiment, and RuntimeError where another process trains into it, or
     where ranks do not see the same one.
     """
-    with checkpoint.lock(folder) if world.rank == 0 else nullcontext():
-        how = data_root, device, workers, measure, test, checkpoint_steps, tensorboard
-        return _run(experiment, seed, folder, *how, about, world)
-
-
-def _run(
-    experiment: Experiment,
-    seed: int,
-    folder: Path,
-    data_root: str | Path,
-    device: str,
-    workers: int,
-    measure: bool,
-    test: bool,
-    checkpoint_steps: int,
-    tensorboard: bool,
-    about: dict[str, Any] | None,
-    world: World,
-) -> list[Row]:
     content = {k: v for k, v in experiment.resolved.items() if k not in ("seeds", "search", "published", "row")}
     content["data"] = content.get("data", {}) | {"validation": experiment.data.validation}
     path = folder / "checkpoint.pt"
@@ -89,24 +81,16 @@ def _run(
     if places != places[:1] * world.size:
         raise RuntimeError(f"{folder}: the ranks see checkpoints of {places}; want one --out for all machines")
     if saved is not None:
-        if other := difference(json.loads(saved["experiment"]), content):
-            key, made, now = other
-            raise ValueError(
-                f"{key}: got {_said(now)}, {path} was made with {_said(made)}; want the same to go on with it, another "
-                "--out to train beside it, or that folder away to start anew"
-            )
+        want = "the same to go on with it, another --out to train beside it, or that folder away to start anew"
+        _same(json.loads(saved["experiment"]), content, path, want)
         if world.rank == 0:
             _log(folder, json.loads(saved["header"]), saved["rows"])
         if len(saved["rows"]) > experiment.train.epochs or diverged(saved["rows"]):
             return saved["rows"]
 
-    for beside, experiment_of in _beside(folder):
-        if other := difference(experiment_of, content):
-            key, made, now = other
-            raise ValueError(
-                f"{key}: got {_said(now)}, {beside} was made with {_said(made)}; want one experiment for all seeds "
-                "of a row: another --out, or that folder away"
-            )
+    for beside, made_of in _beside(folder):
+        want = "one experiment for all seeds of a row: another --out, or that folder away"
+        _same(made_of, content, beside, want)
 
     spec, size = experiment.data.spec(data_root), experiment.data.size
     with world.first():
@@ -129,8 +113,8 @@ def _run(
         raise ValueError("--checkpoint-steps: want none with target propagation, whose passes are of whole epochs")
     if experiment.data.fgsm and world.kind:
         raise ValueError(f"--parallel: got {world.kind} with data.fgsm, which one process measures")
-    start = finetune.start(experiment, seed, folder) if experiment.model.init_from and saved is None else None
-    learner = learn.build(experiment, data.shape, data.classes, seed, device, world, start)
+    weights = finetune.start(experiment, seed, folder) if experiment.model.init_from and saved is None else None
+    learner = learn.build(experiment, data.shape, data.classes, seed, device, world, weights)
     shuffle = torch.Generator()
     options: dict[str, Any] = {"device": device, "workers": workers, "collate": data.collate}
     options["reconstruct"] = experiment.reconstructs
@@ -138,12 +122,12 @@ def _run(
     batches = datasets.Batches(data.train, train.batch_size, shuffle, only=kept, **shares, **options)
     # Of the training images as many as there are test images, evenly spread.
     part = kept[torch.linspace(0, len(kept) - 1, min(len(kept), len(data.test))).long()]
-    size = 32 if experiment.detects else 500
+    at_once = 32 if experiment.detects else 500
     held = {"train": datasets.Batches(data.train, 500, only=part, **shares, **options)} if experiment.classifies else {}
     if len(validation):
-        held["validation"] = datasets.Batches(data.plain or data.train, size, only=validation, **shares, **options)
+        held["validation"] = datasets.Batches(data.plain or data.train, at_once, only=validation, **shares, **options)
     if test:
-        held["test"] = datasets.Batches(data.test, size, **shares, **options)
+        held["test"] = datasets.Batches(data.test, at_once, **shares, **options)
     many = 32 if experiment.detects else 128
     probe = next(iter(datasets.Batches(data.train, many, only=part[:: max(1, len(part) // many)], **options)))
     schedulers = [_scheduler(experiment, optimizer) for optimizer in learner.optimizers]
@@ -327,8 +311,10 @@ def _beside(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
                 yield log.parent, report.read(log.parent).header["experiment"]
 
 
-def _said(value: Any) -> str:
-    return "nothing" if value is None else repr(value)
+def _same(before: dict[str, Any], content: dict[str, Any], path: Path, want: str) -> None:
+    if other := difference(before, content):
+        key, made, now = (other[0], *("nothing" if value is None else repr(value) for value in other[1:]))
+        raise ValueError(f"{key}: got {now}, {path} was made with {made}; want {want}")
 
 
 def _short(row: Row) -> Row:

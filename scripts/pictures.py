@@ -7,7 +7,6 @@ Minutes on one core; the figures of docs/choose.md are printed.
 """
 
 import json
-import operator
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ import bioplaus_kernels as bk
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
-from recipes.pictures import COLOURS  # noqa: E402
+from recipes.pictures import COLOURS, apart  # noqa: E402
 from recipes.report import collect  # noqa: E402
 
 OUT = ROOT / "docs" / "pictures"
@@ -123,13 +122,9 @@ def rules() -> None:
         print(f"{name}: error {error(model):.1f} %")
 
 
-def _labels(axes: plt.Axes, ends: dict[str, float], apart: float, further: Callable = operator.add) -> None:
-    previous = 0.0
-    for name, y in sorted(ends.items(), key=lambda item: item[1]):
-        previous = max(y, further(previous, apart))
-        axes.text(
-            1.02, previous, name, color=COLOURS[name], fontsize=9, va="center", transform=axes.get_yaxis_transform()
-        )
+def _labels(axes: plt.Axes, ends: dict[str, float]) -> None:
+    for name, y in zip(ends, apart(axes, [*ends.values()], 0.07), strict=True):
+        axes.text(1.02, y, name, color=COLOURS[name], fontsize=9, va="center", transform=axes.transAxes)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -162,7 +157,7 @@ def angles() -> None:
         ax.set_ylim(0, 95)
         ax.set_yticks(range(0, 91, 30), [f"{v}°" for v in range(0, 91, 30)])
         ax.tick_params(labelsize=8)
-        _labels(ax, end, 5)
+        _labels(ax, end)
     save(figure, "angles")
 
 
@@ -198,7 +193,7 @@ def depth() -> None:
     axes.set_yticks(ticks, [str(tick) for tick in ticks])
     axes.yaxis.set_minor_locator(NullLocator())
     axes.tick_params(labelsize=8)
-    _labels(axes, ends, 1.22, operator.mul)
+    _labels(axes, ends)
     save(figure, "depth")
 
 

@@ -217,8 +217,7 @@ def mirror_(
 
     Draws from `generator`, else from torch's. Where `fully_shard` (FSDP2) has sharded W, or `model` is a
     DistributedDataParallel, the phase is the mean over the ranks; the ranks of any other data parallelism need the same
-    state of the generator. Raises ValueError where no
-    layer has the rule `wm`.
+    state of the generator. Raises ValueError where no layer has the rule `wm`.
     """
     checks.module("model", model)
     lr, decay = checks.fraction("lr", lr), checks.fraction("decay", decay)

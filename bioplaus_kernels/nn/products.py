@@ -94,10 +94,10 @@ class Products(TorchFunctionMode):
                     self.known.pop(id(result), None)
                     return
                 computed = True
-                if source.owner is not None and source.owner not in owners:
-                    owners.append(source.owner)
                 if source.owner is not None:
                     turned = turned and source.turned
+                    if source.owner not in owners:
+                        owners.append(source.owner)
         if computed:
             one = len(owners) == 1
             over = one and turned != (result.dim() == 2 and _turns(func))

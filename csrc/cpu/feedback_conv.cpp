@@ -23,158 +23,22 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
-#include <optional>
 #include <vector>
 
-#include "../common/form.h"
 #include "buffer.h"
-#include "pack_signs.h"
+#include "feedback_conv_operand.h"
 
 namespace bioplaus {
 namespace {
 
-constexpr int kDims = 3;
 // Digits of a block that stay in the L2 cache, and pixels that are done anew together.
 constexpr int64_t kImageBytes = int64_t{1} << 19;
 constexpr int64_t kGathered = 32;
 
-using Triple = std::array<int64_t, kDims>;
-
-int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
-
-// Missing leading dimensions have size 1.
-Triple triple(at::IntArrayRef x, int64_t missing) {
-  Triple t;
-  t.fill(missing);
-  std::copy(x.begin(), x.end(), t.end() - static_cast<int64_t>(x.size()));
-  return t;
-}
-
-struct Geometry {
-  int64_t samples, out_channels, in_channels;
-  Triple in, out, kernel, stride, padding, dilation;
-
-  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
-  int64_t pixels() const { return in[0] * in[1] * in[2]; }
-  // The pixel of dY that tap k brings to pixel x of dX, where there is one.
-  bool reaches(int d, int64_t x, int64_t k, int64_t& o) const {
-    const int64_t at = x + padding[d] - k * dilation[d];
-    o = floor_divide(at, stride[d]);
-    return at == o * stride[d];
-  }
-};
-
-// σ of all taps: its signs, rows tap · padded channels + o, and its operand.
-class Operand {
- public:
-  Operand(const Geometry& g, const FeedbackArgs& args)
-      : channels_(divide_up(g.out_channels, kTileRows) * kTileRows),
-        words_(sign_words(g.in_channels)),
-        panel_(BK_PICK_PRODUCT(panel_bytes)(depth(g))),
-        memory_(2 * words_ * depth(g) + divide_up(words_ * depth(g) / kTileRows, 4)),
-        operand_(divide_up(g.in_channels, 32) * panel_),
-        signs_{memory_.get(), memory_.get() + words_ * depth(g),
-               reinterpret_cast<uint8_t*>(memory_.get() + 2 * words_ * depth(g)), depth(g)} {
-    const bool by_tap = args.weight && args.weight->stride(1) == 1;
-    const std::optional<at::Tensor> weight =
-        args.weight && !by_tap ? std::optional(args.weight->contiguous()) : args.weight;
-    const Formula formula({weight, args.signs, args.magnitude, args.key, args.entries, args.scale, args.size});
-    at::parallel_for(0, sign_tiles(g.out_channels), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t tile = begin; tile < end; ++tile) {
-        by_tap ? arrange_taps(g, *args.weight, tile) : arrange_tangled(g, formula.p, tile);
-      }
-    });
-    at::parallel_for(0, divide_up(g.in_channels, 32), 1, [&](int64_t begin, int64_t end) {
-      BK_PICK_PRODUCT(form_panels)(part(begin, 0), begin, end, depth(g), operand_.get());
-    });
-  }
-
-  int64_t channels() const { return channels_; }
-  int64_t depth(const Geometry& g) const { return g.taps() * channels_; }
-  const SignColumns& signs() const { return signs_; }
-  const int8_t* panels() const { return operand_.get(); }
-  int64_t panel_bytes() const { return panel_; }
-
- private:
-  // From a word and a tap on.
-  SignColumns part(int64_t word, int64_t tap) const {
-    const int64_t at = word * signs_.rows + tap * channels_;
-    return {signs_.negative + at, signs_.nonzero + at, signs_.zeros + at / kTileRows, signs_.rows};
-  }
-
-  // Of a weight whose input channels are adjacent: tap by tap.
-  void arrange_taps(const Geometry& g, const at::Tensor& weight, int64_t tile) const {
-    const int64_t first = tile * kTileRows;
-    FeedbackParams p{};
-    p.rows = std::min(kTileRows, g.out_channels - first);
-    p.cols = g.in_channels;
-    p.column_dims = 1;
-    p.column_size[0] = p.cols;
-    p.weight = {nullptr, to_dtype("weight", weight.scalar_type()), true, weight.stride(0), {1}};
-    const Buffer<int32_t> planes((2 * p.rows + 1) * words_);
-    const at::IntArrayRef strides = weight.strides().slice(2);
-    const at::IntArrayRef kernel = weight.sizes().slice(2);
-    for (int64_t tap = 0; tap < g.taps(); ++tap) {
-      int64_t offset = first * weight.stride(0);
-      for (int64_t d = static_cast<int64_t>(kernel.size()) - 1, rest = tap; d >= 0; rest /= kernel[d--]) {
-        offset += rest % kernel[d] * strides[d];
-      }
-      p.weight.data = static_cast<char*>(const_cast<void*>(weight.const_data_ptr())) + offset * weight.element_size();
-      BK_PICK(pack_signs)(p, planes.get(), 0, divide_up(p.cols, kPackColumns));
-      const int32_t* nonzero = planes.get() + p.rows * words_;
-      BK_PICK_PRODUCT(arrange)
-      ({planes.get(), nonzero, nonzero + p.rows * words_, words_}, first, p.rows, words_, part(0, tap));
-    }
-  }
-
-  // Of rows whose bits are those of channel 0 for every tap, then of channel 1.
-  void arrange_tangled(const Geometry& g, const FeedbackParams& b, int64_t tile) const {
-    const int64_t first = tile * kTileRows;
-    const int64_t rows = std::min(kTileRows, g.out_channels - first);
-    const int64_t width = sign_words(b.cols);
-    const Buffer<int32_t> strip((2 * rows + 1) * width);
-    SignPlanes from{strip.get(), strip.get() + rows * width, strip.get() + 2 * rows * width, width};
-    if (b.signs) {
-      from = {b.signs + first * width, b.signs + (b.rows + first) * width, b.signs + (2 * b.rows + tile) * width,
-              width};
-    } else if (b.key) {
-      BK_PICK_PRODUCT(seeded_signs)(b.key, first, first + rows, 0, width / 4, strip.get());
-      from.flags = nullptr;
-    } else {
-      FeedbackParams p = b;
-      p.rows = rows;
-      p.weight.data = static_cast<char*>(b.weight.data) + first * b.weight.row_stride * size_of(b.weight.dtype);
-      BK_PICK(pack_signs)(p, strip.get(), 0, divide_up(p.cols, kPackColumns));
-    }
-    const bool zeros = from.flags && std::any_of(from.flags, from.flags + width, [](int32_t flag) { return flag; });
-    const Buffer<int32_t> taken((2 * rows + 1) * words_);
-    int32_t* nonzero = taken.get() + rows * words_;
-    int32_t* flags = nonzero + rows * words_;
-    std::fill(flags, flags + words_, 1);
-    for (int64_t tap = 0; tap < g.taps(); ++tap) {
-      for (int64_t row = 0; row < rows; ++row) {
-        const auto take = BK_PICK_PRODUCT(take_tap);
-        take(from.negative + row * width, tap, g.taps(), g.in_channels, taken.get() + row * words_);
-        if (zeros) {
-          take(from.nonzero + row * width, tap, g.taps(), g.in_channels, nonzero + row * words_);
-        }
-      }
-      BK_PICK_PRODUCT(arrange)
-      ({taken.get(), nonzero, zeros ? flags : nullptr, words_}, first, rows, words_, part(0, tap));
-    }
-  }
-
-  int64_t channels_, words_, panel_;
-  Buffer<int32_t> memory_;
-  Buffer<int8_t> operand_;
-  SignColumns signs_;
-};
-
 // Pixels of dX that see the same taps: x = first + stride · j.
 struct Phase {
-  Triple first;
+  ConvSize first;
   int64_t taps;
   std::vector<int64_t> digits, operand;  // a Run's
   std::vector<int64_t> reached;          // pixels of the image from pixel j of it to each tap's
@@ -182,7 +46,7 @@ struct Phase {
 
 class ConvProduct {
  public:
-  ConvProduct(const Geometry& g, const FeedbackArgs& args, const at::Tensor& grad, const at::Tensor& out)
+  ConvProduct(const ConvGeometry& g, const FeedbackArgs& args, const at::Tensor& grad, const at::Tensor& out)
       : g_(g), operand_(g, args), grad_(grad.const_data_ptr<float>()) {
     p_.depth = operand_.depth(g);
     p_.cols = g.in_channels;
@@ -194,10 +58,10 @@ class ConvProduct {
     const int64_t depth_blocks = BK_PICK_PRODUCT(digit_bytes)(1, p_.depth, p_.bytes) / kTileBytes;
     blocks_ = depth_blocks / g.taps();
     pixel_bytes_ = kTileBytes / in_tile_;
-    while (outer_ + 1 < kDims && g.in[outer_] == 1) {
+    while (outer_ + 1 < kConvDims && g.in[outer_] == 1) {
       ++outer_;
     }
-    for (int d = 0; d < kDims; ++d) {
+    for (int d = 0; d < kConvDims; ++d) {
       low_[d] = floor_divide(g.padding[d] - (g.kernel[d] - 1) * g.dilation[d], g.stride[d]);
       size_[d] = floor_divide(g.in[d] - 1 + g.padding[d], g.stride[d]) - low_[d] + 1;
     }
@@ -255,14 +119,15 @@ class ConvProduct {
   void add_phases(int64_t depth_blocks) {
     const int64_t tile = operand_.panel_bytes() / depth_blocks;
     const int64_t block_bytes = size_[2] * pixel_bytes_;
-    Triple r;
+    ConvSize r;
     for (r[0] = 0; r[0] < std::min(g_.stride[0], g_.in[0]); ++r[0]) {
       for (r[1] = 0; r[1] < std::min(g_.stride[1], g_.in[1]); ++r[1]) {
         for (r[2] = 0; r[2] < std::min(g_.stride[2], g_.in[2]); ++r[2]) {
           Phase phase{r, 0, {}, {}, {}};
           for (int64_t tap = 0; tap < g_.taps(); ++tap) {
-            const Triple k{tap / (g_.kernel[1] * g_.kernel[2]), tap / g_.kernel[2] % g_.kernel[1], tap % g_.kernel[2]};
-            Triple o;
+            const ConvSize k{tap / (g_.kernel[1] * g_.kernel[2]), tap / g_.kernel[2] % g_.kernel[1],
+                             tap % g_.kernel[2]};
+            ConvSize o;
             if (!g_.reaches(0, r[0], k[0], o[0]) || !g_.reaches(1, r[1], k[1], o[1]) ||
                 !g_.reaches(2, r[2], k[2], o[2])) {
               continue;
@@ -284,9 +149,9 @@ class ConvProduct {
   // Calls row(pixel of the sample's image, pixel of the block, pixels) for every row of a phase.
   template <typename Row>
   void for_rows(const Phase& phase, int64_t from, const Row& row) const {
-    Triple end = g_.in;
+    ConvSize end = g_.in;
     end[outer_] = std::min(band_, g_.in[outer_] - from);
-    Triple j;
+    ConvSize j;
     for (j[0] = 0; phase.first[0] + j[0] * g_.stride[0] < end[0]; ++j[0]) {
       for (j[1] = 0; phase.first[1] + j[1] * g_.stride[1] < end[1]; ++j[1]) {
         if (phase.first[2] < end[2]) {
@@ -351,7 +216,7 @@ class ConvProduct {
 
   // The image of a sample's block, and in `fixed` its unit.
   void quantise(Workspace& w, int64_t sample, int64_t s, int64_t from) const {
-    Triple low = low_;
+    ConvSize low = low_;
     low[outer_] += from / g_.stride[outer_];
     const int64_t begin = std::clamp<int64_t>(-low[2], 0, size_[2]);
     const int64_t end = std::clamp<int64_t>(g_.out[2] - low[2], begin, size_[2]);
@@ -423,12 +288,12 @@ class ConvProduct {
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t pixel = first + w.anew[begin + static_cast<size_t>(i)];
       const int64_t sample = pixel / g_.pixels();
-      const Triple x{pixel / (g_.in[1] * g_.in[2]) % g_.in[0], pixel / g_.in[2] % g_.in[1], pixel % g_.in[2]};
+      const ConvSize x{pixel / (g_.in[1] * g_.in[2]) % g_.in[0], pixel / g_.in[2] % g_.in[1], pixel % g_.in[2]};
       for (int64_t tap = 0; tap < g_.taps(); ++tap) {
-        const Triple k{tap / (g_.kernel[1] * g_.kernel[2]), tap / g_.kernel[2] % g_.kernel[1], tap % g_.kernel[2]};
+        const ConvSize k{tap / (g_.kernel[1] * g_.kernel[2]), tap / g_.kernel[2] % g_.kernel[1], tap % g_.kernel[2]};
         int64_t at = sample;
         bool inside = true;
-        for (int d = 0; d < kDims; ++d) {
+        for (int d = 0; d < kConvDims; ++d) {
           int64_t o;
           inside = g_.reaches(d, x[d], k[d], o) && o >= 0 && o < g_.out[d] && inside;
           at = at * g_.out[d] + o;
@@ -467,22 +332,22 @@ class ConvProduct {
     }
   }
 
-  Geometry g_;
-  Operand operand_;
+  ConvGeometry g_;
+  ConvOperand operand_;
   const float* grad_;
   SignProduct p_{};
   int64_t in_tile_, blocks_, pixel_bytes_;
   int outer_ = 0;
-  Triple low_, size_;  // of the image of a block that begins at pixel 0: its first pixel of dY, and how many
-  int64_t band_;       // pixels of dX in a block, along the outermost dimension
+  ConvSize low_, size_;  // of the image of a block that begins at pixel 0: its first pixel of dY, and how many
+  int64_t band_;         // pixels of dX in a block, along the outermost dimension
   std::vector<Phase> phases_;
   std::vector<int64_t> in_order_, operand_order_;
 };
 
-Geometry geometry(const at::Tensor& grad_output, at::IntArrayRef weight_size, at::IntArrayRef input_size,
-                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+ConvGeometry geometry(const at::Tensor& grad_output, at::IntArrayRef weight_size, at::IntArrayRef input_size,
+                      at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
   const size_t d = input_size.size();
-  TORCH_CHECK_VALUE(d >= 1 && d <= kDims, "input_size: expected 1, 2 or 3 integers, got ", tuple(input_size));
+  TORCH_CHECK_VALUE(d >= 1 && d <= kConvDims, "input_size: expected 1, 2 or 3 integers, got ", tuple(input_size));
   check_integers("input_size", input_size, d, 0);
   check_integers("weight_size", weight_size, d + 2, 0);
   check_integers("stride", stride, d, 1);
@@ -503,12 +368,12 @@ Geometry geometry(const at::Tensor& grad_output, at::IntArrayRef weight_size, at
   return {grad_output.size(0),
           weight_size[0],
           weight_size[1],
-          triple(input_size, 1),
-          triple(grad_output.sizes().slice(2), 1),
-          triple(weight_size.slice(2), 1),
-          triple(stride, 1),
-          triple(padding, 0),
-          triple(dilation, 1)};
+          conv_size(input_size, 1),
+          conv_size(grad_output.sizes().slice(2), 1),
+          conv_size(weight_size.slice(2), 1),
+          conv_size(stride, 1),
+          conv_size(padding, 0),
+          conv_size(dilation, 1)};
 }
 
 at::Tensor feedback_conv_cpu(const at::Tensor& grad_output, const std::optional<at::Tensor>& weight,
@@ -517,7 +382,7 @@ at::Tensor feedback_conv_cpu(const at::Tensor& grad_output, const std::optional<
                              at::IntArrayRef weight_size, at::IntArrayRef input_size, at::IntArrayRef stride,
                              at::IntArrayRef padding, at::IntArrayRef dilation) {
   check_floating("grad_output", grad_output);
-  const Geometry g = geometry(grad_output, weight_size, input_size, stride, padding, dilation);
+  const ConvGeometry g = geometry(grad_output, weight_size, input_size, stride, padding, dilation);
   const FeedbackArgs args{weight, signs, magnitude, key, entries, scale, weight_size};
   args.check(at::kCPU);
   std::vector<int64_t> rows{g.samples};
