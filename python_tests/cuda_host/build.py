@@ -5,6 +5,7 @@
 Every file is compiled once for its text and that of what it includes, into build/cuda_host.
 """
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -144,8 +145,17 @@ def _precompiled(flags: Sequence[str]) -> list[str]:
 
 
 def library(patches: Iterable[Patch] = ()) -> Path:
-    """The shared library of all of csrc/cuda and of the .cu files here, with `patches`."""
+    """The shared library of all of csrc/cuda and of the .cu files here, with `patches`.
+
+    One process builds at a time: each deletes what it found out of date.
+    """
     OUT.mkdir(parents=True, exist_ok=True)
+    with (OUT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _library(patches)
+
+
+def _library(patches: Iterable[Patch]) -> Path:
     include = cuda_headers()
     assert include is not None
     includes = [f"-I{HERE}", "-iquote", str(CUDA), f"-I{HERE / 'shim'}", "-isystem", str(include)]
