@@ -18,6 +18,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+import bioplaus_kernels as bk
 from bench import __main__ as command
 from bench import device, feedback_mm, machine, pictures, registry, report, runner
 from bench.gate import mm_gate
@@ -440,7 +441,7 @@ def test_pages_say_what_is_faster_and_what_loses(tmp_path: Path, monkeypatch: py
         return found
 
     monkeypatch.setattr(pictures, "colour", seen)
-    result = {"machine": {"library_level": "AMX"}, "roofline": {}, "rows": rows}
+    result = {"machine": machine.header(device.Cpu()) | {"library_level": "AMX"}, "roofline": {}, "rows": rows}
     (tmp_path / "cpu.json").write_text(json.dumps(result))
     report.write([tmp_path / "cpu.json"], tmp_path / "report.md")
     summary, page = ((tmp_path / name).read_text() for name in ("report.md", "report/feedback_mm.md"))
@@ -458,6 +459,18 @@ def test_pages_say_what_is_faster_and_what_loses(tmp_path: Path, monkeypatch: py
     assert all(name in "".join(drawn) for name in ("64x64", "128x128", "net", ">batch<", ">ours, usf<"))
     assert page.count("**0.80** · 0.8 ms") == 2
     assert "(feedback-mm-cpu-amx-float32.svg)" in page
+
+
+def test_a_summary_shows_each_processor_once(tmp_path: Path) -> None:
+    paths = []
+    for processor, level in (("A", "AMX"), ("B", "AVX512_VNNI"), ("A", "AVX2")):
+        said = machine.header(device.Cpu()) | {"processor": processor, "library_level": level}
+        paths.append(tmp_path / f"{level}.json")
+        paths[-1].write_text(json.dumps({"machine": said, "roofline": {}, "rows": [_row("1x1 M=1 float32", "usf", 1)]}))
+    report.write(paths, tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
+    assert text.index("## CPU, AMX\n\nA, ") < text.index("## CPU, AVX512_VNNI\n\nB, ") and "AVX2" not in text
+    assert f"version {bk.__version__}" in text
 
 
 def test_pictures_of_a_gpu_are_of_graphs_and_without_backends_alone() -> None:

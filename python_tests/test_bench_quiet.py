@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import device, registry, report, runner
+from bench import device, machine, registry, report, runner
 from bench.quiet import LEAST, Probe
 
 FAST = 20e-6
@@ -75,7 +75,7 @@ def test_a_run_waits_for_quiet_and_not_for_ever(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_report_wants_quiet_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = {"machine": {"library_level": "AMX"}, "roofline": {"float32": 1e12}}
+    result = {"machine": machine.header(device.Cpu()) | {"library_level": "AMX"}, "roofline": {"float32": 1e12}}
     result["rows"] = Shared(lambda now: 1.0, monkeypatch).rows(patience=1.0)
     path, out = tmp_path / "cpu.json", tmp_path / "report.md"
 
