@@ -17,7 +17,7 @@ RULES = ("usf", "frsf", "brsf", "fa", bk.FeedbackAlignment(stored=True))
 
 @register("training_step")
 def cases() -> Iterator[Case]:
-    """The models and batches of the issue; --quick keeps the small multilayer perceptron."""
+    """Models and batches, from many small operations to few large ones; --quick keeps LeNet."""
     for n in (64, 512):
         yield Case("training_step", f"MLP 5x2048 N={n}", lambda device, n=n: build(device, mlp, (n, 2048)))
     yield Case("training_step", "LeNet N=64", lambda device: build(device, lenet, (64, 1, 32, 32)), quick=True)

@@ -59,8 +59,8 @@ class Row:
     "unused": no gradient of the outputs comes to it;
     "converted": it has the rule, and `reason` says why that is not proven;
 
-    else "left", "restored", or, from `check`, "called", or, from `distributed.fully_shard`, "gathered once" or
-    "gathered twice".
+    else "left", "restored", or, from `check`, "called", or, from `distributed.fully_shard`, "gathered once",
+    "gathered twice" or "gathered and kept".
     """
 
     name: str

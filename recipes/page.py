@@ -16,6 +16,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from recipes import pictures
 from recipes.checkpoint import write as write_whole
@@ -144,7 +145,11 @@ def _trained(name: str, rows: list[list[Run]], place: Path, parent: Path) -> lis
 def _made(rows: list[list[Run]]) -> str:
     headers = [r.header for runs in rows for r in runs]
     facts = [", ".join(sorted({h[key] for h in headers})) for key in ("processor", "versions", "commit")]
-    commands = "\n".join(
-        sorted({re.sub(r"(experiments/[\w-]+)/[\w-]+\.toml", r"\1.toml", h["command"]) for h in headers})
-    )
+    commands = "\n".join(sorted({_command(h) for h in headers}))
     return "{}; {}; commit {}.\n\n```\n{}\n```\n".format(*facts, commands)
+
+
+def _command(header: dict[str, Any]) -> str:
+    command = re.sub(r"(experiments/[\w-]+)/[\w-]+\.toml", r"\1.toml", header["command"])
+    # What does not say was made before there were validation images.
+    return command if "validation" in header["experiment"]["data"] else f"{command} --set data.validation=0"

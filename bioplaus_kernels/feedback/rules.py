@@ -66,7 +66,7 @@ class Scaled(Rule):
 
 @dataclass(frozen=True)
 class SignSymmetry(Scaled):
-    """uSF: B = s · sign(W), s constant (Liao et al. 2016; Xiao et al. 2018, eq. 2). No state."""
+    """uSF: B = s · sign(W), s constant (Liao et al. 2016; Xiao et al. 2018, eq. 2). Keeps no tensor."""
 
     name: ClassVar[str] = "usf"
     sign_of_weight: ClassVar[bool] = True
@@ -183,7 +183,7 @@ class FeedbackAlignment(_Drawn):
 
 @dataclass(frozen=True)
 class SignedInit(Scaled):
-    """FA with B = s · sign(W₀), the signs at initialisation or conversion, one bit each (Xiao et al. 2018, code)."""
+    """FA with B = s · sign(W₀), the signs at initialisation or conversion, two bits each (Xiao et al. 2018, code)."""
 
     name: ClassVar[str] = "fa_signed_init"
     scale: Scale = "xiao"
@@ -209,7 +209,7 @@ class SignedInit(Scaled):
 
 @dataclass(frozen=True)
 class SignConcordance(Scaled):
-    """B = s · sign(W) ∘ c: of c's fixed random entries a fraction `p` is 1, the others −1, one bit a weight.
+    """B = s · sign(W) ∘ c: of c's fixed random entries a fraction `p` is 1, the others −1, packed, two bits a weight.
 
     The control of Liao et al. 2016: p = 1 is uSF, p = ½ has no sign in common with W but by chance.
     """
