@@ -16,8 +16,8 @@ from bioplaus_kernels.feedback import feedback_key
 from .gate import mm_gate, relative_gate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Rows, out and in features: few rows and many, ragged and not.
-SHAPES = ((1, 192, 320), (9, 193, 321), (130, 256, 384), (600, 512, 640))
+# Rows, out and in features: few rows and many, ragged and not, K in one part and in several.
+SHAPES = ((1, 192, 320), (9, 1090, 321), (130, 256, 384), (600, 512, 640))
 
 
 class Call(NamedTuple):

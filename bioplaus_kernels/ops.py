@@ -11,6 +11,7 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -178,7 +179,15 @@ def _only(name: str, backend: str, call: Callable[..., Tensor]) -> Callable[...,
 
 def _triton(name: str) -> Callable[..., Tensor]:
     module = importlib.import_module(f".backends.triton.{'lc' if name.startswith('lc') else name}", __package__)
-    return cast(Callable[..., Tensor], getattr(module, name))
+    function = cast(Callable[..., Tensor], getattr(module, name))
+    return partial(_drawn_first, function) if name == "lc_backward_input" else function
+
+
+def _drawn_first(lc_backward_input: Callable[..., Tensor], grad_output: Tensor, *rest: Any) -> Tensor:
+    if rest[4] in ("uniform", "normal"):
+        b = feedback_weight(*rest[:7], dtype=grad_output.dtype)
+        rest = (None, None, b, None, "stored", 1.0, *rest[6:])
+    return lc_backward_input(grad_output, *rest)
 
 
 def _by(*args: Any) -> Tensor:
@@ -187,9 +196,10 @@ def _by(*args: Any) -> Tensor:
 
 def _by_triton(name: str) -> Callable[..., Tensor]:
     # Where the user says so: all that Triton has kernels for, on the device's own what it has none for.
-    own, triton = _bind(reference.OPS[name]), _triton(name)
+    own, triton, signature = _bind(reference.OPS[name]), _triton(name), inspect.signature(reference.OPS[name])
 
-    def op(*args: Any) -> Tensor:
+    def op(*args: Any, **named: Any) -> Tensor:
+        args = signature.bind(*args, **named).args if named else args
         has = args[0].dtype != torch.float64 and (name != "feedback_mm" or args[5] == "constant")
         return triton(*args) if has else own(*args)
 

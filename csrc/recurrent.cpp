@@ -203,7 +203,7 @@ bool in_one_pass(const Tensor& x) {
 
 template <typename Params>
 void over_rows(int64_t rows, const Params& p) {
-  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / p.units),
+  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, p.units)),
                    [&](int64_t begin, int64_t end) { BK_PICK(lstm_step<Params>)(p, begin, end); });
 }
 
@@ -248,7 +248,12 @@ Forward recurrent_forward(const Tensor& input, const Tensor& hidden, const Optio
     gates = fresh(4 * u);
     product = at::empty({l.batch, l.width}, input.options());
   } else {
-    gates = bias ? at::add(x, *bias) : x.clone(at::MemoryFormat::Contiguous);
+    gates = fresh(l.width);
+    if (bias) {
+      at::add_out(gates, x, *bias);
+    } else {
+      gates.copy_(x);
+    }
   }
   if (lstm) {
     cells = fresh(u);

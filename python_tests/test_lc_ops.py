@@ -203,6 +203,18 @@ def test_a_non_finite_sample_stays_alone() -> None:
     assert not dirty[0][1].isfinite().any()
 
 
+@pytest.mark.parametrize("samples", [1, 3, 40])
+def test_no_channels(samples: int) -> None:
+    for c, o in ((3, 0), (0, 3)):
+        x, w = torch.randn(samples, c, 5, 5), torch.randn(3, 3, o, 3, 3, c)
+        geometry = (1, 1), (0, 0, 0, 0), (1, 1), 1
+        y = ops.lc_forward(x, w, None, *geometry)
+        assert torch.equal(y, torch.zeros(samples, o, 3, 3))
+        dx = ops.lc_backward_input(y, w, None, None, None, "constant", 1.0, w.shape, (5, 5), *geometry)
+        assert torch.equal(dx, torch.zeros_like(x))
+        assert torch.equal(ops.lc_backward_weight(y, x, (3, 3), *geometry), torch.zeros_like(w))
+
+
 def test_padding_is_zero_whatever_the_weights() -> None:
     # Weights that only ever meet padding change nothing, and have no gradient.
     geometry = GEOMETRIES[3]

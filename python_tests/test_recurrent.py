@@ -397,6 +397,20 @@ def test_ops(mode: str, packed: bool, reverse: bool) -> None:
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_ops_of_any_strides_and_of_no_units(mode: str) -> None:
+    forward, backward = op_arguments(mode, True, False, False)
+    for op, arguments in (("recurrent_forward", forward), ("recurrent_backward", backward)):
+        turned = [x.t().contiguous().t() if torch.is_tensor(x) and x.dim() == 2 else x for x in arguments]
+        expected = getattr(reference, op)(*arguments)
+        for a, e in zip(getattr(ops, op)(*turned), expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
+    cell = getattr(bk.nn, f"{mode if mode in ('LSTM', 'GRU') else 'RNN'}Cell")(3, 0, feedback="usf")
+    x = torch.randn(2, 3, requires_grad=True)
+    h = cell(x)
+    assert (h[0] if mode == "LSTM" else h).shape == (2, 0)
+
+
 @pytest.mark.parametrize("implementation", [ops, reference], ids=["active", "reference"])
 def test_wrong_arguments_of_ops(implementation: Any) -> None:
     forward, backward = op_arguments("LSTM", True, False, True)

@@ -59,14 +59,15 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path, name, options, inverse
 
 def test_a_run_names_every_commit_that_it_was_made_with(tmp_path, monkeypatch, capsys):
     path, commits = write(tmp_path, "usf"), []
-    for epochs, commit in enumerate(("one", "one", "two-dirty"), 1):
+    for epochs, commit in enumerate(("one", "one", "two-dirty", "two-dirty", "two", "one"), 1):
         made = {"processor": "p", "versions": "v", "commit": commit}
         for module in (cli, runner):
             monkeypatch.setattr(module, "machine", made.copy)
         header, _, _ = run(path, tmp_path, "--no-measure", "--set", f"train.epochs={epochs}")
         commits.append(header["commit"])
         assert ("in no commit" in capsys.readouterr().err) == commit.endswith("dirty")
-    assert commits == ["one", "one", "one; two-dirty"] and header["processor"] == "p"
+    seen = "one; two-dirty"
+    assert commits == ["one", "one", seen, seen, f"{seen}; two", f"{seen}; two"] and header["processor"] == "p"
 
 
 def test_a_finished_run_is_not_repeated(tmp_path, finished):

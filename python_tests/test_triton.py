@@ -185,6 +185,23 @@ def test_non_finite_rows(value: float, dtype: torch.dtype, device: str) -> None:
 
 
 @devices
+def test_the_largest_numbers(device: str) -> None:
+    # In parts, float32's largest numbers are no infinities, though bfloat16 would round them to some.
+    g = torch.tensor([torch.finfo(torch.float32).max, 3.392e38, -3.4e38, 3.389e38], device=device).diag()
+    w = torch.randn(4, 5, device=device)
+    result = ops.feedback_mm(g, w, None, None, None, "constant", 0.5, 5)
+    torch.testing.assert_close(result, (g @ w.sign()) * 0.5, rtol=2**-22, atol=0)
+
+
+@devices
+def test_named_arguments(device: str) -> None:
+    g, w = torch.randn(3, 4, device=device), torch.randn(4, 5, device=device)
+    expected = ops.feedback_mm(g, w, None, None, None, "constant", 1.0, 5)
+    named = {"weight": w, "signs": None, "magnitude": None, "key": None, "entries": "constant", "scale": 1.0}
+    assert torch.equal(ops.feedback_mm(g, **named, in_features=5), expected)
+
+
+@devices
 def test_strides(device: str) -> None:
     k, n = 40, 34
     for cell in SIGNS:

@@ -19,7 +19,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":
     # Ctrl-C while torch is loaded, before anything is begun: no traceback.
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     found = _entries(args)
-    experiments = [experiment.load(path, row, dict(args.changes)) for path, _, row in found]
+    experiments = [experiment.load(path, row, _changes(args)) for path, _, row in found]
     more = {"checkpoint_steps": args.checkpoint_steps, "tensorboard": args.tensorboard}
     with world.join(args.parallel, args.device) as ranks:
         if ranks.rank == 0 and "-dirty" in machine()["commit"]:
@@ -119,7 +119,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _search(args: argparse.Namespace) -> None:
     for path, table, row in _entries(args):
-        e = experiment.load(path, row, dict(args.changes))
+        e = experiment.load(path, row, _changes(args))
         if not e.search:
             raise ValueError(f"{path}, row {row}: search: got none, want keys and their ranges")
         if not e.data.validation:
@@ -129,7 +129,7 @@ def _search(args: argparse.Namespace) -> None:
             scores = {}
             for trial in tqdm(trials, f"{e.row}, {epochs} epochs", leave=False, disable=None, unit="trial"):
                 drawn = e.draw(trial, args.seed)
-                one = experiment.load(path, row, dict(args.changes) | drawn | {"train.epochs": epochs})
+                one = experiment.load(path, row, _changes(args) | drawn | {"train.epochs": epochs})
                 folder = args.out / table / f"{row}-search" / f"trial-{trial}"
                 _train(path, row, one, args.seed, folder, test=False, **_options(args, path, table, drawn=drawn))
                 trained = report.read(folder)
@@ -162,7 +162,7 @@ def _train(path: Path, row: str, *args: Any, **options: Any) -> None:
 
 def _options(args: argparse.Namespace, path: Path, table: str, **about: Any) -> dict[str, Any]:
     # What changes a result, without where it is kept and computed.
-    changes = [part for key, value in args.changes for part in ("--set", f"{key}={value}")]
+    changes = [part for change in args.changes for part in ("--set", change.text)]
     for name in ("seeds", "trials", "seed", "first", "keep"):
         if getattr(args, name, None) is not None:
             value = getattr(args, name)
@@ -178,14 +178,24 @@ def _options(args: argparse.Namespace, path: Path, table: str, **about: Any) -> 
     }
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+class _Change(NamedTuple):
+    key: str
+    value: Any
+    text: str
+
+
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    return {change.key: change.value for change in args.changes}
+
+
+def _assignment(text: str) -> _Change:
     key, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"got {text!r}, want KEY=VALUE")
     try:
-        return key, tomllib.loads(f"value = {value}")["value"]
+        return _Change(key, tomllib.loads(f"value = {value}")["value"], text)
     except tomllib.TOMLDecodeError:
-        return key, value
+        return _Change(key, value, text)
 
 
 def _device(text: str) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def write(roots: list[Path], to: Path) -> list[str]:
             for file in ("log.jsonl", "reconstructions.png"):
                 if (r.folder / file).exists() and copy.resolve() != r.folder.resolve():
                     copy.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(r.folder / file, copy / file)
+                    write_whole(copy / file, (r.folder / file).read_bytes())
         parts.append(f"## {name}\n")
         if trained := [runs for runs in rows if not runs[0].searched]:
             parts += _trained(name, trained, place, to.parent)

@@ -85,7 +85,9 @@ def run(
         _same(json.loads(saved["experiment"]), content, path, want)
         if world.rank == 0:
             _log(folder, json.loads(saved["header"]), saved["rows"])
-        if len(saved["rows"]) > experiment.train.epochs or diverged(saved["rows"]):
+        # All is done once the picture is there, which comes last.
+        pictured = not (experiment.reconstructs and test) or (folder / "reconstructions.png").exists()
+        if (len(saved["rows"]) > experiment.train.epochs and pictured) or diverged(saved["rows"]):
             return saved["rows"]
 
     for beside, made_of in _beside(folder):
@@ -123,9 +125,10 @@ def run(
     # Of the training images as many as there are test images, evenly spread.
     part = kept[torch.linspace(0, len(kept) - 1, min(len(kept), len(data.test))).long()]
     at_once = 32 if experiment.detects else 500
-    held = {"train": datasets.Batches(data.train, 500, only=part, **shares, **options)} if experiment.classifies else {}
+    seen = data.plain or data.train
+    held = {"train": datasets.Batches(seen, 500, only=part, **shares, **options)} if experiment.classifies else {}
     if len(validation):
-        held["validation"] = datasets.Batches(data.plain or data.train, at_once, only=validation, **shares, **options)
+        held["validation"] = datasets.Batches(seen, at_once, only=validation, **shares, **options)
     if test:
         held["test"] = datasets.Batches(data.test, at_once, **shares, **options)
     many = 32 if experiment.detects else 128
@@ -147,7 +150,9 @@ def run(
     if saved is not None:
         # Of every part of the run.
         before = json.loads(saved["header"])
-        made = {key: now if now in before[key] else f"{before[key]}; {now}" for key, now in made.items()}
+        made = {
+            key: before[key] if now in before[key].split("; ") else f"{before[key]}; {now}" for key, now in made.items()
+        }
     header |= made | (about or {})
 
     def save(**within: Any) -> None:

@@ -12,7 +12,7 @@ from . import choice, native
 from .reference import OPS, checks
 
 NAMES = ("reference", "cpu", "cuda", "triton")
-# The ops that Triton has kernels for; B and signs are formed by the device's own kernels whatever is chosen.
+# The ops that Triton has kernels for; B and packed signs are formed by the device's own kernels whatever is chosen.
 TRITON_OPS = ("feedback_mm", "lc_forward", "lc_backward_input", "lc_backward_weight")
 VARIABLE = "BIOPLAUS_BACKEND"
 

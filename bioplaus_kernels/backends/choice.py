@@ -7,8 +7,8 @@ The ways of dX = dY B:
     int_mm   the same digits and bits by the vendor's int8 product
     formed   B a slab of columns at a time, then the vendor's product
 
-float32 takes the two integer ways wherever they are, so that neither a shape nor a GPU decides its bits, unless the
-user allows TF32, which is faster and a thousand times less accurate.
+float32 takes the two integer ways, so that neither a shape nor a GPU decides its bits, except where int8 is cut down
+(sm_103), for K above 2²⁰, and where the user allows TF32, which is faster and a thousand times less accurate.
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# sm_103 has a thirtieth of sm_100's int8 rate.
+# By NVIDIA's figures sm_103 has a thirtieth of sm_100's int8 rate.
 _INT8_IS_SLOW = ((10, 3),)
 
 
@@ -56,7 +56,7 @@ tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def way(name: str, args: tuple[Any, ...], of: Gpu) -> str:
     """Who makes one product with arguments `args`: "triton", "reference", "cuda" or, of `feedback_mm`, a way of its."""
     if name != "feedback_mm":
-        # estimated: float32 on tensor cores is three times CUDA C++'s FMA, and B of signs need not be formed
+        # estimated: float32 in parts (sm_90, sm_100) is three times CUDA C++'s FMA; elsewhere B of signs is not formed
         return "triton" if of.triton and args[0].dtype != torch.float64 else "cuda" if of.cuda else "reference"
     grad_output, weight, _, _, _, entries, _, n = args
     m, k = grad_output.shape if grad_output.dim() == 2 else (0, 0)
@@ -74,5 +74,6 @@ def way(name: str, args: tuple[Any, ...], of: Gpu) -> str:
         return formed
     # estimated: sm_80's instructions, which `digits` is made of, reach a quarter of sm_100's rate; elsewhere, at 4096²
     # from W, 80 against 105 µs at 256 rows and 160 against 105 at 512
+    # (below 2²⁰ entries of B the passes around the vendor's product are as long as it)
     many = m > 16 if of.capability[0] == 10 else m > 256 and k * n >= 2**20
     return "int_mm" if many else "digits"

@@ -26,6 +26,7 @@
 #include <cmath>
 #include <vector>
 
+#include "../common/lc_checks.h"
 #include "buffer.h"
 #include "feedback_conv_operand.h"
 
@@ -389,7 +390,7 @@ at::Tensor feedback_conv_cpu(const at::Tensor& grad_output, const std::optional<
   rows.insert(rows.end(), input_size.begin(), input_size.end());
   rows.push_back(g.in_channels);
   if (grad_output.numel() == 0 || g.in_channels == 0 || g.pixels() == 0) {
-    return at::zeros(rows, grad_output.options()).movedim(-1, 1);
+    return at::zeros(rows, grad_output.options()).movedim(-1, 1).contiguous(lc_memory_format(grad_output));
   }
   if (to_entries(entries) != Entries::Constant || grad_output.scalar_type() != at::kFloat ||
       g.taps() * divide_up(g.out_channels, kTileRows) * kTileRows > kMaxDepth) {
@@ -405,13 +406,13 @@ at::Tensor feedback_conv_cpu(const at::Tensor& grad_output, const std::optional<
     size.insert(size.end(), input_size.begin(), input_size.end());
     const std::vector<int64_t> none(stride.size(), 0);
     return std::get<0>(at::convolution_backward(grad_output, grad_output.new_empty({1}).expand(size), b, std::nullopt,
-                                                stride, padding, dilation, false, none, 1, {true, false, false}));
+                                                stride, padding, dilation, false, none, 1, {true, false, false}))
+        .contiguous(lc_memory_format(grad_output));
   }
   const at::Tensor grad = grad_output.movedim(1, -1).contiguous();
   const at::Tensor out = at::empty(rows, grad.options());
   ConvProduct(g, args, grad, out).run();
-  const at::Tensor x = out.movedim(-1, 1);
-  return grad_output.is_contiguous() ? x.contiguous() : x;
+  return out.movedim(-1, 1).contiguous(lc_memory_format(grad_output));
 }
 
 }  // namespace

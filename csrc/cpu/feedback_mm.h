@@ -14,7 +14,7 @@ constexpr int64_t kTileBytes = 1024;
 // Columns are formed in panels of four words of packed signs.
 constexpr int64_t kPanel = 128;
 
-// More than this and the double that takes a sum of digits is no longer exact.
+// A sum of numbers below 2³¹ is then below 2⁵¹, and a double holds it.
 constexpr int64_t kMaxDepth = int64_t{1} << 20;
 
 struct FixedPoint {

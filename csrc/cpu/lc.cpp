@@ -102,8 +102,8 @@ at::Tensor lc_backward_input_cpu(const at::Tensor& grad_output, const std::optio
   feedback.check(grad_output.device());
 
   const at::Tensor grad_input = empty_activation(grad_output, groups * g.c, input_size);
-  if (grad_input.numel() == 0) {
-    return grad_input;
+  if (grad_input.numel() == 0 || g.o == 0) {
+    return grad_input.zero_();
   }
   const bool plain = feedback.plain(grad_output.scalar_type()) && magnitude->is_contiguous();
   Formula formula(feedback);

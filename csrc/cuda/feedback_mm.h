@@ -18,7 +18,7 @@ BK_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 //     digits    by multiply_kernel, a tile of dX at a time, which makes results of them; of parts of K, by finish
 //     int_mm    by the vendor's product with σ as bytes, for all rows of digits; finish makes results of them
 
-// More than this and the double that takes a sum of digits is no longer exact.
+// A sum of numbers below 2³¹ is then below 2⁵¹, and a double holds it.
 constexpr int64_t kMaxDepth = int64_t{1} << 20;
 
 struct SignProduct {

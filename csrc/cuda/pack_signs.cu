@@ -1,6 +1,6 @@
 // pack_signs on CUDA. A block takes a tile of 64 rows, so that every flag has one writer; a warp 8 rows of it, and a
-// lane 16 bytes of each of these, all of which are under way before any is looked at. The signs of 8 columns are a
-// byte; the tile's bytes go through shared memory to become words.
+// lane 16 bytes of each of these, all of which are under way before any is looked at; rows that are no whole pieces go
+// entry by entry. The signs of 8 columns are a byte; the tile's bytes go through shared memory to become words.
 //
 // Roofline, on paper and not yet on hardware: memory. Each element is read once (4 bytes in fp32), 1/4 byte is written.
 #include "../common/packed_signs.h"
@@ -121,16 +121,7 @@ cudaError_t launch(const FeedbackParams& p, int32_t* planes, cudaStream_t stream
 }  // namespace
 
 cudaError_t launch_pack_signs(const FeedbackParams& p, int32_t* planes, cudaStream_t stream) {
-  switch (p.weight.dtype) {
-    case DType::Float64:
-      return launch<double>(p, planes, stream);
-    case DType::BFloat16:
-      return launch<__nv_bfloat16>(p, planes, stream);
-    case DType::Float16:
-      return launch<__half>(p, planes, stream);
-    default:
-      return launch<float>(p, planes, stream);
-  }
+  return of_dtype(p.weight.dtype, [&](auto zero) { return launch<decltype(zero)>(p, planes, stream); });
 }
 
 }  // namespace bioplaus

@@ -29,12 +29,13 @@ from .loaders import add_product, matrix_tile, sign_tile
 
 # By rows of dY, which are columns here, where tensor cores read an operand from registers and one from shared memory
 # (wgmma) and where they read both from registers; float32 holds three parts. 128 columns of B are a call of the
-# generator and a row of packed words. A tile has no part in the order of the sums.
+# generator and a row of packed words. A tile has no part in the order of a half type's sums.
 WGMMA = (Tile(16, 128, 64, 8, 4), Tile(64, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(256, 128, 64, 8, 3))
 MMA = (Tile(16, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4), Tile(128, 128, 32, 8, 4))
 FLOAT32 = (Tile(16, 128, 16, 4, 4), Tile(32, 128, 32, 8, 3))
 # Tiles that are wanted by cutting K, and the least of K that is worth a part.
-_PROGRAMS, _PART = 256, 256
+_PROGRAMS, _PART = 256, 256  # estimated: twice the processors of the largest GPU
+_CUT = tl.constexpr(64)  # where K may be cut: a whole number of any tile's steps
 _GROUP = tl.constexpr(8)  # tiles of rows that take turns at one tile of columns, so that B's bytes stay in the L2 cache
 BLOCK = 1024  # results that a program of the second pass adds
 
@@ -64,20 +65,20 @@ def sign_kernel(
     pid_m, pid_n = _place(tl.cdiv(M, BM), tl.cdiv(N, BN))
     m0 = pid_m * BM
     n0 = pid_n * BN
-    tiles = tl.cdiv(K, BK)
-    part, parts = tl.program_id(1), tl.num_programs(1)
+    cuts = tl.cdiv(K, _CUT)
+    part, parts = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     total = tl.zeros((BN, BM), tl.float32)
-    for k0 in range(tiles * part // parts * BK, tl.minimum(tiles * (part + 1) // parts * BK, K), BK):
+    for k0 in range(cuts * part // parts * _CUT, tl.minimum(cuts * (part + 1) // parts * _CUT, K), BK):
         x = matrix_tile(grad, grad_row, grad_column, m0, k0, M, K, BK, BM, WIDE)
         half: tl.constexpr = tl.bfloat16 if x.dtype == tl.float32 else x.dtype
         signs = sign_tile(weight, weight_row, weight_column, planes, key, k0, n0, K, N, half, BN, BK, WIDE)
-        total = add_product(total, signs, x, True, True)
+        total = add_product(total, signs, x, True)
     m = m0 + tl.arange(0, BM)
     n = n0 + tl.arange(0, BN)
     if sums is None:
         total *= _scale(scale, out.dtype.element_ty)
     else:
-        out = sums + part.to(tl.int64) * M * N
+        out = sums + part * M * N
     at = m.to(tl.int64)[None, :] * N + n[:, None]
     tl.store(out + at, total.to(out.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
 

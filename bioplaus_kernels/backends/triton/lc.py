@@ -22,7 +22,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from ... import ops
 from .. import reference
 from ..reference import checks
 from ..reference.lc import memory_format, output_size
@@ -286,9 +285,8 @@ def lc_backward_input(grad_output: Tensor, *rest: Any) -> Tensor:
     checks.shape("grad_output", grad_output, (n, size[d], *out))
     checks.feedback(weight, signs, magnitude, key, entries, scale, size, packed, grad_output.device)
     if entries in ("uniform", "normal"):
-        # Drawn once: a tile would draw four numbers for each that it needs, and every tile of samples anew.
-        magnitude = ops.feedback_weight(weight, signs, None, key, entries, scale, size, dtype=grad_output.dtype)
-        weight, signs, key, scale = None, None, None, 1
+        # A tile would draw four numbers for each that it needs, and every tile of samples anew.
+        checks.fail("entries", "'constant' or 'stored' (Triton has no kernel for drawn ones)", repr(entries))
     g, c, *_ = sizes
     result, dx = _result((n, c * g, *input_size), grad_output)
     if n > 0:

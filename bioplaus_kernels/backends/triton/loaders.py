@@ -143,23 +143,31 @@ def block_signs(weight, planes, key, first, offset, inside, rows, columns, dtype
 
 
 @triton.jit
-def parts(x, INFINITE: tl.constexpr = False):
-    """float32 numbers as high + (middle + low / 256) / 256 in bfloat16: lower parts keep their bits at 1e-40 too."""
-    high = x.to(tl.bfloat16)
+def saturated(x):
+    """float32 numbers in bfloat16, of which none is infinite."""
+    largest: tl.constexpr = 3.3895313892515355e38
+    return tl.clamp(x, -largest, largest, propagate_nan=tl.PropagateNan.ALL).to(tl.bfloat16)
+
+
+@triton.jit
+def parts(x):
+    """float32 numbers as high + (middle + low / 256) / 256 in bfloat16: lower parts keep their bits at 1e-40 too.
+
+    An infinity is its low part, so that a finite number has finite parts: the largest would round to infinity.
+    """
+    high = saturated(x)
     rest = (x - high.to(tl.float32)) * 256.0
-    if INFINITE:  # an infinity is its high part, and not a NaN
-        rest = tl.where(tl.abs(x) < float("inf"), rest, 0.0)
-    middle = rest.to(tl.bfloat16)
+    middle = saturated(rest)
     return high, middle, ((rest - middle.to(tl.float32)) * 256.0).to(tl.bfloat16)
 
 
 @triton.jit
-def add_product(total, b, a, PARTS: tl.constexpr, INFINITE: tl.constexpr = False):
+def add_product(total, b, a, PARTS: tl.constexpr):
     """total + b . a. Of float32 by PARTS, the least products first: what is left out is below 2^-24 of one."""
     if not PARTS or a.dtype != tl.float32:
         return tl.dot(b.to(a.dtype), a, total, input_precision="ieee")
     else:
-        high, middle, low = parts(a, INFINITE)
+        high, middle, low = parts(a)
         if b.dtype == tl.float32:
             b0, b1, b2 = parts(b)
             least = tl.dot(b0, low, tl.dot(b2, high, tl.dot(b1, middle)))
