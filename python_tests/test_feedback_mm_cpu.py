@@ -233,3 +233,11 @@ def test_cells_in_tiles(dtype: torch.dtype, one_thread: None) -> None:
                 assert ((actual.double() - expected).abs() <= allowed).all(), (m, k, n, cell[4])
                 torch.set_num_threads(3)
                 assert torch.equal(actual, ops.feedback_mm(x, *cell, n))
+
+
+def test_rows_far_apart(one_thread: None) -> None:
+    # Offsets beyond 32 bits; no page between the rows is touched.
+    g = torch.empty(40, 2**24)[:, :16].normal_()
+    magnitude = torch.randn(16, 48)
+    result = ops.feedback_mm(g, None, None, magnitude, None, "stored", 0.5, 48)
+    torch.testing.assert_close(result, 0.5 * g.contiguous() @ magnitude)

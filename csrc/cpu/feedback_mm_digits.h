@@ -99,9 +99,7 @@ struct Totals {
   __m512i digits[4] = {};
   __m512i high = _mm512_setzero_si512();
 
-  int64_t norm() const {
-    return _mm512_reduce_add_epi64(high);
-  }
+  int64_t norm() const { return _mm512_reduce_add_epi64(high); }
   int64_t sum() const {
     int64_t x = 0;
     for (int d = 3; d >= 0; --d) {
@@ -130,8 +128,8 @@ void cut(const float* x, float up, float more, Digit* to, Totals& totals) {
     if (NORM) {
       const __m512i high = _mm512_srai_epi16(_mm512_srli_epi32(q[i], 16), 4);
       const __m512i squares = _mm512_madd_epi16(high, high);
-      totals.high = _mm512_add_epi64(totals.high, _mm512_add_epi64(_mm512_srli_epi64(squares, 32),
-                                                                   _mm512_maskz_mov_epi32(0x5555, squares)));
+      totals.high = _mm512_add_epi64(
+          totals.high, _mm512_add_epi64(_mm512_srli_epi64(squares, 32), _mm512_maskz_mov_epi32(0x5555, squares)));
     }
     q[i] = _mm512_shuffle_epi8(_mm512_xor_si512(_mm512_add_epi32(q[i], carry), carry), bytes);
   }

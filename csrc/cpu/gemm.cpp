@@ -32,13 +32,33 @@ void plain_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const 
   }
 }
 
+// The micro-kernel's offsets have 32 bits: calls f(first row, rows, first term, terms) for parts within them.
+template <typename T, typename F>
+void in_reach(int64_t m, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const F& f) {
+  const auto fit = [](int64_t bytes, int64_t count) {
+    constexpr int64_t kMost = int64_t{1} << 30;
+    // An even number, as terms may be pairs.
+    return bytes * count <= kMost ? std::max<int64_t>(count, 1) : std::max<int64_t>(kMost / bytes / 2 * 2, 2);
+  };
+  const int64_t rows = fit(std::max(lda * int64_t{sizeof(T)}, ldc * int64_t{sizeof(float)}), m);
+  const int64_t terms = fit(ldb * int64_t{sizeof(T)}, k);
+  for (int64_t i = 0; i < m; i += rows) {
+    for (int64_t l = 0; l < k; l += terms) {
+      f(i, std::min(rows, m - i), l, std::min(terms, k - l));
+    }
+  }
+}
+
 }  // namespace
 
 void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
           int64_t ldc, bool accumulate) {
 #if defined(CPUBLAS_BRGEMM_F32F32F32)
-  // Falls back to the BLAS library by itself.
-  cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, /*is_vnni=*/false);
+  in_reach<float>(m, k, lda, ldb, ldc, [&](int64_t i, int64_t rows, int64_t l, int64_t terms) {
+    // Falls back to the BLAS library by itself.
+    cpublas::brgemm(rows, n, terms, lda, ldb, ldc, accumulate || l > 0, a + i * lda + l, b + l * ldb, c + i * ldc,
+                    /*is_vnni=*/false);
+  });
 #else
   plain_gemm(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
 #endif
@@ -60,13 +80,13 @@ bool half_gemm_available(at::ScalarType dtype) {
 void half_gemm(at::ScalarType dtype, int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda,
                const uint16_t* packed, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
 #if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(CPUBLAS_BRGEMM_F16F16F32)
-  if (dtype == at::kBFloat16) {
-    cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, reinterpret_cast<const at::BFloat16*>(a),
-                    reinterpret_cast<const at::BFloat16*>(packed), c, /*is_vnni=*/true);
-  } else {
-    cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, reinterpret_cast<const at::Half*>(a),
-                    reinterpret_cast<const at::Half*>(packed), c, /*is_vnni=*/true);
-  }
+  in_reach<uint16_t>(m, k, lda, ldb, ldc, [&](int64_t i, int64_t rows, int64_t l, int64_t terms) {
+    const auto product = [&]<typename T>(T) {
+      cpublas::brgemm(rows, n, terms, lda, ldb, ldc, accumulate || l > 0, reinterpret_cast<const T*>(a) + i * lda + l,
+                      reinterpret_cast<const T*>(packed) + l * ldb, c + i * ldc, /*is_vnni=*/true);
+    };
+    dtype == at::kBFloat16 ? product(at::BFloat16()) : product(at::Half());
+  });
 #else
   TORCH_INTERNAL_ASSERT(false, "half_gemm_available() is false");
 #endif

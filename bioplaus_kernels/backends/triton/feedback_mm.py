@@ -66,9 +66,12 @@ def sign_kernel(
     m0 = pid_m * BM
     n0 = pid_n * BN
     cuts = tl.cdiv(K, _CUT)
-    part, parts = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    # Products of two numbers of 32 bits, which their quotients have again.
+    first = (cuts * part.to(tl.int64) // parts).to(tl.int32) * _CUT
+    end = (cuts * (part + 1).to(tl.int64) // parts).to(tl.int32) * _CUT
     total = tl.zeros((BN, BM), tl.float32)
-    for k0 in range(cuts * part // parts * _CUT, tl.minimum(cuts * (part + 1) // parts * _CUT, K), BK):
+    for k0 in range(first, tl.minimum(end, K), BK):
         x = matrix_tile(grad, grad_row, grad_column, m0, k0, M, K, BK, BM, WIDE)
         half: tl.constexpr = tl.bfloat16 if x.dtype == tl.float32 else x.dtype
         signs = sign_tile(weight, weight_row, weight_column, planes, key, k0, n0, K, N, half, BN, BK, WIDE)
@@ -78,7 +81,7 @@ def sign_kernel(
     if sums is None:
         total *= _scale(scale, out.dtype.element_ty)
     else:
-        out = sums + part * M * N
+        out = sums + part.to(tl.int64) * M * N
     at = m.to(tl.int64)[None, :] * N + n[:, None]
     tl.store(out + at, total.to(out.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
 
