@@ -54,6 +54,13 @@ class Call(NamedTuple):
     number: int
 
 
+def _same(tensor: Tensor, written: bool = True) -> Tensor:
+    # A view could not be changed in place afterwards. What is detached can, and has the tensor's version, so that
+    # whoever saved it notices; compiled code would not, and drops the copy where nobody writes.
+    detached = tensor.detach()
+    return detached.clone() if written and torch.compiler.is_compiling() else detached
+
+
 class Broadcast(torch.autograd.Function):
     """The logits as they are; backward gives e to them and its projection to the output of every call of a block."""
 
@@ -73,9 +80,7 @@ class Broadcast(torch.autograd.Function):
         ctx.plan, ctx.class_dim, ctx.calls = plan, class_dim, calls
         ctx.hidden = [(h.shape, h.dtype) for h in hidden]
         ctx.save_for_backward(key, matrix, targets, loss_scale)
-        # A view could not be changed in place afterwards. What is detached can, and has the logits' version, so that
-        # whoever saved them notices; compiled code would not, and drops the copy where nobody writes.
-        return logits.clone() if torch.compiler.is_compiling() else logits.detach()
+        return _same(logits)
 
     @staticmethod
     @once
@@ -111,7 +116,7 @@ class Learn(torch.autograd.Function):
     ) -> Tensor:
         ctx.plan, ctx.class_dim, ctx.calls, ctx.like = plan, class_dim, calls, (matrix.shape, matrix.dtype)
         ctx.save_for_backward(*hidden)
-        return logits.view_as(logits)
+        return _same(logits)
 
     @staticmethod
     @once
@@ -161,14 +166,15 @@ def _project(
 
 class _Tape:
     # What a wrapper and its blocks share in the forward under way: the outputs of the blocks' calls that no logits were
-    # tied to yet, what ties them, and whether it has. None where something else calls a block, such as a checkpoint's
-    # recomputation.
-    outputs: dict[str, list[Tensor]] | None = None
+    # tied to yet, with their versions where B learns, what ties them, and whether it has. None where something else
+    # calls a block, such as a checkpoint's recomputation.
+    outputs: dict[str, list[tuple[Tensor, int | None]]] | None = None
     tie: Callable[[Any], Any] | None = None
     tied: bool = False
     blocks: tuple[str, ...] = ()
-    # Whether the blocks get a gradient, and whether the forward is of the constructor's example.
+    # Whether the blocks get a gradient, B learns of what they return, and the forward is of the constructor's example.
     taught: bool = True
+    learns: bool = False
     example: bool = False
 
 
@@ -192,8 +198,9 @@ class _Block(torch.nn.Module):
             return tie(h)
         if not isinstance(h, Tensor):
             checks.fail("blocks", f"blocks that return one tensor; {name!r}", type(h).__name__, TypeError)
-        outputs[name].append(h)
-        return h.detach()
+        # torch.compile cannot read a version; what follows there has a copy to write into.
+        outputs[name].append((h, h._version if tape.learns and not torch.compiler.is_compiling() else None))
+        return _same(h, tape.learns)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new_block, (type(self).__bases__[1],), self.__dict__
@@ -207,7 +214,7 @@ def block_outputs(model: torch.nn.Module) -> list[Tensor] | None:
     tapes = {m._tape for m in model.modules() if isinstance(m, _Block)}
     if any(tape.example for tape in tapes):
         return None
-    return [h for tape in tapes if tape.taught for calls in (tape.outputs or {}).values() for h in calls]
+    return [h for tape in tapes if tape.taught for calls in (tape.outputs or {}).values() for h, _ in calls]
 
 
 _BLOCK_CLASSES: dict[type[Any], type[Any]] = {}

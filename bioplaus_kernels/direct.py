@@ -142,7 +142,8 @@ class DKP(DFA):
     """Direct Kolen–Pollack: ∂L/∂h_l := e B_l, and B_l takes the gradient eᵀ h_l, summed over samples.
 
     Webster et al. 2021, by their code (webstah/dkp-gist). B is the Parameter `feedback_weight`, which belongs in the
-    optimizer, with the weights' decay; its first values are those of `DFA`. A forward keeps the blocks' outputs for it.
+    optimizer, with the weights' decay; its first values are those of `DFA`. A forward keeps the blocks' outputs for it,
+    and raises ValueError where something behind a block has changed them in place; compiled, it keeps a copy of those.
     Arguments of `DFA`; B is always stored.
     """
 
@@ -270,6 +271,7 @@ class DirectFeedback(StatefulLayer):
         self._logits, self._output = logits, output
         self._tape = _Tape()
         self._tape.blocks, self._tape.taught = tuple(blocks), feedback.name != "shallow"
+        self._tape.learns = not feedback.fixed
         for _, name in tied:
             modules[name].__dict__.update(_block_name=name, _tape=self._tape)
             modules[name].__class__ = block_class(type(modules[name]))
@@ -360,10 +362,14 @@ class DirectFeedback(StatefulLayer):
             argument = "model: expected one that returns" if self._logits is None else "logits: expected a module of"
             raise TypeError(f"{argument} {wanted}; got {type(logits).__name__}")
         outputs, self._tape.tied = self._tape.outputs or {}, True
-        hidden = list(outputs.values())
+        hidden = []
         for name, calls in outputs.items():
             if not calls:
                 raise RuntimeError(f"blocks: {name!r} was not called before the logits")
+            if any(version is not None and h._version != version for h, version in calls):
+                wanted = "outputs that nothing changes in place, as B learns from them (let a block end in what does)"
+                checks.fail("blocks", wanted, f"one of {name!r} that was changed after its call")
+            hidden.append([h for h, _ in calls])
             outputs[name] = []
         tied, held = tie(logits, hidden), []
 

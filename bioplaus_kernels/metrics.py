@@ -66,9 +66,12 @@ def compare(a: Tensor, b: Tensor) -> Comparison:
         x, y = x.double().flatten(), y.double().flatten()
         total += torch.stack((x @ y, x @ x, y @ y, (x.sign() == y.sign()).sum()))
     ab, aa, bb, equal = total.tolist()
-    cosine = ab / math.sqrt(aa * bb) if aa * bb else math.nan
+    # By their exponents, as the product of both squares may be no number where each is one.
+    (fa, i), (fb, j) = math.frexp(aa), math.frexp(bb)
+    half = (i + j) // 2 - 1
+    cosine = ab / 2.0**half / math.sqrt(fa * fb * 2.0 ** (i + j - 2 * half)) if aa and bb else math.nan
     angle = cosine if math.isnan(cosine) else math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
-    return Comparison(angle, math.sqrt(bb / aa) if aa else math.nan, equal / max(a.numel(), 1))
+    return Comparison(angle, math.sqrt(bb) / math.sqrt(aa) if aa else math.nan, equal / max(a.numel(), 1))
 
 
 def weights(model: torch.nn.Module) -> dict[str, Comparison]:
@@ -326,7 +329,9 @@ def jacobian_spectrum(layer: torch.nn.Module, inverse: torch.nn.Module, h: Tenso
     that g takes down to move f(h) the same way.
 
     h: (N, …). J_f (n_l, n_{l-1}) of each sample takes n_l gradients and N · n_l · n_{l-1} numbers in float64: a few
-    samples are enough. Of n_l > n_{l-1} eigenvalues the surplus are zero and not positive. Taken in eval mode.
+    samples are enough. Of n_l > n_{l-1} eigenvalues the surplus are zero and not positive; nor is what rounding leaves
+    of a zero, up to n ε ‖J_f‖₂ ‖J_g‖₂, n the smaller size and ε that of the dtype (in half types ε alone, as n ε would
+    be everything). Taken in eval mode.
     Raises ValueError where g does not map f's output to the size of h.
     """
     _are_modules(layer, inverse)
@@ -341,7 +346,11 @@ def jacobian_spectrum(layer: torch.nn.Module, inverse: torch.nn.Module, h: Tenso
         (jg,) = _jacobians(back, [above])
     # The smaller of the two products has all the eigenvalues that are not zero.
     smaller = jf @ jg if jf.shape[1] <= jf.shape[2] else jg @ jf
-    positive = (torch.linalg.eigvals(smaller).real > 0).double().sum(1) / max(jf.shape[1], 1)
+    eps = max(torch.finfo(t.dtype).eps for t in (h, out, back))
+    noise = eps * (smaller.shape[1] if eps < 1e-6 else 1)
+    for j in (jf, jg):
+        noise = noise * torch.linalg.svdvals(j)[:, :1]
+    positive = (torch.linalg.eigvals(smaller).real > noise).double().sum(1) / max(jf.shape[1], 1)
     return Spectrum(positive.mean().item(), smaller.diagonal(dim1=1, dim2=2).sum(1).mean().item())
 
 

@@ -255,16 +255,24 @@ def test_a_biotorch_state_dict_loads(rule: str, bias: bool) -> None:
 
 def test_a_usf_state_dict_of_another_scale_says_which() -> None:
     state = biotorch_state("usf")
-    layer = bk.nn.Linear(6, 5, feedback="usf")
-    with pytest.raises(RuntimeError, match=r"weight_backward: its magnitude is .*SignSymmetry\(scale=") as raised:
-        layer.load_state_dict(state)
+    for given, own in (("xiao", "0.408248"), ("initial", "that of a W which is not in the file")):
+        layer = bk.nn.Linear(6, 5, feedback=bk.SignSymmetry(scale=given))
+        match = rf"weight_backward: its magnitude is .* scale='{given}' is {own}.*SignSymmetry\(scale="
+        with pytest.raises(RuntimeError, match=match) as raised:
+            layer.load_state_dict(state)
     scale = float(str(raised.value).split("SignSymmetry(scale=")[1].split(")")[0])
     layer = bk.nn.Linear(6, 5, feedback=bk.SignSymmetry(scale=scale))
     layer.load_state_dict(state)
     torch.testing.assert_close(layer.feedback_matrix(), state["weight_backward"])
 
 
-@pytest.mark.parametrize("feedback", ["fa_signed_init", bk.FeedbackAlignment(scale="match")])
+@pytest.mark.parametrize(
+    "feedback",
+    [
+        "fa_signed_init",
+        *(kind(scale=s) for kind in (bk.FeedbackAlignment, bk.WeightMirror) for s in ("match", "initial")),
+    ],
+)
 def test_a_biotorch_state_dict_a_rule_has_no_place_for(feedback: Any) -> None:
     with pytest.raises(RuntimeError, match="weight_backward: expected"):
         bk.nn.Linear(6, 5, feedback=feedback).load_state_dict(biotorch_state("fa"))

@@ -77,6 +77,49 @@ def test_b_takes_the_product_of_error_and_output(case: str, shared: bool) -> Non
         torch.testing.assert_close(a, q.grad, rtol=1e-10, atol=1e-12)
 
 
+class Writes(nn.Module):
+    """What follows the block `a` changes its output in place: in training, or always."""
+
+    def __init__(self, write: Any, always: bool) -> None:
+        super().__init__()
+        self.a, self.fc, self.write, self.always = nn.Linear(4, 6), nn.Linear(6, 3), write, always
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if self.training or self.always:
+            self.write(h)
+        return self.fc(h)
+
+
+@pytest.mark.parametrize("write", [torch.relu_, lambda h: h.add_(h.mean()), lambda h: h[:, 0].zero_()])
+def test_b_learns_of_the_output_as_the_block_gave_it(write: Any) -> None:
+    x, changed = torch.randn(5, 4), "blocks: expected outputs that nothing changes in place.* got one of 'a' that was"
+    model = Writes(write, always=True)
+    with pytest.raises(ValueError, match=changed):
+        bk.DirectFeedback(model, ["a"], "dkp", example=x)
+    bk.DirectFeedback(model, ["a"], "dfa", example=x)(x).sum().backward()
+    net = bk.DirectFeedback(Writes(write, always=False), ["a"], "dkp", example=x)
+    with pytest.raises(ValueError, match=changed):
+        net(x)
+    # Compiled code writes into a copy.
+    torch._dynamo.reset()
+    torch.compile(net, fullgraph=True, backend="aot_eager")(x).sum().backward()
+    torch.testing.assert_close(net.feedback_weight.grad, torch.ones(3, 5) @ net.model.a(x))
+
+
+def test_a_write_after_the_logits_and_one_inside_the_block() -> None:
+    x, seen = torch.randn(5, 4), []
+    net = bk.DirectFeedback(Writes(seen.append, always=True), ["a"], "dkp", example=x)
+    z = net(x)
+    seen[-1].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+    block = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True))
+    net = bk.DirectFeedback(nn.Sequential(block, nn.Linear(6, 3)), ["0"], "dkp", example=x)
+    net(x).sum().backward()
+    torch.testing.assert_close(net.feedback_weight.grad, torch.ones(3, 5) @ net.model[0](x))
+
+
 def test_it_learns_and_is_saved() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(64, 4), torch.randint(3, (64,))

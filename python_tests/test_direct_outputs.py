@@ -153,14 +153,19 @@ IN_PLACE: list[Any] = [
 ]
 
 
+# DKP has a function of its own behind that of the others.
+by_function = pytest.mark.parametrize("rule", ["dfa", "dkp"])
+
+
+@by_function
 @pytest.mark.parametrize(
     ("change", "compiled"),
     [(change, False) for change in IN_PLACE]
     + [(IN_PLACE[0], True), *(pytest.param(change, True, marks=pytest.mark.slow) for change in IN_PLACE[1:])],
 )
-def test_logits_may_be_changed_in_place(change: Any, compiled: bool) -> None:
+def test_logits_may_be_changed_in_place(change: Any, compiled: bool, rule: str) -> None:
     x, y = torch.randn(7, 3), torch.arange(7) % 5
-    net = direct.DirectFeedback(Ends(lambda z: z), ["act"], example=x)
+    net = direct.DirectFeedback(Ends(lambda z: z), ["act"], rule, example=x)
 
     def run(prepare: Any) -> Tensor:
         return F.cross_entropy(change(prepare(net(x))), y)
@@ -175,11 +180,12 @@ def test_logits_may_be_changed_in_place(change: Any, compiled: bool) -> None:
     assert_same(grads(net), expected)
 
 
+@by_function
 @pytest.mark.parametrize("compiled", [False, True])
-def test_what_saved_the_logits_is_not_overwritten_in_silence(compiled: bool) -> None:
+def test_what_saved_the_logits_is_not_overwritten_in_silence(compiled: bool, rule: str) -> None:
     # tanh's backward reads its output, which is the memory of the logits.
     x = torch.randn(7, 3)
-    net = direct.DirectFeedback(Ends(torch.tanh), ["act"], example=x)
+    net = direct.DirectFeedback(Ends(torch.tanh), ["act"], rule, example=x)
     net(x).div(2).sum().backward()
     expected = copy.deepcopy(grads(net))
     net.zero_grad()
@@ -193,10 +199,11 @@ def test_what_saved_the_logits_is_not_overwritten_in_silence(compiled: bool) -> 
             run().backward()
 
 
-def test_logits_are_not_copied() -> None:
+@by_function
+def test_logits_are_not_copied(rule: str) -> None:
     x = torch.randn(7, 3)
     seen: list[Tensor] = []
-    net = direct.DirectFeedback(Ends(lambda z: seen.append(z) or z), ["act"], example=x)
+    net = direct.DirectFeedback(Ends(lambda z: seen.append(z) or z), ["act"], rule, example=x)
     assert net(x).data_ptr() == seen[-1].data_ptr()
 
 

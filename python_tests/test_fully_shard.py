@@ -27,7 +27,10 @@ RULES: dict[str, Any] = {
     "kp": "kp",
 }
 # What the ranks keep whole stays float32.
-MIXED = {"usf": "usf", "fa stored": RULES["fa stored"], "low_rank": bk.LowRank(4)}
+MIXED = {
+    **{name: RULES[name] for name in ("usf", "fa stored", "kp")},
+    **{"low_rank": bk.LowRank(4), "low_rank learned": bk.LowRank(4, learned=True)},
+}
 ONCE = [name for name in RULES if name != "kp"]
 
 

@@ -1,6 +1,7 @@
 """Kolen–Pollack, weight mirror, normalisation and sign concordance against their definitions."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +44,32 @@ def test_kp_leaves_b_alone_where_w_is_frozen(name: str) -> None:
         w.requires_grad_(False)
     call(layer, x).square().sum().backward()
     assert x.grad.any() and all(b.grad is None for _, b in pairs(layer))
+
+
+class Called(torch.nn.Module):
+    """`call` of a layer."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return call(self.layer, x)
+
+
+def test_data_parallel_waits_for_no_b_of_a_frozen_w(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        for rule in ("kp", "sa", bk.LowRank(4, learned=True)):
+            for name in FEW:
+                layer, x = build(name, rule)
+                for parameter, w in layer.named_parameters():
+                    w.requires_grad_("weight" not in parameter or "feedback" in parameter)
+                model = torch.nn.parallel.DistributedDataParallel(Called(layer))
+                for _ in range(2):
+                    model(x).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", FEW)

@@ -41,6 +41,12 @@ def test_vectors_of_known_angles() -> None:
     assert math.isnan(metrics.compare(torch.zeros(2), a).norm_ratio)
     assert metrics.compare(torch.tensor(2.0), torch.tensor(-2.0)).angle == 180
     assert math.isnan(metrics.compare(torch.zeros(0, 3), torch.zeros(0, 3)).angle)
+    for size in (1e-100, 1e-150, 1e100, 1e150):
+        # The product of their squares is no number.
+        assert metrics.compare(*2 * [size * torch.randn(99).double()]) == (0, 1, 1)
+        c = metrics.compare(size * a.double(), size * torch.tensor([2.0, 2.0]).double())
+        assert c == (pytest.approx(45), pytest.approx(8**0.5 / 3), 0.5)
+    assert metrics.compare(1e-100 * a.double(), 1e100 * a.double()).norm_ratio == pytest.approx(1e200)
     with pytest.raises(ValueError, match="b: expected shape"):
         metrics.compare(a, torch.zeros(3))
 
@@ -346,6 +352,27 @@ def test_the_spectrum_of_an_inverse() -> None:
     assert found.positive == pytest.approx(sum((torch.linalg.eigvals(b).real > 0).sum().item() for b in both) / 16)
     with pytest.raises(ValueError, match="inverse: expected shape"):
         metrics.jacobian_spectrum(nn.Linear(3, 4), nn.Linear(4, 5), torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_rounding_leaves_of_a_zero_eigenvalue_is_not_positive(dtype: torch.dtype) -> None:
+    n, rank = 24, 6
+    f = nn.Linear(n, n, bias=False)
+    down, up = nn.Linear(n, rank, bias=False), nn.Linear(rank, n, bias=False)
+    with torch.no_grad():
+        # J_f J_g = Q diag(1, …, 1, 0, …, 0) Qᵀ S, similar to a matrix whose eigenvalues beside the zeros are positive.
+        q = torch.linalg.qr(torch.randn(n, n)).Q
+        f.weight.copy_(torch.eye(n) + 0.1 * q)
+        up.weight.copy_(q[:, :rank])
+        down.weight.copy_(q[:, :rank].T)
+    g = nn.Sequential(down, up)
+    h = torch.randn(2, n).to(dtype)
+    for scale in (1.0, 1e-6, 1e6):
+        scaled = copy.deepcopy(f)
+        scaled.weight.data *= scale
+        assert metrics.jacobian_spectrum(scaled.to(dtype), g.to(dtype), h).positive == rank / n
+    # All of them, where none is zero.
+    assert metrics.jacobian_spectrum(f.to(dtype), nn.Identity(), h).positive == 1
 
 
 def test_backprop_within_backprop_leaves_the_outer_one_on() -> None:

@@ -79,9 +79,10 @@ class SignSymmetry(Scaled):
 
     def adopt_biotorch(self, b: Tensor, rms: float) -> tuple[Rule, dict[str, Tensor]]:
         found = float(b.abs().max()) if b.numel() else 0.0
-        if self.scale != "match" and abs(found - rms) > 1e-5 * rms:
+        if self.initial or (self.scale != "match" and abs(found - rms) > 1e-5 * rms):
+            own = "that of a W which is not in the file" if self.initial else f"{rms:.9g}"
             raise ValueError(
-                f"its magnitude is {found:.9g}, this layer's scale={self.scale!r} is {rms:.9g}; "
+                f"its magnitude is {found:.9g}, this layer's scale={self.scale!r} is {own}; "
                 f"convert with SignSymmetry(scale={found:.9g}) to train on as BioTorch did"
             )
         return self, {}
@@ -126,8 +127,8 @@ class _Drawn(Scaled):
         return key
 
     def adopt_biotorch(self, b: Tensor, rms: float) -> tuple[Rule, dict[str, Tensor]]:
-        if self.scale == "match":
-            raise ValueError("expected a rule with a fixed scale, got scale='match'")
+        if self.scale in ("match", "initial"):
+            raise ValueError(f"expected a rule with a scale that does not follow W, got scale={self.scale!r}")
         return (self if self.stored else replace(self, stored=True)), {"weight": b}  # type: ignore[call-arg]
 
 
@@ -284,7 +285,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor, Tensor, None]:
         (p,) = ctx.saved_tensors
-        return grad_weight, p.t().mm(grad_weight.flatten(1)), None
+        # As in `factors`.
+        return grad_weight, p.t().to(grad_weight.dtype).mm(grad_weight.flatten(1)), None
 
 
 @dataclass(frozen=True)
@@ -339,7 +341,7 @@ class LowRank(Scaled):
 
     def factors(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
         # FSDP's mixed precision casts W, and not what it was told to leave whole.
-        return state["p"].to(weight.dtype), state["q"].detach().to(weight.dtype)
+        return state["p"].to(weight.dtype), state["q"].to(weight.dtype)
 
     def operands(self, weight: Tensor, state: State) -> Operands:
         return Rule.operands(self, weight, state)._replace(rescale=self.rescale(weight, state))
