@@ -204,7 +204,7 @@ class _LocallyConnected(_LocallyConnectedNd):
         self._spatial(input, self.in_channels, self.input_size)
         for mode, pads in self._pads.items():
             input = F.pad(input, pads, mode=mode)
-        weight, op = self.used(feedback=needs_feedback(input))
+        weight, op = self.used(feedback=self.uses_feedback and needs_feedback(input))
         return locally_connected_with(
             input, weight, self.bias, self.stride, self._pairs, self.dilation, self.groups, op
         )
@@ -289,7 +289,7 @@ class _LocallyConnectedTranspose(_LocallyConnectedNd):
 
     def forward(self, input: Tensor) -> Tensor:
         self._spatial(input, self.in_channels, self.input_size)
-        weight, op = self.used(feedback=needs_feedback(input))
+        weight, op = self.used(feedback=self.uses_feedback and needs_feedback(input))
         return locally_connected_transpose_with(
             input, weight, self.bias, self.output_size, self.stride, self._pairs, self.dilation, self.groups, op
         )
