@@ -264,9 +264,26 @@ def test_back_propagation_is_torch_nn_bit_for_bit(case: Case) -> None:
         assert torch.equal(ours[name], theirs[name]), name
 
 
-@pytest.mark.parametrize("wanted", ["query", "key", "value", "query key", "in_proj_weight", "out_proj.weight"])
-def test_gradients_wanted_for_some(wanted: str) -> None:
-    case = Case("some", "distinct")
+BIASES = ["in_proj_bias", "bias_k", "bias_v", "out_proj.bias"]
+
+
+def replica_of(layer: Any) -> Any:
+    """As DataParallel makes it, whose parameters are plain tensors."""
+    replica = layer._replicate_for_data_parallel()
+    for key, p in layer._parameters.items():
+        setattr(replica, key, None if p is None else p.view_as(p))
+    for key, part in layer._modules.items():
+        setattr(replica, key, replica_of(part))
+    return replica
+
+
+@pytest.mark.parametrize("replica", [False, True])
+@pytest.mark.parametrize(
+    "wanted", ["query", "key", "value", "query key", "in_proj_weight", "out_proj.weight", *BIASES, "k_proj_weight"]
+)
+def test_gradients_wanted_for_some(wanted: str, replica: bool) -> None:
+    width = E + (wanted == "k_proj_weight")
+    case = Case("some", "distinct", {"add_bias_kv": True, "kdim": width}, kdim=width)
     layer, twin = case.modules("fa")
     tensors = dict(zip(("query", "key", "value"), case.query_key_value(), strict=True))
     named = {**tensors, **dict(layer.named_parameters())}
@@ -275,7 +292,7 @@ def test_gradients_wanted_for_some(wanted: str) -> None:
     for name, p in twin.named_parameters():
         p.requires_grad_(name in wanted.split())
     oracle = FeedbackLinear([(twin.get_parameter(name), b) for name, b in matrices_of(layer)])
-    ours, _ = layer(**tensors)
+    ours, _ = (replica_of(layer) if replica else layer)(**tensors)
     with oracle:
         theirs, _ = twin(**tensors)
     assert_same(ours, theirs)
@@ -285,6 +302,19 @@ def test_gradients_wanted_for_some(wanted: str) -> None:
         (a,) = torch.autograd.grad(ours, named[name], grad_output, retain_graph=True)
         (b,) = torch.autograd.grad(theirs, their_named[name], grad_output, retain_graph=True)
         assert_same(a, b, name)
+
+
+@pytest.mark.parametrize("wanted", ["in_proj_weight", "out_proj.weight", "in_proj_bias"])
+def test_a_trained_b_takes_the_gradient_of_its_weight_alone(wanted: str) -> None:
+    layer, _ = Case("kp").modules("kp")
+    for name, p in layer.named_parameters():
+        p.requires_grad_(name == wanted or "feedback" in name)
+    x = torch.randn(L, N, E, dtype=torch.float64)
+    layer(x, x, x)[0].square().sum().backward()
+    taken = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+    b = wanted.replace("weight", "feedback_weight")
+    assert taken.keys() == {wanted, b}
+    assert_same(taken[b], taken[wanted])
 
 
 def test_dropout_acts_in_training_only() -> None:

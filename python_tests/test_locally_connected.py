@@ -87,6 +87,39 @@ def test_from_conv_of_torch_nn_and_other_rules() -> None:
             bk.nn.LocallyConnected2d.from_conv(bad, 4)
 
 
+class _Standardised(torch.nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight - self.weight.mean(), self.bias)
+
+
+class _Scaled(torch.nn.Conv2d):
+    def _conv_forward(self, *args: Any) -> Tensor:
+        return 2 * super()._conv_forward(*args)
+
+
+class _Named(torch.nn.Conv2d):
+    """Computes what torch.nn's does."""
+
+
+def test_from_conv_takes_a_forward_that_it_knows() -> None:
+    wrapped = torch.nn.Conv2d(2, 3, 2)
+    wrapped.forward = lambda x: 2 * torch.nn.Conv2d.forward(wrapped, x)  # type: ignore[method-assign]
+    for conv in (_Standardised(2, 3, 2), _Scaled(2, 3, 2), wrapped):
+        with pytest.raises(TypeError, match=r"conv: expected a module with torch\.nn\.Conv2d's forward"):
+            bk.nn.LocallyConnected2d.from_conv(conv, 4)
+    normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv2d(2, 3, 2))
+    torch.nn.init.ones_(normed.parametrizations.weight.original0)
+    bk.register(_Standardised, torch.nn.Conv2d, weight=lambda m: m.weight - m.weight.mean())
+    converted = [_Named(2, 3, 2), _Standardised(2, 3, 2)]
+    for conv in converted:
+        bk.convert_(conv, "usf")
+    x = torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    for conv in (normed, _Named(2, 3, 2), *converted):
+        layer = bk.nn.LocallyConnected2d.from_conv(conv.double(), 4)
+        assert_same(layer(x), conv(x))
+        assert layer.weight.requires_grad and layer.weight.is_leaf
+
+
 @pytest.mark.parametrize("case", FORWARD, ids=str)
 def test_transpose_is_the_input_gradient_of_its_twin(case: Case) -> None:
     layer = case.build(None)

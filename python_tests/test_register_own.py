@@ -307,6 +307,66 @@ def test_a_square_weight_that_is_another_librarys(rule: str, weight: Any) -> Non
         assert torch.equal(b.sign(), layer.weight.mT.sign())
 
 
+SPELLINGS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "mm(x, mat2=)": lambda x, w, c: torch.mm(x, mat2=w),
+    "mm(input=, mat2=)": lambda x, w, c: torch.mm(input=x, mat2=w),
+    "x.mm(mat2=)": lambda x, w, c: x.mm(mat2=w),
+    "matmul(input=, other=)": lambda x, w, c: torch.matmul(input=x, other=w),
+    "addmm(beta=2)": lambda x, w, c: torch.addmm(c, x, mat2=w, beta=2) - 2 * c,
+    "addmm(beta=0)": lambda x, w, c: torch.addmm(c / 0, x, w, beta=0),
+}
+# Those that torch gives no gradient, or that are not ours.
+LEFT: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "matmul(out=)": lambda x, w, c: torch.matmul(x.detach(), w.detach(), out=torch.empty_like(x)),
+    "addmm(out=)": lambda x, w, c: torch.addmm(c, x.detach(), w.detach(), out=torch.empty_like(x)) - c,
+    "addmm(alpha=2)": lambda x, w, c: torch.addmm(c, x, w, alpha=2) / 2 - c / 2,
+    "addmm(1, c, x, w)": lambda x, w, c: torch.addmm(1, c, x, w) - c,
+}
+
+
+@users
+@pytest.mark.filterwarnings("ignore:This overload of addmm")
+@pytest.mark.parametrize("spelling", [*SPELLINGS, *LEFT])
+def test_a_product_by_any_of_torchs_spellings(spelling: str) -> None:
+    class Spelt(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return (SPELLINGS | LEFT)[spelling](input, self.weight, torch.ones_like(input))
+
+    bk.register(Spelt)
+    layer, x = Spelt(6, 6).double(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    bk.convert_(layer, "fa")
+    b = layer.feedback_matrix() if spelling in SPELLINGS else layer.weight
+    theirs = with_feedback(F.linear, x, layer.weight.mT, b.mT, None)
+    if "out" in spelling:
+        assert_same(layer(x), theirs)
+        return
+    ours = layer.forward(x)
+    assert_same(ours, theirs)
+    for o, t in zip(*(torch.autograd.grad(y.square().sum(), [x, layer.weight]) for y in (ours, theirs)), strict=True):
+        assert_same(o, t)
+
+
+class Frees(nn.Linear):
+    """Puts buffers away, whose identity what it computes then takes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        freed, kept = {id(self._buffers.pop(f"state{i}")) for i in range(50)}, []
+        while len(kept) < 100 and id(input) not in freed:
+            kept.append(input)
+            (input,) = torch.tanh(input).chunk(1)
+        return F.linear(input, self.weight)
+
+
+@users
+def test_a_buffer_that_is_put_away_is_no_other_tensor() -> None:
+    bk.register(Frees)
+    layer = Frees(6, 6)
+    bk.convert_(layer, "fa")
+    for i in range(50):
+        layer.register_buffer(f"state{i}", torch.zeros(()))
+    assert "_LinearBackward" in str(layer.forward(torch.randn(2, 6, requires_grad=True)).grad_fn)
+
+
 @users
 def test_what_is_computed_of_two_layers_is_neithers() -> None:
     bk.register(Merged)

@@ -50,12 +50,13 @@ class _Refuse(torch.autograd.Function):
         )
 
 
-def once(backward: Callable[..., Grads]) -> Callable[..., Grads]:
+def once(backward: Callable[..., Grads], twice: bool = False) -> Callable[..., Grads]:
     # torch's once_differentiable raises where .backward() reaches its outputs; autograd.grad goes round it in silence.
+    # `twice`: where B = W the gradients are derivatives, of which `backward` makes others if gradients are enabled.
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grad_outputs: Tensor) -> Grads:
         saved = ctx.saved_tensors
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or (twice and _transports_weight(ctx.feedback, saved)):
             return backward(ctx, *grad_outputs, saved)
         with torch.no_grad():
             grads = backward(ctx, *grad_outputs, saved)
@@ -65,6 +66,12 @@ def once(backward: Callable[..., Grads]) -> Callable[..., Grads]:
         return tuple(None if grad is None else next(tied) for grad in grads)
 
     return wrapper
+
+
+def _transports_weight(feedback: tuple[Any, ...], saved: Grads) -> bool:
+    # Whether what `begin` kept is BACKPROP, or nothing of B where no gradient goes through it.
+    wanted = BACKPROP.role, BACKPROP.entries, BACKPROP.scale
+    return feedback[:3] == wanted and all(t is None for t in saved[2:])
 
 
 def autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -181,7 +188,8 @@ def refuse_transforms() -> None:
 
 def resolve(feedback: Feedback, weight: Tensor, fans: Fans, key: Tensor | None = None) -> Operands:
     """The operands of what a caller of a function here passed as `feedback`."""
-    refuse_transforms()
+    if not is_backprop(feedback):
+        refuse_transforms()
     checks.floating("weight", weight)
     if isinstance(feedback, Tensor):
         checks.floating("feedback", feedback)

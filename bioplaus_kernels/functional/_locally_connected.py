@@ -1,6 +1,7 @@
 """Locally-connected products and their transposes."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,12 +19,14 @@ from ._common import (
     Grads,
     Ints,
     autocast,
+    autocasts,
     begin,
     captured,
     explain,
     explain_dimensions,
     finish,
     ints,
+    lowered,
     once,
     resolve,
     saved_feedback,
@@ -48,16 +51,22 @@ class _LocallyConnected(torch.autograd.Function):
         return _thin.lc_forward(x, w, b, *ctx.geometry)
 
     @staticmethod
-    @once
+    @partial(once, twice=True)
     def backward(ctx: Any, grad_output: Tensor, saved: Grads) -> Grads:
         input, feedback, shape = saved_feedback(ctx, saved)
         kernel_size = shape[len(ctx.input_size) + 1 : -1]
         grad_input = grad_weight = grad_bias = None
+        # Then to be differentiated, with W for B.
+        again = torch.is_grad_enabled()
         if ctx.needs_input_grad[0]:
-            feedback = without_factors(feedback, shape)
-            grad_input = _thin.lc_backward_input(grad_output, feedback, shape, ctx.input_size, *ctx.geometry)
+            if again:
+                grad_input = lc_transpose(grad_output, _like(grad_output, saved[1]), ctx.input_size, *ctx.geometry)
+            else:
+                feedback = without_factors(feedback, shape)
+                grad_input = _thin.lc_backward_input(grad_output, feedback, shape, ctx.input_size, *ctx.geometry)
         if input is not None:
-            grad_weight = _thin.lc_backward_weight(grad_output, input, kernel_size, *ctx.geometry)
+            product = reference.lc_backward_weight if again else _thin.lc_backward_weight
+            grad_weight = product(grad_output, input, kernel_size, *ctx.geometry)
         if ctx.needs_input_grad[2]:
             grad_bias = _bias_grad(ctx, grad_output)
         return finish(ctx, saved, grad_input, grad_weight, grad_bias)
@@ -73,19 +82,28 @@ class _LocallyConnectedTranspose(torch.autograd.Function):
         return _plus(y, b)
 
     @staticmethod
-    @once
+    @partial(once, twice=True)
     def backward(ctx: Any, grad_output: Tensor, saved: Grads) -> Grads:
         input, feedback, shape = saved_feedback(ctx, saved)
         kernel_size = shape[grad_output.dim() - 1 : -1]
         grad_input = grad_weight = grad_bias = None
+        again = torch.is_grad_enabled()
         if ctx.needs_input_grad[0]:
-            b = ops.feedback_weight(*without_factors(feedback, shape), shape, dtype=grad_output.dtype)
-            grad_input = ops.lc_forward(grad_output, b, None, *ctx.geometry)
+            if again:
+                grad_input = reference.lc_forward(grad_output, _like(grad_output, saved[1]), None, *ctx.geometry)
+            else:
+                b = ops.feedback_weight(*without_factors(feedback, shape), shape, dtype=grad_output.dtype)
+                grad_input = ops.lc_forward(grad_output, b, None, *ctx.geometry)
         if input is not None:
-            grad_weight = ops.lc_backward_weight(input, grad_output, kernel_size, *ctx.geometry)
+            product = reference.lc_backward_weight if again else ops.lc_backward_weight
+            grad_weight = product(input, grad_output, kernel_size, *ctx.geometry)
         if ctx.needs_input_grad[2]:
             grad_bias = _bias_grad(ctx, grad_output)
         return finish(ctx, saved, grad_input, grad_weight, grad_bias)
+
+
+def _like(grad_output: Tensor, weight: Tensor | None) -> Tensor:
+    return cast(Tensor, weight).to(grad_output.dtype)
 
 
 def _plus(y: Tensor, bias: Tensor | None) -> Tensor:
@@ -95,8 +113,16 @@ def _plus(y: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _in_standard_operators(op: Operands) -> bool:
-    # In a capture, where other machines have none of our ops. It keeps back-propagation's gradient where B = W.
-    return op is CUT or (op is BACKPROP and captured())
+    # In a capture, where other machines have none of our ops. It keeps back-propagation's gradient where B = W. And
+    # within torch.func, whose transforms know them.
+    return op is CUT or (op is BACKPROP and (captured() or torch._C._are_functorch_transforms_active()))
+
+
+def _within_graph(input: Tensor, op: Operands) -> Tensor:
+    # Autocast's copy is what is saved: where the gradient may be differentiated, the graph has to know whose it is.
+    if op.role != BACKPROP.role or not autocasts(input):
+        return input
+    return cast(Tensor, lowered(torch.get_autocast_dtype(input.device.type), input)[0])
 
 
 def pad_pairs(
@@ -136,6 +162,7 @@ def locally_connected_with(
         y = reference.lc_forward(*autocast(x, weight, bias), stride, padding, dilation, groups)
         y = y.detach() if op is CUT else y
     else:
+        x = _within_graph(x, op)
         y = _LocallyConnected.apply(x, weight, bias, *op, stride, padding, dilation, groups)
     return y if batched else y.squeeze(0)
 
@@ -165,6 +192,7 @@ def locally_connected_transpose_with(
         y = _plus(lc_transpose(x, weight, output_size, stride, padding, dilation, groups), bias)
         y = y.detach() if op is CUT else y
     else:
+        x = _within_graph(x, op)
         y = _LocallyConnectedTranspose.apply(x, weight, bias, *op, output_size, stride, padding, dilation, groups)
     return y if batched else y.squeeze(0)
 

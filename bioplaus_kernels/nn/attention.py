@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..backends.reference import checks
 from ..backends.reference.pack_signs import TILE_ROWS
 from ..feedback import Fans, Operands, linear_fans, stored
-from ..functional import CUT, captured, formed, linear_with, needs_feedback
+from ..functional import CUT, captured, formed, linear_with
 from .base import FeedbackLayer
 from .linear import Linear
 from .state import Keys
@@ -70,10 +70,14 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
             checks.tensor(name, given)
         weights = {}
         # torch's fast path in a capture would be an operator that ONNX lacks, and depend on the grad mode.
-        cut = self.uses_feedback and captured()
-        if cut or (self.uses_feedback and torch.is_grad_enabled()):
+        if self.uses_feedback and (torch.is_grad_enabled() or captured()):
             weights = {name: getattr(self, name) for name in self.weights()}
-        if not (cut or (weights and any(map(needs_feedback, (query, key, value, *weights.values()))))):
+        # A gradient goes through out_proj's B to any of the others, if only a bias.
+        trained: list[Tensor | None] = [*self.parameters()]
+        # DataParallel's replicas have no parameters.
+        trained = trained or [self.in_proj_bias, self.bias_k, self.bias_v, self.out_proj.weight]
+        tensors = (query, key, value, *weights.values(), *trained)
+        if not weights or self.is_plain(next((t for t in tensors if t is not None and t.requires_grad), query)):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )

@@ -22,6 +22,7 @@ from ..functional import (
     pad_pairs,
 )
 from .base import FeedbackLayer
+from .conv import _ConvForward
 
 PaddingMode = Literal["zeros", "circular", "reflect", "replicate"]
 _MODES = ("zeros", "circular", "reflect", "replicate")
@@ -203,7 +204,7 @@ class _LocallyConnected(_LocallyConnectedNd):
         self._spatial(input, self.in_channels, self.input_size)
         for mode, pads in self._pads.items():
             input = F.pad(input, pads, mode=mode)
-        weight, op = self.used(feedback=needs_feedback(input))
+        weight, op = self.used(feedback=self.uses_feedback and needs_feedback(input))
         return locally_connected_with(
             input, weight, self.bias, self.stride, self._pairs, self.dilation, self.groups, op
         )
@@ -216,14 +217,23 @@ class _LocallyConnected(_LocallyConnectedNd):
     def from_conv(cls, conv: torch.nn.Module, input_size: Ints, *, feedback: Rule | str | None = None) -> Self:
         """Untie a convolution for inputs of spatial `input_size`: the same function, a copy of its weights a position.
 
-        `conv` is the torch.nn (or bioplaus_kernels.nn) convolution of the same dimensions; the bias becomes one per
-        position. The rule is `feedback`, or that of `conv` if it has one.
+        `conv` is the torch.nn (or bioplaus_kernels.nn) convolution of the same dimensions, parametrized or not; the
+        bias becomes one per position. The rule is `feedback`, or that of `conv` if it has one. Raises TypeError for
+        another module, and for a forward of its own.
         """
         twin = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[cls.d - 1]
         if not isinstance(conv, twin):
             checks.fail("conv", f"a torch.nn.{twin.__name__}", type(conv).__name__, TypeError)
+        kind, own = type(conv), (twin.forward, _ConvForward.forward)
+        if "forward" in vars(conv) or kind.forward not in own or kind._conv_forward is not twin._conv_forward:
+            wanted = f"a module with torch.nn.{twin.__name__}'s forward (what another makes of its weight is not known)"
+            checks.fail("conv", wanted, f"{kind.__name__} with a forward of its own", TypeError)
         if feedback is None and isinstance(conv, FeedbackLayer):
             feedback = conv.feedback
+        with torch.enable_grad():
+            # Read once; what a parametrization computes tells here whether its Parameters train.
+            weight = conv.weight_of() if isinstance(conv, FeedbackLayer) else conv.weight
+            bias = conv.bias
         layer = torch.nn.utils.skip_init(
             cls,
             conv.in_channels,
@@ -233,17 +243,17 @@ class _LocallyConnected(_LocallyConnectedNd):
             conv.padding,
             conv.dilation,
             conv.groups,
-            conv.bias is not None,
+            bias is not None,
             input_size=input_size,
             padding_mode=conv.padding_mode,
-            device=conv.weight.device,
-            dtype=conv.weight.dtype,
+            device=weight.device,
+            dtype=weight.dtype,
         )
-        layer.weight.copy_(conv.weight.movedim(1, -1))
-        layer.weight.requires_grad_(conv.weight.requires_grad)
-        if conv.bias is not None:
-            layer.bias.copy_(conv.bias)
-            layer.bias.requires_grad_(conv.bias.requires_grad)
+        layer.weight.copy_(weight.movedim(1, -1))
+        layer.weight.requires_grad_(weight.requires_grad)
+        if bias is not None:
+            layer.bias.copy_(bias)
+            layer.bias.requires_grad_(bias.requires_grad)
         layer.install_feedback(as_rule(feedback))
         return layer
 
@@ -279,7 +289,7 @@ class _LocallyConnectedTranspose(_LocallyConnectedNd):
 
     def forward(self, input: Tensor) -> Tensor:
         self._spatial(input, self.in_channels, self.input_size)
-        weight, op = self.used(feedback=needs_feedback(input))
+        weight, op = self.used(feedback=self.uses_feedback and needs_feedback(input))
         return locally_connected_transpose_with(
             input, weight, self.bias, self.output_size, self.stride, self._pairs, self.dilation, self.groups, op
         )

@@ -31,14 +31,10 @@ _TURNS = {
 
 
 class _Known(NamedTuple):
-    # What is computed is held, so that no other tensor takes its identity; of what layer's weight, and whether turned
-    # over.
+    # The tensor is held, so that no other one takes its identity; of what layer's weight, and whether turned over.
     tensor: Any = None
     owner: tuple[FeedbackLayer, str] | None = None
     turned: bool = False
-
-
-_BARE = _Known()
 
 
 class Products(TorchFunctionMode):
@@ -51,7 +47,7 @@ class Products(TorchFunctionMode):
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
-        # By identity what is computed from Parameters alone.
+        # By identity the Parameters and buffers, and what is computed from them alone.
         self.known: dict[int, _Known] = {}
         parts: list[torch.nn.Module | None] = [module]
         while parts:
@@ -59,7 +55,7 @@ class Products(TorchFunctionMode):
                 continue
             parts += part._modules.values()
             for tensor in (*part._parameters.values(), *part._buffers.values()):
-                self.known.setdefault(id(tensor), _BARE)
+                self.known.setdefault(id(tensor), _Known(tensor))
             if isinstance(part, FeedbackLayer) and part.uses_feedback:
                 for name in part.weights():
                     # A parametrized W is another tensor at each reading, and costs a computation.
@@ -128,7 +124,7 @@ class Products(TorchFunctionMode):
         own = False
         if name in layer._parameters and type(layer).weight_of is not FeedbackLayer.weight_of:
             with self:
-                own = self.known.get(id(layer.weight_of(name)), _BARE).turned
+                own = self.known.get(id(layer.weight_of(name)), _Known()).turned
         return turned != (transposed != own)
 
 
@@ -142,7 +138,13 @@ def _linear(mode: Products, input: Tensor, weight: Tensor, bias: Tensor | None =
     return None if found is None else linear_with(input, found[0], bias, found[1])
 
 
-def _matmul(mode: Products, input: Tensor, other: Tensor) -> Tensor | None:
+def _matmul(
+    mode: Products, input: Tensor, other: Any = None, *rest: Any, mat2: Any = None, **others: Any
+) -> Tensor | None:
+    # mm's name for it. What else torch's functions take, as `out=`, is left to them.
+    other = mat2 if other is None else other
+    if other is None or rest or others:
+        return None
     found = mode.used(input, other, transposed=True)
     if found is not None:
         return linear_with(input, found[0], None, found[1])
@@ -154,12 +156,13 @@ def _matmul(mode: Products, input: Tensor, other: Tensor) -> Tensor | None:
 
 
 def _addmm(
-    mode: Products, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+    mode: Products, input: Tensor, mat1: Tensor, mat2: Tensor, *rest: Any, beta: Any = 1, alpha: Any = 1, **others: Any
 ) -> Tensor | None:
-    if alpha != 1:
+    if alpha != 1 or rest or others:
         return None
     product = _matmul(mode, mat1, mat2)
-    return None if product is None else product + beta * input
+    # As in torch, NaN in `input` is then nothing.
+    return product if product is None or beta == 0 else product + beta * input
 
 
 def _conv(d: int) -> Callable[..., Tensor | None]:

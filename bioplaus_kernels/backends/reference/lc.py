@@ -38,6 +38,9 @@ def output_size(
 
 def memory_format(x: Tensor) -> torch.memory_format:
     """Format of an op's result: channels-last where the activation it is given is, else contiguous."""
+    if torch._C._are_functorch_transforms_active():
+        # vmap's tensors have no other.
+        return torch.contiguous_format
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last):
         return last
