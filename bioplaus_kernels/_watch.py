@@ -127,6 +127,11 @@ class Watch:
             # No B for nothing.
             self.first, kwargs = None, {**kwargs, "feedback": False}
         weight, op = used(*args, **kwargs)
+        if weight.requires_grad and weight.is_inference():
+            raise RuntimeError(
+                f"{layer.called(layer.weights()[0])}: what is made in torch.inference_mode cannot be trained; copy or "
+                "load the model outside"
+            )
         if weight.requires_grad:
             self.taken.setdefault(layer, []).append(get_gradient_edge(weight).node)
         return weight, op

@@ -1,5 +1,6 @@
 """What DistributedDataParallel sends for a model with rules, and its ways of running one, on two ranks."""
 
+import copy
 import warnings
 from typing import Any
 
@@ -97,6 +98,12 @@ def _work(rank: int, world: int) -> dict[str, Any]:
     for name, options in WAYS.items():
         model = _model("fa", skips="unused" in name)
         found[name] = _train(DistributedDataParallel(model, **options), rank, world)
+    for name in (None, "fa_signed_init"):
+        torch.manual_seed(0)
+        model = nn.Sequential(bk.nn.Linear(8, 8, feedback=name), nn.BatchNorm1d(2), bk.nn.Linear(8, 3, feedback=name))
+        ranks = DistributedDataParallel(model)
+        found[f"beside batch norm, {name}"] = _train(ranks, rank, world)["sent"]
+        found[f"copied, {name}"] = _train(copy.deepcopy(ranks), rank, world)["sent"]
     model = _model("usf")
     compiled = torch.compile(DistributedDataParallel(model), backend="aot_eager")
     compiled(_batches()[0].chunk(world)[rank]).square().mean().backward()
@@ -149,6 +156,11 @@ def test_a_step_sends_gradients_alone(rule: str, ranks: list[dict[str, Any]]) ->
         found["grads"], _train(_model(RULES[rule]))["grads"][: 1 if rule == "brsf" else 3], strict=False
     ):
         _close(one, other)
+
+
+@pytest.mark.parametrize("case", ["beside batch norm", "copied"])
+def test_other_buffers_are_sent_alone(case: str, ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0][f"{case}, fa_signed_init"][2] == ranks[0][f"{case}, None"][2]
 
 
 @pytest.mark.parametrize("way", WAYS)

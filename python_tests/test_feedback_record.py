@@ -5,6 +5,7 @@ import gzip
 import io
 import pickle
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,26 @@ def test_describe(tmp_path: Any) -> None:
         bk.describe(3)
 
 
-def test_a_checkpoint_in_place(tmp_path: Any) -> None:
-    """torch.distributed.checkpoint writes into the tensors of the state_dict that it is given."""
-    for rule in ("fa", "concordance", "kp", "fa_signed_init"):
-        model, other = mlp(rule, seed=1), mlp(rule, seed=2)
-        dcp.save(model.state_dict(), checkpoint_id=tmp_path / rule, no_dist=True)
-        dcp.load(other.state_dict(), checkpoint_id=tmp_path / rule, no_dist=True)
-        assert_equal(gradients(other, x()), gradients(model, x()))
+@pytest.fixture(params=[False, True], ids=["alone", "group"])
+def group(request: Any) -> Iterator[None]:
+    if request.param:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    if request.param:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("rule", ["fa", "concordance", "kp", "fa_signed_init"])
+def test_checkpoints_in_place(rule: str, tmp_path: Any) -> None:
+    """torch.distributed.checkpoint writes into the tensors of the state_dict that it is given, any number of times."""
+    models, other = [mlp(rule, seed=seed) for seed in (1, 2)], mlp(rule, seed=3)
+    for i, model in enumerate(models):
+        dcp.save(model.state_dict(), checkpoint_id=tmp_path / str(i), no_dist=True)
+    into = other.state_dict()
+    for i in (0, 1, 0):
+        dcp.load(into, checkpoint_id=tmp_path / str(i), no_dist=True)
+        assert_equal(gradients(other, x()), gradients(models[i], x()))
 
 
 def test_what_ddp_leaves_alone() -> None:

@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import io
+import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -190,6 +192,54 @@ def test_state_made_in_inference_mode_trains(rule: str) -> None:
                 keys = {name: held.key for name, held in layer._held.items()}
                 layer.install_feedback(layer.feedback, keys.get)
     assert_equal(gradients(model, x()), gradients(mlp(rule), x()))
+
+
+def _saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+CHANGES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "to_empty": lambda m: m.to_empty(device="cpu"),
+    "to": lambda m: m.to(torch.float64),
+    "meta": lambda m: m.to("meta").to_empty(device="cpu"),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "torch.load": _saved,
+}
+
+
+@pytest.mark.parametrize("rule", ["usf", "fa", "fa_signed_init", "kp"])
+@pytest.mark.parametrize("modes", [(True, False), (True, True)])
+def test_changes_in_inference_mode(modes: tuple[bool, bool], rule: str) -> None:
+    """What plain torch.nn lets be done in and out of inference mode, one after the other, is done with a rule too."""
+    wanted = mlp(rule)
+    state, b, expected = wanted.state_dict(), matrices(wanted), gradients(wanted, x())
+    for changes in itertools.product(CHANGES, repeat=2):
+        model = mlp(rule)
+        for mode, change in zip(modes, changes, strict=True):
+            with torch.inference_mode(mode):
+                model = CHANGES[change](model)
+                assert model.state_dict().keys() == state.keys()
+        if not {"to_empty", "meta"} & set(changes):
+            torch.testing.assert_close([m.float() for m in matrices(model)], b)
+        for layer in model[::2]:
+            layer.reset_feedback()
+        # W may be of inference mode still, which no one can write: it is replaced.
+        model.load_state_dict(state, assign=True)
+        assert_equal(gradients(model, x()), expected)
+
+
+@every_rule
+def test_weights_of_inference_mode_do_not_train(rule: str) -> None:
+    model = mlp(rule)
+    with torch.inference_mode():
+        model = copy.deepcopy(model)
+        model(x().detach())
+    with pytest.raises(RuntimeError, match=r"inference_mode cannot be trained|Inference tensors cannot be saved"):
+        model(x())
 
 
 @every_rule

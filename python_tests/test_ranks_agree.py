@@ -61,6 +61,18 @@ def converted_after() -> nn.Module:
     return ddp
 
 
+def after_a_step(change: Callable[[nn.Module], Any], **options: Any) -> nn.Module:
+    ddp = DistributedDataParallel(converted("fa"))
+    model = torch.compile(ddp, **options) if options else ddp
+    model(torch.randn(4, 8)).square().sum().backward()
+    change(ddp.module)
+    return model
+
+
+def own_seed(model: nn.Module) -> None:
+    bk.convert_(model, "fa", seed=torch.distributed.get_rank())
+
+
 GOOD: dict[str, Callable[[], nn.Module]] = {
     "built": lambda: DistributedDataParallel(direct()),
     "built brsf": lambda: DistributedDataParallel(direct("brsf")),
@@ -69,6 +81,7 @@ GOOD: dict[str, Callable[[], nn.Module]] = {
     "compiled within": lambda: DistributedDataParallel(torch.compile(direct(), backend="aot_eager", fullgraph=True)),
     "converted": lambda: DistributedDataParallel(converted("fa")),
     "converted, nothing sent": lambda: DistributedDataParallel(converted("fa"), broadcast_buffers=False),
+    "converted after a step": lambda: after_a_step(lambda m: bk.convert_(m, "frsf", seed=3)),
     "signs of W": lambda: DistributedDataParallel(converted("fa_signed_init")),
 }
 BAD: dict[str, Callable[[], nn.Module]] = {
@@ -79,7 +92,11 @@ BAD: dict[str, Callable[[], nn.Module]] = {
     "signs of W, nothing sent": lambda: DistributedDataParallel(converted("fa_signed_init"), broadcast_buffers=False),
     "sent by hand": sent_by_hand,
     "reset after": reset_after,
+    "own seed after a step": lambda: after_a_step(own_seed),
+    "reset after a step": lambda: after_a_step(lambda m: m[2].reset_feedback()),
     "kp after": converted_after,
+    "kp after a step": lambda: after_a_step(lambda m: bk.convert_(m, "kp")),
+    "kp after a step, compiled": lambda: after_a_step(lambda m: bk.convert_(m, "kp"), backend="aot_eager"),
 }
 
 
@@ -118,6 +135,6 @@ def test_one_b(case: str, ranks: list[dict[str, Any]]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", BAD)
 def test_every_rank_says_so(case: str, ranks: list[dict[str, Any]]) -> None:
-    wanted = "does not reduce its gradient" if case == "kp after" else "the ranks have different feedback"
+    wanted = "does not reduce its gradient" if case.startswith("kp after") else "the ranks have different feedback"
     for rank in ranks:
         assert isinstance(rank[case], str) and wanted in rank[case]

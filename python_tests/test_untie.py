@@ -1,10 +1,13 @@
 """untie_: convolutions of a model become locally connected and compute what they did."""
 
-from typing import Any
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import bioplaus_kernels as bk
 
@@ -96,6 +99,97 @@ def test_what_stays_and_errors() -> None:
     with pytest.raises(RuntimeError):
         bk.untie_(broken, torch.randn(1, 2, 9))
     assert not broken[0]._forward_pre_hooks
+
+
+class Computed(NamedTuple):
+    change: Callable[[Any], Any]
+    back: Callable[[Any], Any]
+
+
+def _replaced(conv: Any) -> None:
+    conv.forward = conv.forward
+
+
+COMPUTED = {
+    "pruned": Computed(lambda m: prune.l1_unstructured(m, "weight", 2), lambda m: prune.remove(m, "weight")),
+    "pruned bias": Computed(lambda m: prune.l1_unstructured(m, "bias", 1), lambda m: prune.remove(m, "bias")),
+    "weight_norm": Computed(nn.utils.weight_norm, nn.utils.remove_weight_norm),
+    "spectral_norm": Computed(nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
+    "forward": Computed(_replaced, lambda m: delattr(m, "forward")),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("case", COMPUTED)
+def test_computed_weights_are_refused(case: str) -> None:
+    model, x = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Conv1d(2, 2, 3)), torch.randn(2, 1, 9)
+    COMPUTED[case].change(model[1])
+    model.eval()  # spectral_norm iterates in training
+    expected, state = model(x), copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"model: expected convolutions with their own weight.*got 1, with one that"):
+        bk.untie_(model, x)
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items()) and type(model[0]) is nn.Conv1d
+    bk.untie_(model, x, filter_fn=lambda m, name: name == "0")
+    torch.testing.assert_close(model(x), expected)
+    COMPUTED[case].back(model[1])
+    assert bk.untie_(model, x) == {"1": (7,)}
+    torch.testing.assert_close(model(x), expected)
+
+
+HOOKS: dict[str, Callable[[Any, Callable[..., None]], Any]] = {
+    "forward": lambda m, hook: m.register_forward_hook(hook),
+    "forward, keywords": lambda m, hook: m.register_forward_hook(lambda m, args, kwargs, y: hook(), with_kwargs=True),
+    "forward, always": lambda m, hook: m.register_forward_hook(hook, always_call=True),
+    "before": lambda m, hook: m.register_forward_pre_hook(hook),
+    "before, keywords": lambda m, hook: m.register_forward_pre_hook(lambda m, args, kwargs: hook(), with_kwargs=True),
+    "backward": lambda m, hook: m.register_full_backward_hook(hook),
+    "before backward": lambda m, hook: m.register_full_backward_pre_hook(hook),
+    "state_dict": lambda m, hook: m.register_state_dict_post_hook(hook),
+    "before state_dict": lambda m, hook: m.register_state_dict_pre_hook(hook),
+    "load": lambda m, hook: m.register_load_state_dict_post_hook(hook),
+    "before load": lambda m, hook: m.register_load_state_dict_pre_hook(hook),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_every_kind_of_hook_stays(kind: str) -> None:
+    model, x, called = nn.Sequential(nn.Conv1d(1, 2, 3)), torch.randn(2, 1, 9, requires_grad=True), []
+    handle = HOOKS[kind](model[0], lambda *_: called.append(kind))
+
+    def use() -> int:
+        called.clear()
+        model(x).sum().backward()
+        model.load_state_dict(model.state_dict())
+        if "always" in kind:
+            with pytest.raises((RuntimeError, ValueError)):
+                model(x[..., :1])
+        return len(called)
+
+    before = use()
+    bk.untie_(model, x)
+    assert use() == before > 0
+    handle.remove()
+    assert use() == 0
+
+
+def test_what_else_was_registered_stays() -> None:
+    model, x = nn.Sequential(nn.Conv1d(1, 2, 3)), torch.randn(2, 1, 9)
+    conv = model[0]
+    conv.child, conv.note = nn.Linear(2, 2), "a note"
+    conv.register_buffer("seen", torch.ones(1), persistent=False)
+    conv.register_buffer("count", torch.ones(1))
+    conv.register_parameter("gain", nn.Parameter(torch.ones(2)))
+    bk.convert_(model, "fa_signed_init", filter_fn=lambda m, name: name == "0")
+    bk.convert_(model, "fa", filter_fn=lambda m, name: name == "0")
+    seeded, names, gain = model._ddp_params_and_buffers_to_ignore, set(model.state_dict()), conv.gain
+    assert seeded == ["0.feedback_state"]
+    bk.untie_(model, x)
+    assert set(model.state_dict()) == names and conv.gain is gain and conv.note == "a note"
+    assert torch.equal(conv.seen, torch.ones(1))
+    # The new state is drawn, not derived from the seed: each rank's own, which is to be sent.
+    assert seeded == []
+    bk.convert_(model, None)
+    assert set(model.state_dict()) == {name for name in names if "feedback" not in name}
 
 
 @pytest.mark.parametrize("d", [1, 2])

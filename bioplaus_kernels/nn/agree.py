@@ -8,36 +8,44 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..feedback.record import Record
+from .held import Held
 
 
-def agree() -> None:
-    """In the first forward of a DistributedDataParallel, compare what identifies each layer's feedback over its ranks.
+def agree(held: Held | None = None) -> None:
+    """In a forward of a DistributedDataParallel, compare what identifies each layer's feedback over its ranks, once.
 
     What DDP does not send can differ: with broadcast_buffers=False, where a checkpoint was loaded on rank 0 alone, or
-    where a rule was given after DDP was made. Raises RuntimeError then, on every rank.
+    where a rule was given, or drawn again, after DDP was made. Raises RuntimeError then, on every rank. `held` is that
+    of the layer that asks.
     """
     ddp = DistributedDataParallel._active_ddp_module
-    if ddp is None or "_feedback_agrees" in vars(ddp):
+    if ddp is None:
         return
-    own, reduced = set(), {id(p) for p in ddp._module_parameters}
+    agreed: set[Held] = vars(ddp).setdefault("_feedback_agreed", set())
+    if held in agreed:
+        return
+    every, own, reduced = set(), set(), {id(p) for p in ddp._module_parameters}
     records = feedback_records(ddp.module)
     for prefix, layer in ddp.module.named_modules():
-        for held in vars(layer).get("_held", {}).values():
-            own |= {id(layer._buffers.get(attribute)) for attribute in (held.record, *held.kept.values())}
-            if held.trained and id(getattr(layer, held.trained)) not in reduced:
+        for h in vars(layer).get("_held", {}).values():
+            every.add(h)
+            own |= {f"{prefix}.{a}".lstrip(".") for a in (h.record, *h.kept.values()) if a in layer._buffers}
+            if h.trained and id(getattr(layer, h.trained)) not in reduced:
                 raise RuntimeError(
-                    f"{prefix}.{held.trained}: DistributedDataParallel does not reduce its gradient: convert_ the "
+                    f"{prefix}.{h.trained}: DistributedDataParallel does not reduce its gradient: convert_ the "
                     "model before it is wrapped"
                 )
-    if not same_on_ranks(records, next(ddp.module.parameters()).device, [ddp.process_group]):
+    if not every <= agreed and not same_on_ranks(records, next(ddp.module.parameters()).device, [ddp.process_group]):
         raise RuntimeError(
             "DistributedDataParallel: the ranks have different feedback. It sends nothing of what convert_ drew, and "
             "no buffers where broadcast_buffers=False: load a checkpoint on every rank, give convert_ one seed, build "
             "layers under one torch.manual_seed, all of it before the model is wrapped"
         )
-    vars(ddp)["_feedback_agrees"] = True
+    # One that asks may be of a model that the wrapper does not have.
+    agreed.update(every, () if held is None else (held,))
     # They have been sent when the wrapper was made, and nothing changes them.
-    ddp.modules_buffers = [buffer for buffer in ddp.modules_buffers if id(buffer) not in own]
+    ddp.parameters_to_ignore |= own
+    ddp._assign_modules_buffers()
 
 
 # For torch.compile, which runs it while it traces: with nothing to guard.

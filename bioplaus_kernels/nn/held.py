@@ -28,7 +28,18 @@ def writable() -> Iterator[None]:
         yield
 
 
-@dataclass
+def version_of(tensor: Tensor) -> int:
+    """How often `tensor` was written in place; -1 where torch does not count, and lets no one write it any more.
+
+    Such are tensors made in inference mode, and Parameters that were, whatever a move has made of them since.
+    """
+    try:
+        return tensor._version
+    except RuntimeError:
+        return -1
+
+
+@dataclass(eq=False)
 class Held:
     """Of one weight: what is known of its feedback beside the tensors that the layer registers."""
 
@@ -48,7 +59,7 @@ class Held:
     sums: dict[str, str] = field(default_factory=dict)
     # The record's buffer as it was last read or written; None in a replica of DataParallel, which asks nothing.
     seen: Tensor | None = None
-    # Its version then; -1 where writes are DistributedDataParallel's, which sends the same at each forward.
+    # Its `version_of` then.
     version: int = 0
     # The version and value of constants["key"].
     given: tuple[int, int] | None = None
@@ -63,7 +74,7 @@ class Held:
 
     def was_written(self, record: Tensor) -> bool:
         """Whether someone replaced the record, or wrote into it, since it was last read or written."""
-        return record is not self.seen or record._version != self.version
+        return record is not self.seen or version_of(record) != self.version
 
 
 @dataclass

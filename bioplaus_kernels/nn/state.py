@@ -17,7 +17,7 @@ from ..backends.reference.philox import LAYOUT_VERSION
 from ..feedback import Frozen, Key, Record, Rule, State, Stateful, decode, drawn_key, encode, identity, whole
 from ..feedback.record import UNKNOWN, attribute_of, readable, sum_of, sums_of
 from .agree import agree
-from .held import FrozenSigns, Held, draw, in_form_of, kept_by, supported, writable
+from .held import FrozenSigns, Held, draw, in_form_of, kept_by, supported, version_of, writable
 from .load import Load
 
 Keys = Callable[[str], Key | Tensor]
@@ -123,8 +123,9 @@ class StatefulLayer(torch.nn.Module):
                 if held.rule.keyed:
                     held.key = Key.of(drawn_key() if key is None else key(name))
                     if key is None:
-                        # Each rank has drawn its own.
+                        # Each rank has drawn its own, which they are to agree on again.
                         self._broadcast_again()
+                        self._held[name] = replace(held)
                 weight = self._weight(name)
                 # Draws are of the whole, which every rank of a sharded weight forms.
                 self._draw_again(name, whole(weight))
@@ -144,13 +145,14 @@ class StatefulLayer(torch.nn.Module):
             held.lost = bool(self._kept(held))
 
     def _place(self, name: str, device: torch.device) -> bool:
-        # Brings what is kept to `device`; whether some of it had no content to bring.
+        # Brings what is kept to `device`, to be written there; whether some of it had no content to bring.
         empty, held = False, self._held[name]
         for n, tensor in self._kept(held).items():
-            if tensor.device == device:
+            if tensor.device == device and version_of(tensor) >= 0:
                 continue
-            empty |= tensor.is_meta
-            content = torch.empty_like(tensor.detach(), device=device) if tensor.is_meta else tensor.detach().to(device)
+            old = tensor.detach()
+            empty |= old.is_meta and device.type != "meta"
+            content = torch.empty_like(old, device=device) if old.is_meta else old.to(device, copy=True)
             moved = in_form_of(tensor, content)
             if isinstance(tensor, torch.nn.Parameter):
                 # The optimizer may have it already.
@@ -189,7 +191,7 @@ class StatefulLayer(torch.nn.Module):
         record = encode(Record(*self._identity(held.rule), held.key, sums), device)
         self._overwrite(held.record, torch.zeros_like(record) if held.lost else record)
         held.seen = self._record(held)
-        held.version = held.seen._version
+        held.version = version_of(held.seen)
 
     def _write(self, name: str) -> None:
         # Before a save or a move.
@@ -207,7 +209,7 @@ class StatefulLayer(torch.nn.Module):
 
     def _overwrite(self, attribute: str, content: Tensor) -> None:
         buffer = self._buffers.get(attribute)
-        if buffer is None or buffer.is_inference() or not _alike(buffer, content):
+        if buffer is None or version_of(buffer) < 0 or not _alike(buffer, content):
             # With what loaders have marked it by.
             vars(content).update({} if buffer is None else vars(buffer))
             self._buffers[attribute] = content
@@ -222,14 +224,14 @@ class StatefulLayer(torch.nn.Module):
         state = held.constants
         if held.kept or "key" in state:
             if DistributedDataParallel._active_ddp_module is not None:
-                agree()
+                agree() if is_compiling() else agree(held)
                 state = held.constants
             buffers = self._buffers
             record: Any = buffers[held.record]
-            stale = record is not held.seen and held.seen is not None
-            if not is_compiling():
+            stale = False
+            if held.seen is not None:
                 # torch.compile cannot read a version.
-                stale = stale or (held.version >= 0 and record._version != held.version)
+                stale = record is not held.seen or not (is_compiling() or version_of(record) == held.version)
             device = weight.device
             stale = stale or ("key" in state and state["key"].device != device)
             state = state.copy()
@@ -304,8 +306,6 @@ class StatefulLayer(torch.nn.Module):
                 buffers = {n: self._buffers.get(a) for n, a in held.kept.items()}
                 self._check_content(name, weight, buffers, held.sums)
             self._settle(name, weight.device)
-            if written and torch.distributed.is_available() and torch.distributed.is_initialized():
-                held.version = -1
 
     def _read_record(self, name: str) -> bool:
         # Takes what the record says; False where nobody ever wrote it. Integers that went through an average say
@@ -389,14 +389,14 @@ class StatefulLayer(torch.nn.Module):
         held = self._held[name]
         self._freeze(held)
         record, weight = self._record(held), self._weight(name)
-        held.seen, held.version = record, record._version
+        held.seen, held.version = record, version_of(record)
         if not readable(record):
             return
         for n, dtype in integers.items():
             # What casts every buffer, as type() does, casts integers too.
             if (tensor := self._kept(held)[n]).dtype != dtype:
                 self._set(held.kept[n], tensor.to(dtype))
-        if not weight.is_meta and (record[:16].tolist() != mark or self._place(name, weight.device)):
+        if not weight.is_meta and self._place(name, weight.device) | (record[:16].tolist() != mark):
             self._lose(name, weight)
         self._settle(name, weight.device if not weight.is_meta else record.device)
 
@@ -440,8 +440,6 @@ class StatefulLayer(torch.nn.Module):
                 self._upgrade()
         for held in self._held.values():
             self._freeze(held)
-            # Where DistributedDataParallel's writes were no news, others' are.
-            held.version = max(held.version, 0)
 
     def _upgrade(self) -> None:
         # A pickle of version 0.1.
