@@ -3,6 +3,7 @@
 import json
 import re
 import tempfile
+from collections import Counter
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -116,6 +117,11 @@ def _properties(title: str, values: dict[str, Any]) -> str:
 def _rates(result: dict[str, Any]) -> dict[str, str]:
     rates = result["roofline"].items()
     return {key: value if isinstance(value, str) else f"{value / 1e9:.4g}" for key, value in rates}
+
+
+def _missing(result: dict[str, Any]) -> str:
+    ops = Counter(case.partition(":")[0] for case in result.get("left_out", ()))
+    return f"\n\nCases that are not in this run: {', '.join(f'{n} of {op}' for op, n in ops.items())}." if ops else ""
 
 
 def loud(result: dict[str, Any]) -> list[str]:
@@ -278,7 +284,7 @@ def _write(loaded: list[dict[str, Any]], warning: str, out: Path) -> None:
     (folder / "goals.md").write_text(f"# Goals\n\n{GOALS}\n\n{goals.table(loaded)}\n")
     machines = "\n\n".join(
         f"## {where(result)}\n\n{_properties('machine', result['machine'])}\n\n"
-        f"{_properties('measured in this run, 1e9 flop/s or byte/s', _rates(result))}"
+        f"{_properties('measured in this run, 1e9 flop/s or byte/s', _rates(result))}{_missing(result)}"
         for result in loaded
     )
     (folder / "method.md").write_text(f"# How it is measured\n\n{METHOD}\n\n{machines}\n")
