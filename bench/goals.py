@@ -80,6 +80,12 @@ def _step(result: Result, case: str, variants: Iterable[str]) -> float | None:
     return max((rows[v]["ratio"] for v in variants if v in rows), default=None)
 
 
+def _lstm(result: Result) -> float | None:
+    found = [rows for case, rows in cases(result, "recurrent").items() if case.startswith("LSTM")]
+    ours = ("bioplaus, usf", "bioplaus, fa")
+    return max((rows[way]["ratio"] for rows in found for way in ours if way in rows), default=None)
+
+
 def _convolution(result: Result, channels: Iterable[int]) -> float | None:
     # Against the vendor's faster memory format.
     last = {case: rows for case, rows in cases(result, "convolution").items() if not case.endswith("contiguous")}
@@ -187,6 +193,7 @@ GOALS: tuple[tuple[str, str | None, float, bool, Callable[[Result], float | None
         *("ResNet-18 step 224²: any rule / torch.nn", "AMX", 1.02, False),
         lambda r: _step(r, RESNET.format(224), ("usf", "frsf", "brsf", "fa", "fa stored")),
     ),
+    ("LSTM forward + backward, usf and fa / torch.nn", None, 1.5, False, _lstm),
     ("LC forward + backward, speed-up over faster torch way, geometric mean", "AMX", 4.0, True, _lc_speedup),
     ("LC forward + backward, time / roofline, geometric mean", "AMX", 2.0, False, _lc_roofline),
     ("LC, peak extra memory / operands", "AMX", 0.05, False, _lc_memory),
