@@ -57,6 +57,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path, name, options, inverse
         assert torch.equal(value, parts["model"][key])
 
 
+@pytest.mark.slow
 def test_a_run_names_every_commit_that_it_was_made_with(tmp_path, monkeypatch, capsys):
     path, commits = write(tmp_path, "usf"), []
     for epochs, commit in enumerate(("one", "one", "two-dirty", "two-dirty", "two", "one"), 1):
