@@ -103,7 +103,7 @@ class _Named(torch.nn.Conv2d):
 
 def test_from_conv_takes_a_forward_that_it_knows() -> None:
     wrapped = torch.nn.Conv2d(2, 3, 2)
-    wrapped.forward = lambda x: 2 * torch.nn.Conv2d.forward(wrapped, x)  # type: ignore[method-assign]
+    wrapped.forward = lambda x: 2 * torch.nn.Conv2d.forward(wrapped, x)
     for conv in (_Standardised(2, 3, 2), _Scaled(2, 3, 2), wrapped):
         with pytest.raises(TypeError, match=r"conv: expected a module with torch\.nn\.Conv2d's forward"):
             bk.nn.LocallyConnected2d.from_conv(conv, 4)

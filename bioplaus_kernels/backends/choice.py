@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# By NVIDIA's figures sm_103 has a thirtieth of sm_100's int8 rate.
+# sm_103 has a thirtieth of sm_100's int8 rate.
 _INT8_IS_SLOW = ((10, 3),)
 
 
@@ -74,6 +74,5 @@ def way(name: str, args: tuple[Any, ...], of: Gpu) -> str:
         return formed
     # estimated: sm_80's instructions, which `digits` is made of, reach a quarter of sm_100's rate; elsewhere, at 4096²
     # from W, 80 against 105 µs at 256 rows and 160 against 105 at 512
-    # (below 2²⁰ entries of B the passes around the vendor's product are as long as it)
     many = m > 16 if of.capability[0] == 10 else m > 256 and k * n >= 2**20
     return "int_mm" if many else "digits"

@@ -34,7 +34,7 @@ WGMMA = (Tile(16, 128, 64, 8, 4), Tile(64, 128, 64, 8, 4), Tile(128, 128, 64, 8,
 MMA = (Tile(16, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4), Tile(128, 128, 32, 8, 4))
 FLOAT32 = (Tile(16, 128, 16, 4, 4), Tile(32, 128, 32, 8, 3))
 # Tiles that are wanted by cutting K, and the least of K that is worth a part.
-_PROGRAMS, _PART = 256, 256  # estimated: twice the processors of the largest GPU
+_PROGRAMS, _PART = 256, 256  # estimated: about two for a processor
 _CUT = tl.constexpr(64)  # where K may be cut: a whole number of any tile's steps
 _GROUP = tl.constexpr(8)  # tiles of rows that take turns at one tile of columns, so that B's bytes stay in the L2 cache
 BLOCK = 1024  # results that a program of the second pass adds
