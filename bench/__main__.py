@@ -42,7 +42,7 @@ def main() -> None:
     run.add_argument("--patience", type=float, default=600, help="seconds a case may wait for 20 quiet samples")
     run.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is begun")
     going_on = run.add_mutually_exclusive_group()
-    going_on.add_argument("--continue", action="store_true", dest="go_on", help="keep what OUT holds, and do the rest")
+    going_on.add_argument("--continue", action="store_true", dest="go_on", help="keep OUT's quiet cases, do the rest")
     going_on.add_argument("--again", action="store_true", help="keep what OUT holds but for these cases")
     run.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     run.add_argument("--instructions", action="store_true", help="count those of overhead in valgrind too (minutes)")
@@ -67,10 +67,7 @@ def main() -> None:
         print(gpu_static.TABLE)
         return
     if args.command == "report":
-        try:
-            report.write(args.results, args.out, args.draft)
-        except ValueError as error:
-            parser.error(str(error))
+        report.write(args.results, args.out, args.draft)
         print(args.out)
         return
     if args.instructions and args.device != "cpu":
@@ -116,11 +113,12 @@ def _measure(args: argparse.Namespace, cases: list[registry.Case], where: device
         commit = machine.header(where)["commit"]
         if commit not in result["machine"]["commit"]:
             result["machine"]["commit"] += f", then {commit}"
-        if args.again:
-            these = {(case.op, case.label) for case in cases}
-            for rows in ("lost", "rows"):
-                result[rows] = [row for row in result[rows] if (row["op"], row["case"]) not in these]
-            _save(result, out)
+        these = {(case.op, case.label) for case in cases}
+        if args.go_on:
+            these &= report.loud(result)
+        for rows in ("lost", "rows"):
+            result[rows] = [row for row in result[rows] if (row["op"], row["case"]) not in these]
+        _save(result, out)
     else:
         roofline = machine.roofline(where, min(0.5, args.seconds))
         result = {"machine": machine.header(where), "roofline": roofline, "lost": [], "left_out": [], "rows": []}

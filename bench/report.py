@@ -121,16 +121,13 @@ def _rates(result: dict[str, Any]) -> dict[str, str]:
 
 def _missing(result: dict[str, Any]) -> str:
     ops = Counter(case.partition(":")[0] for case in result.get("left_out", ()))
-    return f"\n\nCases that are not in this run: {', '.join(f'{n} of {op}' for op, n in ops.items())}." if ops else ""
+    counts = ", ".join(f"{n} of {op}" for op, n in ops.items())
+    return f"\n\nCases not in this run, or with fewer than {LEAST} quiet samples: {counts}." if ops else ""
 
 
-def loud(result: dict[str, Any]) -> list[str]:
-    """The rows with too few quiet samples; results from before they were counted have none."""
-    return [
-        f"{row['op']}: {row['case']}{_STATES[row['state']]}, {row['variant']}: {row['quiet']}"
-        for row in result["rows"]
-        if row.get("quiet", LEAST) < LEAST
-    ]
+def loud(result: dict[str, Any]) -> set[tuple[str, str]]:
+    """(op, case) of rows with too few quiet samples; results from before they were counted have none."""
+    return {(row["op"], row["case"]) for row in result["rows"] if row.get("quiet", LEAST) < LEAST}
 
 
 def pivot(rows: list[dict[str, Any]]) -> str:
@@ -251,16 +248,18 @@ def _summary(result: dict[str, Any], out: Path) -> str:
 def write(results: list[Path], out: Path, draft: bool = False) -> None:
     """Write the summary `out`, and beside it a folder of its name with a page for each op, goals, and the method.
 
-    Raises ValueError that names the rows with too few quiet samples, unless it is a draft.
+    Cases with too few quiet samples count among those that a run lacks, unless it is a draft.
     """
     loaded = [json.loads(path.read_text()) for path in results]
-    rows = [f"{path}: {row}" for path, result in zip(results, loaded, strict=True) for row in loud(result)]
-    if rows and not draft:
-        raise ValueError(
-            f"--results: expected at least {LEAST} quiet samples in every row, got fewer in {len(rows)} (run these "
-            "cases --again, or report a --draft):\n" + "\n".join(rows)
-        )
-    warning = f"A draft: {len(rows)} rows have fewer than {LEAST} quiet samples.\n\n" if rows else ""
+    warning = ""
+    for result in loaded:
+        if not (noisy := loud(result)):
+            continue
+        if draft:
+            warning = f"A draft: some rows have fewer than {LEAST} quiet samples.\n\n"
+        else:
+            result["rows"] = [row for row in result["rows"] if (row["op"], row["case"]) not in noisy]
+            result["left_out"] = [*result.get("left_out", ()), *(f"{op}: {case}" for op, case in sorted(noisy))]
     folder = out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as made:

@@ -346,6 +346,7 @@ def test_a_run_has_a_budget_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
         command.main()
         return json.loads(out.read_text())
 
+    monkeypatch.setattr(report, "LEAST", 0)
     assert run("--match", "one")["left_out"] == [] and built == ["one"]
     result = run("--continue", "--budget", "0")
     assert result["left_out"] == ["op: two"] and built == ["one"]
@@ -355,6 +356,11 @@ def test_a_run_has_a_budget_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     result = run("--again", "--match", "two")
     assert built == ["one", "two", "two"]
     assert [(row["case"], row["variant"]) for row in result["rows"]] == [("one", "base"), ("two", "base")]
+    built.clear()
+    run("--continue")
+    assert not built
+    monkeypatch.setattr(report, "LEAST", 10**9)
+    assert len(run("--continue")["rows"]) == 2 and built == ["one", "two"]
 
 
 def test_gpu_without_its_baseline() -> None:
