@@ -82,7 +82,8 @@ def main() -> None:
     if unknown := set(args.state) - set(where.states(cold=True)):
         parser.error(f"--state: expected {', '.join(where.states(cold=True))}, got {', '.join(sorted(unknown))}")
     try:
-        cases = [c for c in registry.cases(args.op, args.quick, args.headline) if re.search(args.match, c.label)]
+        found = registry.cases(args.op, args.quick, args.headline, args.device == "cuda")
+        cases = [c for c in found if re.search(args.match, c.label)]
     except ValueError as error:
         parser.error(str(error))
     if not cases:

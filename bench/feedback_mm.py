@@ -16,18 +16,24 @@ from .registry import Bench, Case, Run, Work, register
 
 SHAPES = ((512, 512), (1024, 4096), (4096, 4096))
 BATCHES = (1, 8, 32, 128, 512, 2048, 4096)
+# Of the square shape, on a GPU alone.
+GPU_BATCHES = (64, 16384)
 # Few columns, as convolutions have: an operand that a core holds whole.
-FEW = tuple(product((2304,), (256, 64, 16, 1), (64, 512, 3136)))
+FEW = tuple(((2304, n), m) for n in (256, 64, 16, 1) for m in (64, 512, 3136))
 WAYS = ("digits", "int_mm", "formed")  # of CUDA C++
 # Those of most worth first.
-HEADLINE = list(product(SHAPES[:0:-1], (128, 4096, 1, 512, 8), (torch.float32, torch.bfloat16)))
+DTYPES = (torch.float32, torch.bfloat16)
+HEADLINE = [
+    *product(SHAPES[:0:-1], (128, 4096, 1, 512, 8), DTYPES), *product(SHAPES[-1:], GPU_BATCHES, DTYPES)
+]  # fmt: skip
 
 
 @register("feedback_mm")
 def cases() -> Iterator[Case]:
     """Shapes out x in, batches and dtypes; --quick keeps 1024 x 4096 in float32."""
-    for dtype in (torch.float32, torch.bfloat16):
-        for out, n, m in (*((*shape, m) for shape in SHAPES for m in BATCHES), *FEW):
+    more = tuple(product(SHAPES[-1:], GPU_BATCHES))
+    for dtype in DTYPES:
+        for (out, n), m in (*product(SHAPES, BATCHES), *more, *FEW):
             label = f"{out}x{n} M={m} {str(dtype).removeprefix('torch.')}"
             yield Case(
                 "feedback_mm",
@@ -35,6 +41,7 @@ def cases() -> Iterator[Case]:
                 lambda device, m=m, out=out, n=n, dtype=dtype: build(device, m, out, n, dtype),
                 quick=(out, n) == (1024, 4096) and m in (8, 128) and dtype == torch.float32,
                 cold=(out, n) == (4096, 4096) and m in (8, 128),
+                gpu=((out, n), m) in more,
                 headline=HEADLINE.index(key) + 1 if (key := ((out, n), m, dtype)) in HEADLINE else 0,
             )
 

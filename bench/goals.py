@@ -15,6 +15,8 @@ Cases = dict[str, dict[str, dict[str, Any]]]
 
 SQUARE = "4096x4096 M={} {}"
 FEW = "2304x256 M={} {}"
+WHOLE = r"forward \+ backward$"
+TORCH_LC = "unfold + bmm", "unfold + einsum"
 CONSTANT = ("usf, signs from W", "usf, packed signs", "fa seeded, ±s")
 # Our variants, and the plain-torch ways to compute the same.
 PLAIN = {
@@ -25,9 +27,9 @@ PLAIN = {
 }
 
 
-def cases(result: Result, op: str) -> Cases:
+def cases(result: Result, op: str, state: str = "") -> Cases:
     """Timed rows of `op` by case and variant: calls one after another, on a GPU as graphs, without the host's time."""
-    state = pictures.state(result)
+    state = state or pictures.state(result)
     found: Cases = {}
     for row in result["rows"]:
         if row["op"] == op and row["state"] == state and "ms" in row:
@@ -75,8 +77,8 @@ def _error(result: Result) -> float | None:
     return max((e for e in errors if e is not None), default=None)
 
 
-def _step(result: Result, case: str, variants: Iterable[str]) -> float | None:
-    rows = cases(result, "training_step").get(case, {})
+def _step(result: Result, case: str, variants: Iterable[str], state: str = "") -> float | None:
+    rows = cases(result, "training_step", state).get(case, {})
     return max((rows[v]["ratio"] for v in variants if v in rows), default=None)
 
 
@@ -100,28 +102,45 @@ def _convolution(result: Result, channels: Iterable[int]) -> float | None:
     return max(ratios, default=None)
 
 
-def _layers(result: Result) -> list[dict[str, dict[str, Any]]]:
+def _layers(result: Result, part: str, variant: str = "bioplaus, backprop") -> list[dict[str, dict[str, Any]]]:
     lc = cases(result, "locally_connected")
-    return [rows for case, rows in lc.items() if case.endswith("forward + backward") and "bioplaus, backprop" in rows]
+    wanted = {variant, *TORCH_LC}
+    return [rows for case, rows in lc.items() if re.search(part, case) and rows.keys() >= wanted]
 
 
 def _lc_speedup(result: Result) -> float | None:
-    layers = _layers(result)
-    faster = [min(r["unfold + bmm"]["ms"], r["unfold + einsum"]["ms"]) / r["bioplaus, backprop"]["ms"] for r in layers]
+    faster = [1 / _over_torch(rows, "bioplaus, backprop") for rows in _layers(result, WHOLE)]
     return geometric_mean(faster) if faster else None
 
 
-def _lc_worst(result: Result, variant: str) -> float | None:
-    lc = cases(result, "locally_connected")
-    rows = [rows for case, rows in lc.items() if "forward + backward" in case and variant in rows]
-    return max(
-        (r[variant]["ms"] / min(r["unfold + bmm"]["ms"], r["unfold + einsum"]["ms"]) for r in rows), default=None
-    )
+def _over_torch(rows: dict[str, dict[str, Any]], variant: str) -> float:
+    return rows[variant]["ms"] / min(rows[way]["ms"] for way in TORCH_LC)
+
+
+def _over_roofline(result: Result, row: dict[str, Any]) -> float:
+    return row["ms"] / 1e3 / (least_seconds(row, result["roofline"]) or 1.0)
+
+
+def _lc_weight(result: Result) -> float | None:
+    rows = _layers(result, "backward weight bfloat16")
+    return max((_over_torch(r, "bioplaus, backprop") for r in rows), default=None)
+
+
+def _lc_either(result: Result) -> float | None:
+    usf = "bioplaus, usf"
+    rows = _layers(result, "forward [+] backward", usf)
+    return max((min(_over_torch(r, usf) / 0.4, _over_roofline(result, r[usf]) / 2.5) for r in rows), default=None)
+
+
+def _against_tf32(result: Result) -> float | None:
+    mm, ours = cases(result, "feedback_mm"), CONSTANT[0]
+    rows = [mm.get(SQUARE.format(m, "float32"), {}) for m in (4096, 16384)]
+    found = [r[ours]["ms"] / r["torch dY @ W, TF32"]["ms"] for r in rows if r.keys() >= {ours, "torch dY @ W, TF32"}]
+    return max(found, default=None)
 
 
 def _lc_roofline(result: Result) -> float | None:
-    rows = [r["bioplaus, backprop"] for r in _layers(result)]
-    times = [row["ms"] / 1e3 / (least_seconds(row, result["roofline"]) or 1.0) for row in rows]
+    times = [_over_roofline(result, rows["bioplaus, backprop"]) for rows in _layers(result, WHOLE)]
     return geometric_mean(times) if times else None
 
 
@@ -154,6 +173,7 @@ def _overhead(result: Result, backward: bool) -> float | None:
 
 
 LARGE, SMALL = (128, 512, 2048, 4096), (1, 8, 32)
+ANY = (*SMALL, 64, *LARGE, 16384)
 RESNET = "ResNet-18 N=16 {}"
 HOPPER = "CUDA sm_90"
 # What, level it is for (None: any), limit, at least rather than at most, how it is found.
@@ -201,11 +221,21 @@ GOALS: tuple[tuple[str, str | None, float, bool, Callable[[Result], float | None
     ("layer forward on 1×8×8, µs over torch.nn", "AMX", 5.0, False, lambda r: _overhead(r, False)),
     ("layer backward on 1×8×8, µs over torch.nn", "AMX", 5.0, False, lambda r: _overhead(r, True)),
     ("usf fp32, signs from W, M = 512", HOPPER, 0.25, False, lambda r: _ratio(r, CONSTANT[0], (512,))),
-    ("usf fp32, signs from W, M ≥ 4096", HOPPER, 0.22, False, lambda r: _ratio(r, CONSTANT[0], (4096,))),
+    ("usf fp32, signs from W, M ≥ 4096", HOPPER, 0.22, False, lambda r: _ratio(r, CONSTANT[0], (4096, 16384))),
+    ("usf fp32, signs from W, M ≥ 4096, over TF32's product", HOPPER, 1.6, False, _against_tf32),
     ("usf fp32, packed signs, M ≥ 512", HOPPER, 0.20, False, lambda r: _ratio(r, CONSTANT[1], (512, 4096))),
-    ("usf bf16, signs from W", HOPPER, 1.2, False, lambda r: _ratio(r, CONSTANT[0], (*SMALL, *LARGE), "bfloat16")),
-    ("usf bf16, packed signs, M ≤ 64", HOPPER, 0.6, False, lambda r: _ratio(r, CONSTANT[1], SMALL, "bfloat16")),
-    ("LC forward + backward / faster torch way", HOPPER, 0.4, False, lambda r: _lc_worst(r, "bioplaus, usf")),
+    ("usf bf16, signs from W", HOPPER, 1.2, False, lambda r: _ratio(r, CONSTANT[0], ANY, "bfloat16")),
+    ("usf bf16, signs from W, M = 16384", HOPPER, 1.05, False, lambda r: _ratio(r, CONSTANT[0], (16384,), "bfloat16")),
+    ("usf bf16, packed signs, M ≤ 64", HOPPER, 0.6, False, lambda r: _ratio(r, CONSTANT[1], (*SMALL, 64), "bfloat16")),
+    (
+        *("LC forward + backward, usf, over the larger of 0.4 of torch's faster way and 2.5 rooflines", HOPPER),
+        *(1.0, False, _lc_either),
+    ),
+    ("LC weight gradient bf16 / faster torch way", HOPPER, 0.8, False, _lc_weight),
+    (
+        *("ResNet-18 step, batch 256, bf16, compiled, eager calls: usf / torch.nn", HOPPER, 1.03, False),
+        lambda r: _step(r, "ResNet-18 N=256 224 bfloat16 compiled", ["usf"], "warm"),
+    ),
 )
 
 

@@ -41,7 +41,8 @@ PYTEST = (
 TESTED = (0, 1, 5)
 RUN = "-m bench run --device cuda --seconds 0.02 --continue --budget {budget} --out {results}"
 FEW = "--state warm --state graph --without torch.compile"
-LAYERS = r"(CIFAR.[123]|ImageNet.[2-7]).N=(16|128).forward.\+"
+LAYERS = r"(CIFAR.[123]|ImageNet.[2-7]).N=(16|128).(forward.\+|backward.weight.bf)"
+STEPS = "--op convolution --op training_step --op feedback_weight --op overhead --match ^((?!compiled).)*$"
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,11 @@ STAGES = (
     Stage("headline", 100, f"{RUN} --headline {FEW}"),
     Stage("user", 60, "-m bench.gpu_stages user"),
     Stage("layers", 80, f"{RUN} {FEW} --op locally_connected --match {LAYERS}"),
-    Stage("steps", 60, f"{RUN} {FEW} --op convolution --op training_step --op feedback_weight --op overhead"),
+    Stage("steps", 60, f"{RUN} {FEW} {STEPS}"),
     Stage("memcheck", 90, "-m bench.gpu_stages sanitizer memcheck {sanitizer}"),
     Stage("racecheck", 90, "-m bench.gpu_stages sanitizer racecheck {sanitizer}"),
     Stage("counters", 50, "-m bench.gpu_stages counters {counters}"),
+    Stage("compiled", 150, f"{RUN} --op training_step --match compiled --state warm"),
     Stage("more", 600, RUN),
 )
 

@@ -29,8 +29,8 @@ def launches() -> Iterator[tuple[str, Run]]:
     """The calls of the stages, but for those of tests."""
     with bk.backends.use("triton"):
         yield from ((call.name, call.run) for call in gpu_calls.calls("triton"))
-    layers = [c for c in registry.cases(["locally_connected"]) if re.search(LAYERS, c.label)]
-    for case in registry.cases(headline=True) + layers:
+    layers = [c for c in registry.cases(["locally_connected"], gpu=True) if re.search(LAYERS, c.label)]
+    for case in registry.cases(headline=True, gpu=True) + layers:
         for name, variant in case.build(Pretended()).variants.items():
             if name.endswith(", triton"):
                 yield f"{case.label} {name}", variant

@@ -118,7 +118,7 @@ def hot_loop(code: str, product: str) -> tuple[int, int]:
 
 # Registers, threads, blocks and bytes of shared memory of a processor.
 _LIMITS = {"sm_80": (65536, 2048, 32, 167936), "sm_90": (65536, 2048, 32, 233472)}
-_LIMITS["sm_100"] = _LIMITS["sm_90"]
+_LIMITS["sm_100"] = _LIMITS["sm_103"] = _LIMITS["sm_90"]
 _LIMITS |= {"sm_86": (65536, 1536, 16, 102400)} | dict.fromkeys(("sm_89", "sm_120"), (65536, 1536, 24, 102400))
 # What a block pays of the last beside its own.
 RESERVED_SHARED = 1024

@@ -23,10 +23,10 @@ from bioplaus_kernels.backends.triton.launch import Tile
 
 from .gpu_static import RESERVED_SHARED, VECTOR_LOAD, Row, cached, hot_loop, occupancy
 
-TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 100, 120)}
+TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 100, 103, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 # Bytes that a block may ask for.
-SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+SHARED = {"sm_80": 166_912, "gfx942": 65_536} | dict.fromkeys(("sm_90", "sm_100", "sm_103"), 232_448)
 SHARED |= dict.fromkeys(("sm_86", "sm_89", "sm_120"), 101_376)
 TENSOR_CORE = {"cuda": r"\b[IH]G?MMA\b|\bUTC[IHQO]?\w*MMA\b", "hip": r"\bv_mfma"}
 FMA = {"cuda": r"\bFFMA2?\b", "hip": r"\bv_(?:pk_|dual_)?fma"}
@@ -74,7 +74,7 @@ class Variant:
 
 SIGNS = ("weight", "packed", "seeded")
 # Sign source and entries of a locally-connected input gradient.
-CELLS = [*((s, "constant") for s in SIGNS), ("weight", "stored"), ("packed", "stored"), ("none", "stored")]
+CELLS = ("weight", "constant"), ("weight", "stored"), ("none", "stored")
 
 
 def variants(dtype: str) -> Iterator[Variant]:
@@ -169,7 +169,7 @@ def _row(variant: Variant, target: str, tile: Tile) -> Row:
         figures = _number(r"\.vgpr_count:\s+(\d+)", code), 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", code), 0
         blocks = 0
     else:
-        tools = "-blackwell" if target in ("sm_100", "sm_120") and (_TOOLS / "ptxas-blackwell").exists() else ""
+        tools = "-blackwell" if capability(target)[0] >= 10 and (_TOOLS / "ptxas-blackwell").exists() else ""
         with tempfile.TemporaryDirectory() as folder:
             ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
             ptx.write_text(kernel.asm["ptx"])
@@ -230,11 +230,11 @@ def tiles(variant: Variant, target: str) -> tuple[Tile, ...]:
 
 
 def grid(every: bool = False) -> list[tuple[Variant, str, Tile]]:
-    """What is compiled: all tiles for sm_90, elsewhere the last one; float32 for sm_80 and sm_90. `every`: all."""
+    """What is compiled: all tiles for sm_90, elsewhere the last one; float32 for three targets. `every`: all."""
     return [
         (variant, target, tile)
         for target in TARGETS
-        for dtype in (DTYPES if every else ("fp32", "bf16") if target in ("sm_80", "sm_90") else ("bf16",))
+        for dtype in (DTYPES if every else ("fp32", "bf16") if target in ("sm_80", "sm_90", "sm_103") else ("bf16",))
         for variant in variants(dtype)
         for tile in tiles(variant, target)[None if every or target == "sm_90" else -1 :]
     ]

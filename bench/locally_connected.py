@@ -49,7 +49,10 @@ PARTS = ("forward", "backward input", "backward weight", "forward + backward")
 
 @register("locally_connected")
 def cases() -> Iterator[Case]:
-    """Every layer at batch 1, 16 and 128, the whole step in bfloat16 too; --quick keeps CIFAR 3 at batch 16."""
+    """Every layer at batch 1, 16 and 128, the whole step in bfloat16 too; --quick keeps CIFAR 3 at batch 16.
+
+    On a GPU the weight gradient alone in bfloat16 as well.
+    """
     for name, layer in LAYERS.items():
         for n in (1, 16, 128):
             for part in PARTS:
@@ -57,6 +60,9 @@ def cases() -> Iterator[Case]:
                 quick = name == "CIFAR 3" and n == 16
                 build_part = functools.partial(build, n=n, layer=layer, part=part)
                 yield Case("locally_connected", label, build_part, quick)
+                if part == "backward weight":
+                    half = functools.partial(build_part, dtype=torch.bfloat16)
+                    yield Case("locally_connected", f"{label} bfloat16", half, gpu=True)
             half = functools.partial(build_part, dtype=torch.bfloat16)
             yield Case("locally_connected", f"{label} bfloat16", half, quick)
     yield Case("locally_connected", "building the ImageNet network's layers", construction)

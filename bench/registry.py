@@ -50,6 +50,7 @@ class Case:
 
     build: called with the device as torch's default for new tensors.
     headline: its place among the few that `--headline` runs, those of most worth first; 0 for the others.
+    gpu: it is for GPUs alone, as a processor would take minutes.
     """
 
     op: str
@@ -58,6 +59,7 @@ class Case:
     quick: bool = False
     cold: bool = False
     headline: int = 0
+    gpu: bool = False
 
 
 _REGISTRY: dict[str, Callable[[], Iterator[Case]]] = {}
@@ -80,8 +82,8 @@ def about(op: str) -> str:
     return (sys.modules[found.__module__].__doc__ or "").partition("\n")[0] if found else ""
 
 
-def cases(ops: list[str] | None = None, quick: bool = False, headline: bool = False) -> list[Case]:
-    """The registered cases, of `ops` only if given; raises ValueError for an unknown op."""
+def cases(ops: list[str] | None = None, quick: bool = False, headline: bool = False, gpu: bool = False) -> list[Case]:
+    """The registered cases, of `ops` only if given, and for a GPU if there is one; ValueError for an unknown op."""
     from . import (  # noqa: F401
         alignment,
         convolution,
@@ -97,5 +99,5 @@ def cases(ops: list[str] | None = None, quick: bool = False, headline: bool = Fa
 
     if unknown := set(ops or ()) - set(_REGISTRY):
         raise ValueError(f"--op: expected one of {', '.join(_REGISTRY)}, got {', '.join(sorted(unknown))}")
-    found = [c for op in ops or _REGISTRY for c in _REGISTRY[op]() if c.quick or not quick]
+    found = [c for op in ops or _REGISTRY for c in _REGISTRY[op]() if (c.quick or not quick) and (gpu or not c.gpu)]
     return sorted((c for c in found if c.headline), key=lambda c: c.headline) if headline else found

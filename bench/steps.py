@@ -24,6 +24,9 @@ def cases() -> Iterator[Case]:
     for size in (64, 224):
         images = (16, 3, size, size)
         yield Case("training_step", f"ResNet-18 N=16 {size}", lambda device, s=images: build(device, resnet, s))
+    large = (256, 3, 224, 224)
+    label = "ResNet-18 N=256 224 bfloat16 compiled"
+    yield Case("training_step", label, lambda device: build_compiled(device, resnet, large), gpu=True)
     yield Case("training_step", "CIFAR LC net N=16", lambda device: build(device, cifar_lc, (16, 3, 32, 32)))
 
 
@@ -48,15 +51,34 @@ def cifar_lc() -> torch.nn.Module:
     return models.build("lc-cifar10", (3, 32, 32), 10)
 
 
-def _step(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> Run:
+def _step(
+    model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, forward: Callable[..., torch.Tensor] | None = None
+) -> Run:
+    forward = forward or model
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1e-4, momentum=0.9)
 
     def step() -> None:
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(x), y).backward()
+        torch.nn.functional.cross_entropy(forward(x).float(), y).backward()
         optimizer.step()
 
     return step
+
+
+def build_compiled(device: Device, make: Callable[[], torch.nn.Module], shape: tuple[int, ...]) -> Bench:
+    """As a GPU is used: channels-last, compiled, autocast to bfloat16; of the rules usf alone, as each compiles."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    x, y = torch.randn(shape).contiguous(memory_format=torch.channels_last), torch.randint(10, (shape[0],))
+    state = make().state_dict()
+    variants: dict[str, Run] = {}
+    for rule in (None, "usf"):
+        model = make().to(memory_format=torch.channels_last)
+        model.load_state_dict(state)
+        bk.convert_(model, rule, last_layer="backprop")
+        forward = torch.autocast(device.device.type, torch.bfloat16)(torch.compile(model))
+        variants[rule or "torch.nn, backprop"] = _step(model, x, y, forward)
+    return Bench(variants)
 
 
 def build(device: Device, make: Callable[[], torch.nn.Module], shape: tuple[int, ...]) -> Bench:

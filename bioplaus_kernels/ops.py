@@ -180,11 +180,12 @@ def _only(name: str, backend: str, call: Callable[..., Tensor]) -> Callable[...,
 def _triton(name: str) -> Callable[..., Tensor]:
     module = importlib.import_module(f".backends.triton.{'lc' if name.startswith('lc') else name}", __package__)
     function = cast(Callable[..., Tensor], getattr(module, name))
-    return partial(_drawn_first, function) if name == "lc_backward_input" else function
+    return partial(_formed_first, function) if name == "lc_backward_input" else function
 
 
-def _drawn_first(lc_backward_input: Callable[..., Tensor], grad_output: Tensor, *rest: Any) -> Tensor:
-    if rest[4] in ("uniform", "normal"):
+def _formed_first(lc_backward_input: Callable[..., Tensor], grad_output: Tensor, *rest: Any) -> Tensor:
+    _, signs, _, key, *_ = rest
+    if signs is not None or key is not None:
         b = feedback_weight(*rest[:7], dtype=grad_output.dtype)
         rest = (None, None, b, None, "stored", 1.0, *rest[6:])
     return lc_backward_input(grad_output, *rest)

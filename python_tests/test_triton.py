@@ -356,9 +356,9 @@ def test_locally_connected_places_beyond_32_bits(tmp_path: Path) -> None:
 
     def first_pixel(module: ModuleType) -> Tensor:
         # The launch of lc_backward_input, but for one pixel.
-        _, _, matrix, sizes, places = lc._geometry(w.shape, (pixels,), (step,), (0, 0), (1,), 1)
+        _, sizes, places = lc._geometry(w.shape, (pixels,), (step,), (0, 0), (1,), 1)
         module.backward_input_kernel[(1,)](
-            g.movedim(1, -1).contiguous(), None, None, w, None, gradient, 1.0, 3, *sizes, *matrix, *places,
+            g.movedim(1, -1).contiguous(), None, w, gradient, 1.0, 3, *sizes, *places,
             WGMMA=False, BM=16, BN=64, BK=32
         )  # fmt: skip
         return gradient[..., 0]

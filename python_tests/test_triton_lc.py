@@ -134,6 +134,10 @@ def test_errors_name_the_argument(device: str) -> None:
         ops.lc_forward(x, weight.half(), None, *geometry.op())
     with pytest.raises(ValueError, match="grad_output: expected shape"):
         ops.lc_backward_weight(g[:, :-1, :-1], x, geometry.kernel, *geometry.op())
+    with pytest.raises(ValueError, match="feedback: expected weight or magnitude"):
+        signs = ops.pack_signs(weight)
+        rest = weight.shape, geometry.size, *geometry.op()
+        lc.lc_backward_input(g, None, signs, None, None, "constant", 1.0, *rest)
     with pytest.raises(ValueError, match="signs: expected None"):
         ops.lc_backward_input(
             g, weight, ops.pack_signs(weight), None, None, "constant", 1.0, weight.shape, geometry.size, *geometry.op()

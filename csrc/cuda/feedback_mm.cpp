@@ -10,9 +10,8 @@
 #include <algorithm>
 
 #include "../common/form.h"
-#include "feedback_weight.h"
+#include "form_kernels.h"
 #include "launch.h"
-#include "pack_signs.h"
 
 namespace bioplaus {
 namespace {
@@ -76,13 +75,14 @@ at::Tensor sign_product(const at::Tensor& grad, const FeedbackArgs& args, bool i
   p.signs = planes.defined() ? planes.const_data_ptr<int32_t>() : nullptr;
   p.key = key.defined() ? key.const_data_ptr<int64_t>() : nullptr;
 
+  p.width = p.cols;
   const at::TensorOptions int8 = grad.options().dtype(at::kChar);
   if (int_mm) {
     // Slabs of one width, as it is the width of the product.
     const int64_t slabs = divide_up(p.cols, as_fit(kSlabBytes, depth, p.cols, 32));
     p.width = divide_up(divide_up(p.cols, slabs), 32) * 32;
   }
-  const at::Tensor bytes = at::empty({p.width, depth}, int8);
+  const at::Tensor bytes = at::empty({int_mm ? p.width : 0, depth}, int8);
   const int64_t step =
       int_mm ? as_fit(kSumBytes, 4 * (depth + 4 * p.width), rows, 8) : as_fit(kDigitBytes, 4 * depth, rows, 32);
   for (int64_t first = 0; first < rows; first += step) {

@@ -39,8 +39,10 @@ struct SignProduct {
   int64_t splits;    // parts of K that are summed apart
   int64_t* partial;  // (splits, rows, cols), or null for one
 
-  // Of the way "int_mm", for columns first … first + width − 1 at a time, in whole words of signs.
+  // Columns first … first + width − 1 are multiplied at a time: by int_mm, whole words of signs; else all.
   int64_t first, width;
+
+  // Of the way "int_mm".
   int8_t* sign_bytes;  // (width, padded(depth))
   int32_t* sums;       // (digit_rows(rows), width)
 };

@@ -266,24 +266,19 @@ using Small = Tile<2, 1, 4>;
 using Middle = Tile<4, 1, 4>;
 using Large = Tile<4, 2, 2>;
 
-template <typename TILE>
-int64_t tiles_of(int64_t rows, int64_t cols) {
-  return divide_up(rows, TILE::kRows) * divide_up(cols, TILE::kColumns);
-}
-
-template <typename TILE>
-cudaError_t multiply(const SignProduct& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(tiles_of<TILE>(p.rows, p.cols)), static_cast<unsigned>(p.splits));
-  BK_LAUNCH(multiply_kernel<TILE>, grid, dim3(TILE::kThreads), TILE::kSharedBytes, stream, p);
-  return cudaGetLastError();
+// f(tile, number of tiles).
+template <typename F>
+auto of_tile(int64_t rows, int64_t cols, const F& f) {
+  const auto call = [&](auto tile) {
+    return f(tile, divide_up(rows, decltype(tile)::kRows) * divide_up(cols, decltype(tile)::kColumns));
+  };
+  return rows <= Small::kRows ? call(Small()) : rows <= Middle::kRows ? call(Middle()) : call(Large());
 }
 
 }  // namespace
 
 int64_t sign_splits(int64_t rows, int64_t depth, int64_t cols) {
-  const int64_t tiles = rows <= Small::kRows    ? tiles_of<Small>(rows, cols)
-                        : rows <= Middle::kRows ? tiles_of<Middle>(rows, cols)
-                                                : tiles_of<Large>(rows, cols);
+  const int64_t tiles = of_tile(rows, cols, [](auto, int64_t count) { return count; });
   // About two blocks a multiprocessor, each with twice the stages at least.
   constexpr int64_t kBlocksWanted = 256;
   const int64_t most = padded(depth) / kDepth / (2 * kStages);
@@ -292,9 +287,12 @@ int64_t sign_splits(int64_t rows, int64_t depth, int64_t cols) {
 }
 
 cudaError_t launch_sign_product(const SignProduct& p, cudaStream_t stream) {
-  return p.rows <= Small::kRows    ? multiply<Small>(p, stream)
-         : p.rows <= Middle::kRows ? multiply<Middle>(p, stream)
-                                   : multiply<Large>(p, stream);
+  return of_tile(p.rows, p.cols, [&](auto tile, int64_t tiles) {
+    using TILE = decltype(tile);
+    const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(p.splits));
+    BK_LAUNCH(multiply_kernel<TILE>, grid, dim3(TILE::kThreads), TILE::kSharedBytes, stream, p);
+    return cudaGetLastError();
+  });
 }
 
 }  // namespace bioplaus

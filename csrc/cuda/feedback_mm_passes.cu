@@ -145,8 +145,7 @@ __global__ void __launch_bounds__(kThreads) sign_bytes_kernel(const __grid_const
   nonzero[w][row / kRun][row % kRun] = x.nonzero;
   __syncthreads();
   for (int i = threadIdx.x; i < 32 * kWords * kRuns; i += kThreads) {
-    const int run = i % kRuns;
-    const int col = i / kRuns;
+    const int run = i % kRuns, col = i / kRuns;
     const int64_t at = 32 * first_word + col;
     if (at < p.width) {
       alignas(16) uint32_t bytes[kRun / 4];
@@ -196,11 +195,6 @@ __device__ void nonfinite_row(const SignProduct& p, int64_t row, int64_t col) {
   }
 }
 
-// The columns that have been multiplied.
-BK_INLINE int64_t end_of(const SignProduct& p) {
-  return p.sums && p.first + p.width < p.cols ? p.first + p.width : p.cols;
-}
-
 __device__ int64_t sum_of(const SignProduct& p, int64_t row, int64_t col) {
   if (p.sums) {
     const int32_t* digit = p.sums + digit_row(row) * p.width + (col - p.first);
@@ -221,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, 6) finish_kernel(const __grid_consta
     const double unit = p.unit[row] * p.scale;
     if (isnan(unit)) {
       nonfinite_row(p, row, col);
-    } else if (col < end_of(p)) {
+    } else if (col < p.first + p.width && col < p.cols) {
       p.out[row * p.cols + col] = static_cast<float>(static_cast<double>(sum_of(p, row, col)) * unit);
     }
   }
@@ -254,7 +248,7 @@ cudaError_t launch_sign_bytes(const SignProduct& p, cudaStream_t stream) {
 
 cudaError_t launch_finish(const SignProduct& p, cudaStream_t stream) {
   if (p.sums || p.partial) {
-    const dim3 grid(static_cast<unsigned>(divide_up(end_of(p) - p.first, kThreads)),
+    const dim3 grid(static_cast<unsigned>(divide_up(p.width, kThreads)),
                     static_cast<unsigned>(p.rows < 65535 ? p.rows : 65535));
     BK_LAUNCH(finish_kernel, grid, dim3(kThreads), 0, stream, p);
   } else {

@@ -12,7 +12,7 @@
 
 #include "../common/packed_signs.h"
 #include "element.h"
-#include "feedback_weight.h"
+#include "form_kernels.h"
 #include "launch_kernel.h"
 
 namespace bioplaus {

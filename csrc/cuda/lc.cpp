@@ -5,11 +5,10 @@
 
 #include "../common/form.h"
 #include "../common/lc_checks.h"
-#include "feedback_weight.h"
+#include "form_kernels.h"
 #include "launch.h"
 
 namespace bioplaus {
-
 namespace {
 
 // Channels adjacent, where the kernel can then read 16 bytes of those of a group at a time.

@@ -49,10 +49,6 @@ constexpr int kFewSamples = 8;
 template <typename T, int kColumns>
 constexpr int kBlocks = sizeof(T) == 8 ? 2 : (kColumns == 64 ? 3 : 4);
 
-// What sums are made in: float, or double.
-template <typename T>
-using acc_of = decltype(to_float(T()));
-
 // What each is: above.
 enum class Index { Sample, Output, Patch, Input, Reader };
 
@@ -404,7 +400,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kColumns>)
         sums.add(a[now], b[now], depth - first);
       }
     }
-    sums.each([&](int row, int column, acc_of<T> sum) {
+    sums.each([&](int row, int column, auto sum) {
       if ((rows.x[1][row] | columns.x[1][column]) >= 0) {
         if (R::kForward && p.bias) {
           const int64_t channel = tile.group * g.o + tile.row + row;
@@ -450,17 +446,15 @@ cudaError_t launch(const LcParams& p, cudaStream_t stream) {
   return p.g.n <= kFew ? launch<T, product, kFew>(p, stream) : launch<T, product, 64>(p, stream);
 }
 
-template <typename T>
-cudaError_t launch(Product product, const LcParams& p, cudaStream_t stream) {
-  return product == Product::Forward         ? launch<T, Product::Forward>(p, stream)
-         : product == Product::BackwardInput ? launch<T, Product::BackwardInput>(p, stream)
-                                             : launch<T, Product::BackwardWeight>(p, stream);
-}
-
 }  // namespace
 
 cudaError_t launch_lc(Product product, const LcParams& p, cudaStream_t stream) {
-  return of_dtype(p.dtype, [&](auto zero) { return launch<decltype(zero)>(product, p, stream); });
+  return of_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return product == Product::Forward         ? launch<T, Product::Forward>(p, stream)
+           : product == Product::BackwardInput ? launch<T, Product::BackwardInput>(p, stream)
+                                               : launch<T, Product::BackwardWeight>(p, stream);
+  });
 }
 
 }  // namespace bioplaus

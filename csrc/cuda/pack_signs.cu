@@ -5,8 +5,8 @@
 // Roofline, on paper and not yet on hardware: memory. Each element is read once (4 bytes in fp32), 1/4 byte is written.
 #include "../common/packed_signs.h"
 #include "element.h"
+#include "form_kernels.h"
 #include "launch_kernel.h"
-#include "pack_signs.h"
 #include "ptx.cuh"
 
 namespace bioplaus {
@@ -19,11 +19,6 @@ constexpr int kRows = 8;  // of a warp
 template <typename T>
 constexpr int kEach = 16 / sizeof(T);
 
-template <typename T>
-BK_INLINE uint32_t column_tiles_of(const FeedbackParams& p) {
-  return static_cast<uint32_t>((sign_words(p.cols) + kEach<T> - 1) / kEach<T>);
-}
-
 // Bit 0: negative; bit 16: not zero. Of neighbours, one register holds both.
 template <typename T>
 __device__ __forceinline__ uint32_t sign_bits(T x) {
@@ -34,7 +29,7 @@ __device__ __forceinline__ uint32_t sign_bits(T x) {
 // `whole`: rows are whole 16-byte pieces.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    pack_signs_kernel(const __grid_constant__ FeedbackParams p, bool whole, int32_t* planes) {
+    pack_signs_kernel(const __grid_constant__ FeedbackParams p, unsigned column_tiles, bool whole, int32_t* planes) {
   constexpr int kWords = kEach<T>, kLanesOfByte = 8 / kEach<T>;
   __shared__ alignas(16) T entries[kTileRows][32 * kEach<T>];
   __shared__ uint32_t negative[kTileRows * kWords];
@@ -43,7 +38,6 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % 32;
   const int first_row = threadIdx.x / 32 * kRows;
   const int64_t width = sign_words(p.cols);
-  const uint32_t column_tiles = column_tiles_of<T>(p);
   const int64_t tile = blockIdx.x / column_tiles;
   const int64_t first_word = static_cast<int64_t>(blockIdx.x % column_tiles) * kWords;
   const int64_t first = tile * kTileRows + first_row;
@@ -109,19 +103,18 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename T>
-cudaError_t launch(const FeedbackParams& p, int32_t* planes, cudaStream_t stream) {
-  const bool whole = p.weight.dense && reinterpret_cast<uintptr_t>(p.weight.data) % 16 == 0 &&
-                     p.weight.row_stride % kEach<T> == 0 && p.cols % kEach<T> == 0;
-  const unsigned tiles = static_cast<unsigned>(sign_tiles(p.rows) * column_tiles_of<T>(p));
-  BK_LAUNCH(pack_signs_kernel<T>, dim3(tiles), dim3(kThreads), 0, stream, p, whole, planes);
-  return cudaGetLastError();
-}
-
 }  // namespace
 
 cudaError_t launch_pack_signs(const FeedbackParams& p, int32_t* planes, cudaStream_t stream) {
-  return of_dtype(p.weight.dtype, [&](auto zero) { return launch<decltype(zero)>(p, planes, stream); });
+  return of_dtype(p.weight.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const bool whole = p.weight.dense && reinterpret_cast<uintptr_t>(p.weight.data) % 16 == 0 &&
+                       p.weight.row_stride % kEach<T> == 0 && p.cols % kEach<T> == 0;
+    const unsigned across = static_cast<unsigned>((sign_words(p.cols) + kEach<T> - 1) / kEach<T>);
+    const dim3 grid(static_cast<unsigned>(sign_tiles(p.rows)) * across);
+    BK_LAUNCH(pack_signs_kernel<T>, grid, dim3(kThreads), 0, stream, p, across, whole, planes);
+    return cudaGetLastError();
+  });
 }
 
 }  // namespace bioplaus

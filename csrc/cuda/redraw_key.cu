@@ -2,10 +2,9 @@
 // that one block alone. The key, its version with it, is read and written on the device.
 //
 // Roofline, on paper and not yet on hardware: memory. Each element is read once, at two wide multiplications a word.
-#include "../common/redraw.h"
 #include "element.h"
+#include "form_kernels.h"
 #include "launch_kernel.h"
-#include "redraw_key.h"
 
 namespace bioplaus {
 namespace {

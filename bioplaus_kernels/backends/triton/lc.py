@@ -25,9 +25,9 @@ from torch.library import wrap_triton
 from .. import reference
 from ..reference import checks
 from ..reference.lc import memory_format, output_size
-from ..reference.pack_signs import matrix_shape, packed_shape
+from ..reference.pack_signs import packed_shape
 from .launch import Tile, device_limits, fitting, launch, product, traced
-from .loaders import add_product, block_signs
+from .loaders import add_product, signs_of
 
 Ints = tuple[int, ...]
 
@@ -110,14 +110,13 @@ def _readers(pixel, positions, K, S, B, D):
 
 @triton.jit
 def backward_input_kernel(
-    grad, weight, planes, magnitude, key, dx, scale, N, G, CI, CO, J, P, ROWS, COLUMNS,
+    grad, weight, magnitude, dx, scale, N, G, CI, CO, J, P,
     I0, I1, I2, O0, O1, O2, K0, K1, K2, S0, S1, S2, B0, B1, B2, D0, D1, D2,
     WGMMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
     """dx (N, I, G CI) = sum over taps of grad (N, P, G CO) at the position that reads the pixel, times its block."""
     TYPE: tl.constexpr = grad.dtype.element_ty
     SIGN: tl.constexpr = TYPE if TYPE.primitive_bitwidth == 16 else tl.bfloat16
-    SIGNED: tl.constexpr = (weight is not None) or (planes is not None)
     n, c, g, pixel = _block(N, CI, G, BM, BN)
     x0, x1, x2 = _coordinates(pixel, I1, I2)
     count0, tap0, step0, first0, apart0 = _readers(x0, O0, K0, S0, B0, D0)
@@ -136,19 +135,18 @@ def backward_input_kernel(
         first = (position * (G * CO) + (g * CO + o0)) * J + tap * CI
         offset = tl.arange(0, BK)[None, :] * J + c[:, None]
         inside = (c < CI)[:, None] & (o < CO)[None, :]
-        if magnitude is not None:
-            b = tl.load(magnitude + first + offset, mask=inside, other=0.0)
-            if scale is not None:
-                b = b.to(tl.float32) * scale
-            if SIGNED:
-                signs = block_signs(weight, planes, key, first, offset, inside, ROWS, COLUMNS, tl.bfloat16)
-                b = signs.to(tl.float32) * tl.abs(b.to(tl.float32))
-            b = b.to(TYPE)
-        else:
-            b = block_signs(weight, planes, key, first, offset, inside, ROWS, COLUMNS, SIGN)
-            if not WGMMA:
+        if weight is not None:
+            b = signs_of(tl.load(weight + first + offset, mask=inside, other=0.0), SIGN)
+            if not WGMMA and magnitude is None:
                 # A mask, although nothing is to be masked: without it every warp that needs a sign makes it anew.
                 b = tl.where(inside, b, 0.0)
+        if magnitude is not None:
+            size = tl.load(magnitude + first + offset, mask=inside, other=0.0)
+            if scale is not None:
+                size = size.to(tl.float32) * scale
+            if weight is not None:
+                size = b.to(tl.float32) * tl.abs(size.to(tl.float32))
+            b = size.to(TYPE)
         total = add_product(total, b, tl.trans(a), WGMMA)
         o0 += BK
         i2 = tl.where(o0 < CO, i2, i2 + 1)
@@ -209,8 +207,8 @@ def _kept(function: Any, recorded: bool) -> Any:
 @functools.lru_cache(4096)
 def _geometry(
     weight_size: Any, input_size: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int, channels: Any = None
-) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-    """Sizes of output and signs, checked, and of kernels: (ROWS, COLUMNS), (G, CI, CO, J, P), (I0, I1, ... D2)."""
+) -> tuple[Ints, Ints, Ints]:
+    """Size of the output, checked, and of kernels: (G, CI, CO, J, P), (I0, I1, ... D2)."""
     d = len(stride)
     kernel, c = weight_size[d + 1 : -1], weight_size[-1]
     checks.geometry(stride, padding, dilation, groups, kernel)
@@ -220,7 +218,7 @@ def _geometry(
     sizes = groups, c, weight_size[d] // groups, math.prod(kernel) * c, math.prod(out)
     named = (input_size, 1), (out, 1), (kernel, 1), (stride, 1), (padding[::2], 0), (dilation, 1)
     places = tuple(itertools.chain.from_iterable((fill,) * (3 - d) + values for values, fill in named))
-    return out, packed_shape(weight_size), matrix_shape(weight_size), sizes, places
+    return out, sizes, places
 
 
 def _begin(name: str, x: Tensor, geometry: Sequence[Any]) -> tuple[int, bool, tuple[Any, ...]]:
@@ -260,7 +258,7 @@ def lc_forward(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: An
     checks.rank("weight", weight, 2 * d + 2)
     checks.same("weight", weight, input)
     n, o = input.shape[0], weight.shape[d]
-    out, _, _, sizes, places = _kept(_geometry, recorded)(weight.shape, input.shape[2:], *geometry, input.shape[1])
+    out, sizes, places = _kept(_geometry, recorded)(weight.shape, input.shape[2:], *geometry, input.shape[1])
     if bias is not None:
         checks.same("bias", bias, input)
         checks.shape("bias", bias, (*out, o) if bias.dim() > 1 else (o,))
@@ -268,6 +266,7 @@ def lc_forward(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: An
     result, y = _result((n, o, *out), input)
     if n > 0:
         g, _, co, _, positions = sizes
+        # Named here: torch keys compiled graphs by the kernels that it finds in an op's own source.
         kernel = wrap_triton(forward_kernel) if recorded else forward_kernel
         tensors, numbers = (_last(input), weight.contiguous(), bias, y), (n, *sizes, *places)
         kind = "" if bias is None else "channel" if bias.dim() == 1 else "position"
@@ -280,20 +279,20 @@ def lc_backward_input(grad_output: Tensor, *rest: Any) -> Tensor:
     weight, signs, magnitude, key, entries, scale, weight_size, input_size, *layer = rest
     d, recorded, geometry = _begin("grad_output", grad_output, layer)
     size = tuple(weight_size)
-    out, packed, matrix, sizes, places = _kept(_geometry, recorded)(size, tuple(input_size), *geometry)
+    out, sizes, places = _kept(_geometry, recorded)(size, tuple(input_size), *geometry)
     n = grad_output.shape[0]
     checks.shape("grad_output", grad_output, (n, size[d], *out))
-    checks.feedback(weight, signs, magnitude, key, entries, scale, size, packed, grad_output.device)
-    if entries in ("uniform", "normal"):
-        # A tile would draw four numbers for each that it needs, and every tile of samples anew.
-        checks.fail("entries", "'constant' or 'stored' (Triton has no kernel for drawn ones)", repr(entries))
+    checks.feedback(weight, signs, magnitude, key, entries, scale, size, packed_shape(size), grad_output.device)
+    if signs is not None or key is not None:
+        # A word looked up or drawn for each entry: 539 and 767 instructions a step (bf16, sm_90), with a stored B 144.
+        checks.fail("feedback", "weight or magnitude (Triton has no kernel for packed signs and keys)", "signs or key")
     g, c, *_ = sizes
     result, dx = _result((n, c * g, *input_size), grad_output)
     if n > 0:
+        sources = [None if x is None else x.contiguous() for x in (weight, magnitude)]
+        plain = magnitude is not None and weight is None and scale == 1
+        numbers = (None if plain else float(scale), n, *sizes, *places)
         kernel = wrap_triton(backward_input_kernel) if recorded else backward_input_kernel
-        sources = [None if x is None else x.contiguous() for x in (weight, signs, magnitude, key)]
-        plain = magnitude is not None and weight is None and signs is None and scale == 1
-        numbers = (None if plain else float(scale), n, *sizes, *matrix, *places)
         _multiply(kernel, recorded, n, c, g * math.prod(places[:3]), (_last(grad_output), *sources, dx), numbers)
     return result if dx is result else result.copy_(dx)
 
@@ -306,7 +305,7 @@ def lc_backward_weight(grad_output: Tensor, input: Tensor, kernel_size: Sequence
     if geometry[3] < 1 or channels % geometry[3]:
         checks.fail("groups", f"a divisor of the {channels} input channels", geometry[3])
     block = grad_output.shape[1], *kernel_size, channels // geometry[3]
-    out, _, _, sizes, places = _kept(_geometry, recorded)(((None,) * d) + block, input.shape[2:], *geometry, channels)
+    out, sizes, places = _kept(_geometry, recorded)(((None,) * d) + block, input.shape[2:], *geometry, channels)
     checks.shape("grad_output", grad_output, (n, block[0], *out))
     dw = grad_output.new_empty(*out, *block)
     g, _, co, columns, positions = sizes

@@ -108,41 +108,6 @@ def sign_tile(
 
 
 @triton.jit
-def choose(words, which):
-    a, b, c, d = words
-    return tl.where(which < 2, tl.where(which == 0, a, b), tl.where(which == 2, c, d))
-
-
-@triton.jit
-def block_signs(weight, planes, key, first, offset, inside, rows, columns, dtype: tl.constexpr):
-    """Signs of a dense B at `first` (one 64-bit index) + `offset` (any tile, 32 bits) in one row of B; a half type.
-
-    Locally-connected blocks start anywhere in a row of B, so each entry finds its own word; the words that neighbours
-    share come from the cache, and their draws are made for each. Not inside: anything from -1 to 1.
-    """
-    if weight is not None:
-        signs = signs_of(tl.load(weight + first + offset, mask=inside, other=0.0), dtype)
-    else:
-        i = first // columns
-        j = first - i * columns
-        place = (j % SIGNS_PER_CALL).to(tl.int32) + offset
-        word = place // 32
-        units = tl.full(offset.shape, one(dtype), tl.int16)
-        if planes is not None:
-            words = tl.cdiv(columns, SIGNS_PER_CALL) * 4
-            planes += (j // SIGNS_PER_CALL) * 4
-            flag = tl.load(planes + (2 * rows + i // TILE_ROWS) * words + word, mask=inside, other=0)
-            negative = tl.load(planes + i * words + word, mask=inside, other=0)
-            nonzero = tl.load(planes + (rows + i) * words + word, mask=inside & (flag != 0), other=-1) >> (place % 32)
-            units = tl.where((nonzero & 1) != 0, units, 0)
-        else:
-            negative = choose(draw(key, (j // SIGNS_PER_CALL).to(tl.int32) + word // 4, i), word % 4)
-        bit = (negative.to(tl.int32, bitcast=True) >> (place % 32)) << 15
-        signs = ((bit.to(tl.int16) & -32768) | units).to(dtype, bitcast=True)
-    return signs
-
-
-@triton.jit
 def saturated(x):
     """float32 numbers in bfloat16, of which none is infinite."""
     largest: tl.constexpr = 3.3895313892515355e38
