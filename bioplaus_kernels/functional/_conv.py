@@ -42,14 +42,13 @@ _TRANSPOSE: tuple[Any, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_tr
 
 def _digits(ctx: Any, grad_output: Tensor, entries: str, shape: torch.Size) -> str:
     # Which op's integer digits are faster than the vendor's convolution with B in W's place, if any.
+    if entries != "constant" or native.product_level() != "AMX":
+        return ""
     stride, padding, _, transposed, _, groups = ctx.geometry
     pointwise = shape[2:].numel() == 1
     least_out, least_in = _POINTWISE if pointwise else _WINDOW
-    if (
-        entries != "constant"
-        or (shape[0] < least_out or shape[1] < least_in or transposed or groups > 1)
-        or (grad_output.dtype != torch.float32 or grad_output.device.type != "cpu")
-        or native.product_level() != "AMX"
+    if (shape[0] < least_out or shape[1] < least_in or transposed or groups > 1) or (
+        grad_output.dtype != torch.float32 or grad_output.device.type != "cpu"
     ):
         return ""
     if not pointwise:
