@@ -162,6 +162,24 @@ def pivot(rows: list[dict[str, Any]]) -> str:
     return tabulate(lines, header, tablefmt="pipe", disable_numparse=True)
 
 
+def means(named: dict[str, pictures.Panel]) -> str:
+    """Geometric mean of the ratios by way and batch, over so many cases; nothing where all are of one case."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for panel in named.values():
+        for way, points in list(panel.items())[1:]:
+            for batch, ratio in points.items():
+                found.setdefault(way, {}).setdefault(batch, []).append(ratio)
+    batches = sorted({batch for points in found.values() for batch in points})
+    if all(len(ratios) == 1 for points in found.values() for ratios in points.values()):
+        return ""
+    lines = [
+        [way, *(f"{geometric_mean(points[b]):.2f} ({len(points[b])})" if b in points else "" for b in batches)]
+        for way, points in found.items()
+    ]
+    header = ("mean ratio (cases)", *(f"batch {batch}" if batch else "" for batch in batches))
+    return tabulate(lines, header, tablefmt="pipe", disable_numparse=True)
+
+
 def _folded(title: str, text: str) -> str:
     return f'<details markdown="1">\n<summary>{title}</summary>\n\n{text}\n\n</details>\n'
 
@@ -190,6 +208,7 @@ def page(op: str, results: list[dict[str, Any]], folder: Path) -> str:
             picture = folder / f"{_slug(f'{op} {where(result)} {part}')}.svg"
             parts += [f"### {part}"] * bool(part)
             parts += [f"![{op}, {part or 'all cases'}]({made.name})" for made in pictures.multiples(named, picture)]
+            parts += list(filter(None, [means(named)]))
         works: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for row in rows:
             part, name, _ = pictures.split(row["case"])

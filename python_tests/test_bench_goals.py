@@ -1,8 +1,8 @@
-"""Goals: each is of cases that are measured, and reads its own."""
+"""Goals: each is of cases that are measured, and reads its own; means by batch."""
 
 import pytest
 
-from bench import device, goals, registry, steps
+from bench import device, goals, registry, report, steps
 
 VARIANTS = {
     "feedback_mm": (*goals.CONSTANT, *goals.PLAIN, "torch dY @ W, TF32", "sign, then matmul"),
@@ -52,6 +52,14 @@ def test_goals_of_a_gpu() -> None:
         if row["op"] == "training_step" and row["state"] == "warm" and row["variant"] == "usf":
             row["ratio"] = 1.5
     assert tf32(gpu) == 2 and either(gpu) == pytest.approx(1.6) and step(gpu) == 1.5
+
+
+def test_means() -> None:
+    named = {"a": {"base": {1: 1.0, 8: 1.0}, "ours": {1: 0.5, 8: 2.0}}, "b": {"base": {1: 1.0}, "ours": {1: 2.0}}}
+    header, _, line = report.means(named).splitlines()
+    assert header.split("|")[2:4] == [" batch 1   ", " batch 8   "] and "base" not in line
+    assert [cell.strip() for cell in line.split("|")[1:4]] == ["ours", "1.00 (2)", "2.00 (1)"]
+    assert report.means({"a": named["a"]}) == ""
 
 
 @pytest.mark.slow
