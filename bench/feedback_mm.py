@@ -23,9 +23,8 @@ FEW = tuple(((2304, n), m) for n in (256, 64, 16, 1) for m in (64, 512, 3136))
 WAYS = ("digits", "int_mm", "formed")  # of CUDA C++
 # Those of most worth first.
 DTYPES = (torch.float32, torch.bfloat16)
-HEADLINE = [
-    *product(SHAPES[:0:-1], (128, 4096, 1, 512, 8), DTYPES), *product(SHAPES[-1:], GPU_BATCHES, DTYPES)
-]  # fmt: skip
+_FIRST = (128, 4096, 1, 512, 8)
+HEADLINE = [*product(SHAPES[2:], (*_FIRST, 16384, 64), DTYPES), *product(SHAPES[1:2], _FIRST, DTYPES)]
 
 
 @register("feedback_mm")

@@ -17,7 +17,7 @@ from .gate import mm_gate, relative_gate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows, out and in features: few rows and many, ragged and not, K in one part and in several.
-SHAPES = ((1, 192, 320), (9, 1090, 321), (130, 256, 384), (600, 512, 640))
+SHAPES = ((1, 192, 320), (9, 1090, 321), (40, 320, 130), (100, 192, 256), (130, 256, 384), (600, 512, 640))
 
 
 class Call(NamedTuple):
@@ -108,7 +108,7 @@ def _close(expected: Callable[[], Tensor]) -> Callable[[Tensor], float]:
 
 def locally_connected() -> Iterator[Call]:
     """The three products, of few samples and many."""
-    for samples, channels, size in ((3, 5, 7), (40, 32, 8)):
+    for samples, channels, size in ((3, 5, 7), (40, 32, 8), (130, 8, 4)):
         out, geometry = (size + 1) // 2, ([2, 2], [1, 1, 1, 1], [1, 1], 1)
         for dtype in DTYPES:
             x = torch.randn(samples, channels, size, size).to(dtype)
@@ -117,6 +117,8 @@ def locally_connected() -> Iterator[Call]:
             label = f"N={samples} C={channels} {str(dtype)[6:]}"
             calls = {
                 "lc_forward": (x, w, None, *geometry),
+                "lc_forward bias": (x, w, torch.randn(16).to(dtype), *geometry),
+                "lc_forward bias of positions": (x, w, torch.randn(out, out, 16).to(dtype), *geometry),
                 "lc_backward_weight": (g, x, [3, 3], *geometry),
             } | {
                 f"lc_backward_input {name}": (g, *cell, list(w.shape), [size, size], *geometry)

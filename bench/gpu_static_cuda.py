@@ -18,7 +18,7 @@ from .gpu_static import VECTOR_LOAD, Row, cached, hot_loop, occupancy
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
-TARGETS = ("sm_80", "sm_90", "sm_100")
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
 FLAGS = ("-std=c++17", "-O3", "--fmad=false")
 
 TENSOR_CORE = r"\b[IH]MMA\b"

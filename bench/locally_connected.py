@@ -176,9 +176,9 @@ def build(device: Device, n: int, layer: Layer, part: str, dtype: torch.dtype = 
     )
 
 
-@functools.lru_cache(maxsize=3)
+@functools.lru_cache(maxsize=6)
 def errors(device: Device, way: str, n: int, layer: Layer, dtype: torch.dtype) -> dict[str, float]:
-    """Error over bound of each product and of usf's input gradient, once for the four cases of a layer and batch."""
+    """Error over bound of each product and of usf's input gradient, once for all cases of a layer and batch."""
     backend, (_, o, kernel, stride, size, _) = ways(device)[way], layer
     x, w, g, pairs, geometry = operands(n, layer, dtype)
     oh, ow = w.shape[:2]

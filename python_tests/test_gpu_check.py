@@ -118,6 +118,19 @@ def test_the_budget_holds(tmp_path: Path, check: Any) -> None:
     assert not (tmp_path / "late.pids").exists()
 
 
+def test_a_benchmark_that_its_own_budget_ended_goes_on(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = check()
+    left = ["feedback_mm: a case"]
+    monkeypatch.setattr(gpu_check, "RUN", "-c pass")
+    stage = Stage("bench", 9, "-c pass", needs_gpu=False)
+    stage = replace(stage, needs_gpu=True)
+    for expected in ("cut", "done", "done"):
+        call._bench().write_text(json.dumps({"rows": [], "left_out": left}))
+        call.run([stage], again=False)
+        assert call.records["bench"]["status"] == expected
+        left = [] if expected == "cut" else ["not run again"]
+
+
 def test_what_was_prepared_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("build/gpu", "bioplaus_kernels", "csrc", "filled/key"):
         (tmp_path / folder).mkdir(parents=True)

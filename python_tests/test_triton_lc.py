@@ -192,6 +192,20 @@ def test_parts_of_every_kind_of_rows(
     matrices.check(g.float(), feedback, n)
 
 
+@needs_interpreter
+@pytest.mark.parametrize("name", AS_MATRICES)
+def test_an_infinity_in_parts_stays_one(parts: None, name: str) -> None:
+    g, b = torch.randn(9, 70) * 4, torch.randn(70, 20)
+    for x, at, value in ((b, (3, 5), torch.inf), (g, (2, 7), -torch.inf), (b, (6, 1), torch.nan)):
+        before = x[at].clone()
+        x[at] = value
+        expected, found = g @ b, AS_MATRICES[name](g, b, "stored", 1.0).reshape(9, 20)
+        special = ~expected.isfinite()
+        assert special.any() and torch.equal(found.isfinite(), ~special)
+        torch.testing.assert_close(found[special], expected[special], equal_nan=True)
+        x[at] = before
+
+
 @devices
 @dtypes
 def test_signs_of_special_weights(dtype: torch.dtype, device: str) -> None:

@@ -7,8 +7,8 @@ The ways of dX = dY B:
     int_mm   the same digits and bits by the vendor's int8 product
     formed   B a slab of columns at a time, then the vendor's product
 
-float32 takes the two integer ways, so that neither a shape nor a GPU decides its bits, except where int8 is cut down
-(sm_103), for K above 2²⁰, and where the user allows TF32, which is faster and a thousand times less accurate.
+float32 takes the two integer ways (without CUDA C++ the reference), so that neither a shape nor a GPU decides its bits,
+but where int8 is cut down (sm_103), for K above 2²⁰, and where TF32 is allowed: faster, a thousand times less accurate.
 """
 
 import functools

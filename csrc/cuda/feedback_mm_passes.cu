@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(kThreads) quantise_kernel(const __grid_constan
 }
 
 // σ as bytes −1, 0 and 1, transposed: the vendor's int8 products take a row-major left and a column-major right operand
-// only. Columns beyond the last, and rows beyond it, are 0. A block's tile is 64 rows × 4 words; its words go through
-// shared memory, and 4 neighbouring threads write 64 bytes.
+// only. Rows beyond the last are 0, columns anything. A block's tile of 64 rows × 4 words goes through shared memory,
+// and 4 neighbouring threads write 64 bytes.
 
 constexpr int kWords = 4;
 static_assert(kThreads == kDepth * kWords, "a thread has one word");

@@ -118,12 +118,14 @@ def saturated(x):
 def parts(x):
     """float32 numbers as high + (middle + low / 256) / 256 in bfloat16: lower parts keep their bits at 1e-40 too.
 
-    An infinity is its low part, so that a finite number has finite parts: the largest would round to infinity.
+    An infinity is its low part, beside ±1: finite numbers have finite parts, and no sum has an infinity of its own.
     """
-    high = saturated(x)
-    rest = (x - high.to(tl.float32)) * 256.0
+    near = tl.where(tl.abs(x) == float("inf"), tl.where(x > 0, 1.0, -1.0), x)
+    high = saturated(near)
+    rest = (near - high.to(tl.float32)) * 256.0
     middle = saturated(rest)
-    return high, middle, ((rest - middle.to(tl.float32)) * 256.0).to(tl.bfloat16)
+    low = tl.where(near == x, (rest - middle.to(tl.float32)) * 256.0, x)
+    return high, middle, low.to(tl.bfloat16)
 
 
 @triton.jit
