@@ -448,7 +448,7 @@ def test_quantization_aware_layers_are_left() -> None:
     ("arguments", "error", "match"),
     [
         ({"feedback": "usff"}, ValueError, "feedback: expected one of backprop, usf, .*got 'usff'"),
-        ({"feedback": bk.SignSymmetry}, TypeError, "feedback: expected a rule, its name or None, got the class SignSymmetry"),
+        ({"feedback": bk.SignSymmetry}, TypeError, "feedback: expected a rule, its name or None, got the class SignS"),
         ({"feedback": torch.ones(1)}, TypeError, "feedback: expected a rule, its name or None, got Tensor"),
         ({"feedback": "fa", "last_layer": "sgd"}, ValueError, "last_layer: expected one of"),
         ({"feedback": "fa", "filter_fn": "conv"}, TypeError, "filter_fn: expected a function"),
