@@ -61,6 +61,11 @@ def _same(tensor: Tensor, written: bool = True) -> Tensor:
     return detached.clone() if written and torch.compiler.is_compiling() else detached
 
 
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Whether `b` is `a`, or a view of all of it."""
+    return a.numel() == b.numel() and a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
 class Broadcast(torch.autograd.Function):
     """The logits as they are; backward gives e to them and its projection to the output of every call of a block."""
 

@@ -86,7 +86,7 @@ def convert_(
     last, notes = _last_layer(modules) if last_rule is not None else (None, {})
     if last in given:
         given[last] = last_rule
-        del notes[last]
+        notes[last] = "last_layer: the last of named_modules()"
     plan = {m: rule.among(_weights(m)) for m, rule in given.items() if rule is not None}
     for name, module, _ in modules:
         if module in plan:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends.reference import checks
 from .direct import DirectFeedback
 from .feedback import Record, decode
 from .feedback.record import readable, weight_of
@@ -45,8 +46,8 @@ def describe(model: torch.nn.Module | Mapping[str, Any]) -> Description:
             for name in layer._held
         ]
         return Description([_row(name, record) for name, record in found])
-    if not isinstance(model, Mapping):
-        raise TypeError(f"model: expected a torch.nn.Module or a state_dict, got {type(model).__name__}")
+    wanted = "a torch.nn.Module or a state_dict (of a file: python -m bioplaus_kernels describe FILE)"
+    checks.instance("model", model, Mapping, wanted)
     return Description([_read(name, data) for name, data in _tensors(model, "")])
 
 

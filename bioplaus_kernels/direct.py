@@ -38,6 +38,7 @@ from ._direct import (
     numbers,
     probabilities,
     reaches,
+    same_numbers,
     ways,
 )
 from ._restore import kept
@@ -222,6 +223,7 @@ class DirectFeedback(StatefulLayer):
     _stacks: dict[str, int | None] = {}  # noqa: RUF012
     _class_dim: int = -1
     _logits: str | None = None
+    _REMEDY = "make the DirectFeedback with this rule and these blocks"
     _output: Callable[[Any], Tensor] | None = None
     # How many tensors were returned where the others were looked at: a loss may come with labels alone.
     _looked_at: frozenset[int] = frozenset()
@@ -248,7 +250,7 @@ class DirectFeedback(StatefulLayer):
         checks.instance("feedback", feedback, DFA, "a direct rule or its name")
         seed = checks.integer("seed", seed)
         modules = dict(model.named_modules())
-        wanted = "at least one name, each once"
+        wanted = "at least one name (a string), each once"
         names = [] if isinstance(blocks, str) else checks.entries("blocks", blocks, wanted)
         if not names or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
             checks.fail("blocks", wanted, repr(blocks))
@@ -422,6 +424,9 @@ class DirectFeedback(StatefulLayer):
         self._sizes, self._classes = [size for _, size in found], seen[0][0].shape[self._class_dim]
         for logits, hidden in seen:
             self._check(logits, hidden)
+            for name, calls in zip(self.blocks, hidden, strict=True):
+                if any(same_numbers(h, logits) for h in calls):
+                    checks.fail("blocks", "hidden blocks, whose outputs are not the logits", repr(name))
             if self._logits is None and (what := probabilities(logits, self._class_dim)):
                 self._refuse(f"numbers that are {what}, by their sums over the classes")
         return seen[0][0].detach()

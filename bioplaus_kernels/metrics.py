@@ -29,7 +29,8 @@ Row = dict[str, float]
 # Numbers a chunk: their float64 copies stay in a cache.
 _CHUNK = 1 << 17
 _HOOKED = re.compile(r"(.*weight(?:_(?:ih|hh|hr).*)?)_(orig|g|v)")
-_WEIGHT = re.compile(r"(.*\.)?(.*weight|weight_(ih|hh|hr).*)")
+# A locally-connected layer's bias has dimensions too.
+_NONE = re.compile(r"(.*\.)?([^.]*bias[^.]*|feedback_[^.]*|[^.]*feedback_weight)")
 
 
 class Comparison(NamedTuple):
@@ -155,7 +156,7 @@ def _groups(module: torch.nn.Module) -> list[Any]:
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The matrices and kernels of weights that are trained, feedback apart, by name in the model's order.
+    """The trained Parameters of two dimensions or more, biases and feedback apart, by name in the model's order.
 
     Of a weight that is computed (torch.nn.utils.parametrize, pruning) its original; not where that is several tensors.
     """
@@ -172,7 +173,7 @@ def _trained(model: torch.nn.Module) -> dict[str, list[torch.nn.Parameter]]:
 
     def add(name: str, parts: Iterable[torch.nn.Parameter]) -> None:
         new = [p for p in parts if p.requires_grad and p not in seen]
-        if new and _WEIGHT.fullmatch(name) and not name.endswith("feedback_weight"):
+        if new and not _NONE.fullmatch(name):
             found[name] = new
             seen.update(new)
 
@@ -224,7 +225,8 @@ def updates(model: torch.nn.Module, loss: Callable[[], Tensor]) -> dict[str, Com
         with kept(model), torch.enable_grad():
             value = loss()
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-                checks.fail("loss", "a function that returns one number with a gradient", repr(value), TypeError)
+                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) and value.dim() else repr(value)
+                checks.fail("loss", "a function that returns one number with a gradient", got, TypeError)
             return _gradients(value, parameters, model)
 
     ours = gradients()
@@ -240,9 +242,12 @@ def _gradients(
     if sharded(model):
         # The sharded Parameters are in no graph: FSDP2 gives them their gradients in backward.
         loss.backward()
-        left = iter([torch.zeros_like(p) if p.grad is None else p.grad for p in every])
+        found = [p.grad for p in every]
     else:
-        left = iter(torch.autograd.grad(loss, every, allow_unused=True, materialize_grads=True))
+        found = list(torch.autograd.grad(loss, every, allow_unused=True))
+    if not any(g is not None for g in found):
+        checks.fail("loss", "a loss of the model's weights", "one that depends on none of them")
+    left = iter([torch.zeros_like(p) if g is None else g for p, g in zip(every, found, strict=True)])
     return {
         name: next(left) if len(parts) == 1 else torch.cat([whole(next(left)).flatten() for _ in parts])
         for name, parts in parameters.items()

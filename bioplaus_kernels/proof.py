@@ -53,7 +53,8 @@ _SEEN_THROUGH = ("bioplaus_kernels.", "torch.distributed.", "torch.nn.parallel."
 class Row:
     """What became of one module. `outcome` is, of a layer that has a rule,
 
-    "proven": called, the gradient of the outputs passes through its B, and nothing else reads its weight;
+    "proven": called, the gradient of the outputs passes through its B, and nothing else reads its weight
+    (a read under no_grad, by detach() or .data leaves no trace);
     "called and read": called, and its weight is read by something else too, which B does not reach;
     "read": its weight is read, and the layer never called: back-propagation;
     "unused": no gradient of the outputs comes to it;

@@ -123,7 +123,7 @@ def test_last_layer_is_no_auxiliary_head_norm_or_embedding() -> None:
     report = bk.convert_(model, "fa", last_layer="backprop")
     rows = {row.name: row for row in report.rows}
     assert report.converted == ["aux_first", "body", "aux_classifier"]
-    assert rows["classifier"].reason == "left to back-propagation"
+    assert rows["classifier"].reason == "left to back-propagation; last_layer: the last of named_modules()"
     assert all("auxiliary head" in rows[name].reason for name in ("aux_first", "aux_classifier"))
 
 
@@ -448,7 +448,7 @@ def test_quantization_aware_layers_are_left() -> None:
     ("arguments", "error", "match"),
     [
         ({"feedback": "usff"}, ValueError, "feedback: expected one of backprop, usf, .*got 'usff'"),
-        ({"feedback": bk.SignSymmetry}, TypeError, "feedback: expected a rule, its name or None, got type"),
+        ({"feedback": bk.SignSymmetry}, TypeError, "feedback: expected a rule, its name or None, got the class SignS"),
         ({"feedback": torch.ones(1)}, TypeError, "feedback: expected a rule, its name or None, got Tensor"),
         ({"feedback": "fa", "last_layer": "sgd"}, ValueError, "last_layer: expected one of"),
         ({"feedback": "fa", "filter_fn": "conv"}, TypeError, "filter_fn: expected a function"),

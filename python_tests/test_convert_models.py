@@ -22,7 +22,8 @@ def test_resnet18() -> None:
     assert all(type(model.get_submodule(name)) is bk.nn.Conv2d for name in convolutions)
     assert type(model.fc) is nn.Linear and "fc" in report.left
     rows = {row.name: row for row in report.rows}
-    assert (rows["fc"].rule, rows["fc"].reason) == ("backprop", "left to back-propagation")
+    why = "left to back-propagation; last_layer: the last of named_modules()"
+    assert (rows["fc"].rule, rows["fc"].reason) == ("backprop", why)
     assert (rows["bn1"].outcome, rows["bn1"].reason) == ("left", "has no feedback rule")
     assert rows["conv1"].rule == "usf"
     text = str(report).splitlines()

@@ -132,7 +132,7 @@ def test_a_matrix_has_the_dtype_in_use(rule: str) -> None:
     assert net.feedback_matrix("1").dtype == torch.float64 and single.feedback_matrix("1").dtype == torch.float32
     torch.testing.assert_close(net.feedback_matrix("1").float(), single.feedback_matrix("1"))
     assert single.to(torch.bfloat16).feedback_matrix("1").dtype == torch.bfloat16
-    bare = direct.DirectFeedback(nn.Sequential(nn.Tanh(), nn.Identity()), ["0"], example=torch.zeros(1, 3).double())
+    bare = direct.DirectFeedback(nn.Sequential(nn.Tanh(), nn.Hardtanh()), ["0"], example=torch.zeros(1, 3).double())
     assert bare.feedback_matrix("0").dtype == torch.float64
 
 
@@ -270,8 +270,9 @@ class Odd(nn.Module):
         ("once", ["c"], ValueError, "blocks: expected names of submodules of the model, got 'c'"),
         ("once", [""], ValueError, "blocks: expected names of submodules of the model, got ''"),
         ("once", [], ValueError, "blocks: expected at least one name"),
-        ("once", "a", ValueError, "blocks: expected at least one name, each once, got 'a'"),
-        ("once", ["a", "a"], ValueError, "blocks: expected at least one name, each once"),
+        ("once", "a", ValueError, r"blocks: expected at least one name \(a string\), each once, got 'a'"),
+        ("once", [1], ValueError, r"blocks: expected at least one name \(a string\), each once, got \[1\]"),
+        ("once", ["a", "a"], ValueError, r"blocks: expected at least one name \(a string\), each once"),
     ],
 )
 def test_errors_of_blocks(how: str, blocks: Any, error: type[Exception], match: str) -> None:
@@ -279,6 +280,19 @@ def test_errors_of_blocks(how: str, blocks: Any, error: type[Exception], match: 
     with pytest.raises(error, match=match):
         direct.DirectFeedback(net, blocks, example=torch.randn(2, 4))
     assert type(net.a) is nn.Linear
+
+
+@pytest.mark.parametrize("rule", ["dfa", "dkp", "shallow"])
+def test_the_logits_are_no_block(rule: str) -> None:
+    x = torch.randn(2, 4)
+    head = nn.Sequential(nn.Linear(4, 3), nn.Flatten())
+    for blocks in (["0", "1"], ["1.0"]):
+        net = nn.Sequential(nn.Linear(4, 4), head)
+        with pytest.raises(
+            ValueError, match=f"blocks: expected hidden blocks.* are not the logits, got '{blocks[-1]}'"
+        ):
+            direct.DirectFeedback(net, blocks, rule, example=x)
+        assert type(net[0]) is nn.Linear and type(net[1]) is nn.Sequential
 
 
 def test_errors_of_arguments() -> None:

@@ -51,6 +51,7 @@ RULES: list[Wrong] = [
         "feedback: expected one of backprop, usf.*'kpp'",
     ),
     ("rule's class", lambda: nn.Linear(2, 2, feedback=bk.Backprop), TypeError, "feedback: expected a rule, its name"),
+    ("class", lambda: nn.Linear(2, 2, feedback=bk.SignSymmetry), TypeError, "its name or None, got the class SignS"),
     ("number", lambda: nn.Conv2d(2, 2, 1, feedback=1), TypeError, "feedback: expected a rule, its name.*got int"),
 ]
 

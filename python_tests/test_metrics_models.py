@@ -132,6 +132,35 @@ def test_all_comes_back_after_an_error_and_a_careless_loss() -> None:
     unchanged(net, before)
 
 
+class Adapted(nn.Module):
+    """A frozen layer with what adapters train: matrices of any name, a bias of two dimensions among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(2, 4))
+        self.token, self.bias = nn.Parameter(torch.randn(1, 4)), nn.Parameter(torch.zeros(1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.frozen(x + self.token).tanh() @ self.lora_A @ self.lora_B + self.bias
+
+
+def test_matrices_of_any_name() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), Adapted())
+    bk.convert_(net, "kp")
+    assert list(metrics.trained(net)) == ["0.weight", "1.lora_A", "1.lora_B", "1.token"]
+    found = metrics.updates(net, loss_of(nn.Sequential(nn.Linear(6, 4), net)))
+    assert found["1.lora_A"].angle < 1e-3 < found["1.token"].angle
+
+
+def test_a_loss_of_another_model() -> None:
+    net, other = nn.Linear(6, 4), nn.Linear(6, 4)
+    with pytest.raises(ValueError, match="loss: expected a loss of the model's weights, got one that depends on none"):
+        metrics.updates(net, loss_of(other))
+    with pytest.raises(TypeError, match=r"loss: expected a function that returns one number.* got shape \(5, 4\)"):
+        metrics.updates(net, lambda: net(torch.randn(5, 6)))
+
+
 def test_a_graph_from_before_can_still_be_gone_through() -> None:
     # Batch norm saves its statistics for the backward.
     net = model(Writes())

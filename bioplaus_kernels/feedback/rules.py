@@ -415,8 +415,7 @@ def as_rule(feedback: "str | Rule | None", argument: str = "feedback") -> Rule:
         return Backprop()
     if isinstance(feedback, Rule):
         return check_rule(feedback, argument)
-    if not isinstance(feedback, str):
-        raise TypeError(f"{argument}: expected a rule, its name or None, got {type(feedback).__name__}")
+    checks.instance(argument, feedback, str, "a rule, its name or None")
     if feedback not in RULES:
         raise ValueError(f"{argument}: expected one of {', '.join(RULES)}, got {feedback!r}")
     return RULES[feedback]()

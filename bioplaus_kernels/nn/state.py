@@ -42,6 +42,7 @@ class StatefulLayer(torch.nn.Module):
     _held: dict[str, Held]
     # Set by frozen_signs: packed signs of each weight, until the block ends.
     _frozen: FrozenSigns | None = None
+    _REMEDY = "convert_ with this rule"
     # The names that convert_ told DistributedDataParallel to leave alone, and this layer's among them.
     _ignored: tuple[list[str], list[str]] | None = None
 
@@ -293,7 +294,7 @@ class StatefulLayer(torch.nn.Module):
                 return "expected a key, got none" if held.rule.seeded else ""
             known = 1 <= found.key.version <= LAYOUT_VERSION
             return "" if known else f"expected a layout version up to {LAYOUT_VERSION}, got {found.key.version}"
-        return f"expected the state of {own}, got that of {found}: convert_ with this rule to go on with it"
+        return f"expected the state of {own}, got that of {found}: {self._REMEDY} to go on with it"
 
     def _notice(self, name: str, weight: Tensor) -> None:
         # Someone replaced or wrote the record, or what is kept is not where the weight is.

@@ -27,7 +27,8 @@ def fail(name: str, wanted: str, got: object, error: type[Exception] = ValueErro
 def instance(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
     """`value` must be of the class `kind`, `wanted` in words."""
     if not isinstance(value, kind):
-        fail(name, wanted, type(value).__name__, TypeError)
+        got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        fail(name, wanted, got, TypeError)
 
 
 def tensor(name: str, value: object) -> None:
