@@ -28,7 +28,8 @@ def check(rows: list[Row], table: Path = gpu_static.TABLE, every: bool = False) 
         name = " ".join(row.name)
         if row.spill_bytes > 0:
             wrong.append(f"{name}: {row.spill_bytes} bytes spilled")
-        if row.occupancy_blocks < max(row.claimed_blocks, 1):
+        # What is claimed is for processors of servers, which have more shared memory.
+        if row.occupancy_blocks < (1 if row.target == "sm_120" else max(row.claimed_blocks, 1)):
             wrong.append(f"{name}: {row.occupancy_blocks} blocks fit on a processor, {row.claimed_blocks} claimed")
         products = [p for kernels, p in gpu_static_cuda.PRODUCTS.items() if re.match(kernels, row.kernel)]
         if gpu_static_cuda.TENSOR_CORE in products and row.tensor_core_instructions == 0:

@@ -120,12 +120,11 @@ def parts(x):
 
     An infinity is its low part, beside ±1: finite numbers have finite parts, and no sum has an infinity of its own.
     """
-    near = tl.where(tl.abs(x) == float("inf"), tl.where(x > 0, 1.0, -1.0), x)
-    high = saturated(near)
-    rest = (near - high.to(tl.float32)) * 256.0
-    middle = saturated(rest)
-    low = tl.where(near == x, (rest - middle.to(tl.float32)) * 256.0, x)
-    return high, middle, low.to(tl.bfloat16)
+    infinity: tl.constexpr = float("inf")
+    high = saturated(tl.where(tl.abs(x) == infinity, tl.where(x > 0, 1.0, -1.0), x))
+    rest = (x - high.to(tl.float32)) * 256.0
+    middle = saturated(tl.where(tl.abs(rest) == infinity, 0.0, rest))
+    return high, middle, ((rest - middle.to(tl.float32)) * 256.0).to(tl.bfloat16)
 
 
 @triton.jit
