@@ -44,7 +44,7 @@ COLOURS = {
     "by digits": "#1565c0",
     "LocallyConnected2d": "#00897b",
 }
-_BATCH = re.compile(r"\s?\b[MN]=(\d+)")
+_BATCH = re.compile(r",?\s?\b[MN]=(\d+)")
 _PART = re.compile(r"((?:forward \+ backward|forward|backward input|backward weight)?(?: ?(?:float32|bfloat16))?)$")
 _ALONE = re.compile(r", (cpu|cuda|triton|digits|int_mm|formed|feedback_weight \+ cuBLAS)$")
 _MAGNITUDES = re.compile(r"sign x|draw|.*uniform|.*stored")

@@ -159,6 +159,26 @@ def test_errors(op: object, change: dict, message: str) -> None:
         op(given["grad_output"], weight, None, None, None, "constant", 1.0, *(given[name] for name in names))
 
 
+# O, C, kernel, input, stride, padding, dilation, where an image of digits would be mostly border or shared.
+WIDE = [
+    (8, 8, (3, 3), (8, 8), (1, 1), (1000, 1000), (1000, 1000)),
+    (8, 8, (2, 2), (1, 1), (1, 1), (2**20, 2**20), (2**21, 2**21)),
+    (256, 32, (2,), (4096,), (1,), (256,), (512,)),
+    (64, 8, (3, 3, 3), (12, 48, 48), (1, 1, 1), (1, 1, 1), (1, 1, 1)),
+]
+
+
+@needs_library
+@pytest.mark.parametrize("shape", WIDE, ids=str)
+def test_wide_dilation_is_the_vendors(shape: Sequence) -> None:
+    """The same bits as B formed and torch's convolution, and no more memory."""
+    grad, weight, geometry = problem(shape, 1)
+    feedback = (weight, None, None, None, "constant", 0.5)
+    assert torch.equal(
+        ops.feedback_conv(grad, *feedback, *geometry), reference.feedback_conv(grad, *feedback, *geometry)
+    )
+
+
 def test_nothing_to_do() -> None:
     grad, weight, geometry = problem(SHAPES[0], 0)
     assert ops.feedback_conv(grad, weight, None, None, None, "constant", 1.0, *geometry).shape == (0, 64, 9, 7)

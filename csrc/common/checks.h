@@ -52,20 +52,34 @@ inline int64_t columns_of(at::IntArrayRef size) {
   return cols;
 }
 
+// So that products of sizes, and bytes of them, stay within 64 bits; a dimension of 0 counts as 1.
+inline void check_entries(const char* name, at::IntArrayRef size) {
+  int64_t entries = 1;
+  bool fits = true;
+  for (const int64_t n : size) {
+    fits = fits && !__builtin_mul_overflow(entries, n > 0 ? n : 1, &entries);
+  }
+  TORCH_CHECK_VALUE(fits && entries <= int64_t{1} << 48, name, ": expected at most 2**48 entries, got size ",
+                    tuple(size));
+}
+
 inline void check_size(at::IntArrayRef size) {
   for (const int64_t n : size) {
     TORCH_CHECK_VALUE(n >= 0, "size: expected no negative dimension, got ", tuple(size));
   }
+  check_entries("size", size);
 }
 
+// Sums of products of two such stay within 64 bits.
+constexpr int64_t kLargest = (int64_t{1} << 31) - 1;
+
 inline void check_integers(const char* name, at::IntArrayRef values, size_t count, int64_t least) {
-  // Sizes made of larger ones would overflow.
-  constexpr int64_t kMost = (int64_t{1} << 31) - 1;
   bool good = values.size() == count;
   for (const int64_t v : values) {
-    good = good && v >= least && v <= kMost;
+    good = good && v >= least && v <= kLargest;
   }
-  TORCH_CHECK_VALUE(good, name, ": expected ", count, " integers from ", least, " to ", kMost, ", got ", tuple(values));
+  TORCH_CHECK_VALUE(good, name, ": expected ", count, " integers from ", least, " to ", kLargest, ", got ",
+                    tuple(values));
 }
 
 // A freed storage has fewer bytes than the tensor's elements take: FSDP2 frees a parameter's while autograd still has

@@ -41,7 +41,7 @@ struct LcArgs {
     check_integers("padding", padding, 2 * d, 0);
     check_integers("dilation", dilation, d, 1);
     check_integers("kernel_size", kernel, d, 1);
-    TORCH_CHECK_VALUE(groups >= 1, "groups: expected at least 1, got ", groups);
+    TORCH_CHECK_VALUE(groups >= 1 && groups <= kLargest, "groups: expected 1 to ", kLargest, ", got ", groups);
   }
 
   // Spatial size of the output.
@@ -120,6 +120,10 @@ struct LcArgs {
     const size_t d = stride.size();
     const auto kernel = weight.slice(d + 1, d);
     const LcSize out = output(input, kernel);
+    check_entries("weight", weight);
+    LcSize in{groups, weight.back()};
+    in.append(input.begin(), input.end());
+    check_entries("input", in);
     TORCH_CHECK_VALUE(weight.slice(0, d).equals(out), "weight: expected positions ", tuple(out), " for spatial input ",
                       tuple(input), ", got ", tuple(weight.slice(0, d)));
     TORCH_CHECK_VALUE(weight[d] % groups == 0, "groups: expected a divisor of the ", weight[d],

@@ -7,11 +7,13 @@
 // and a tap is an offset to them. Pixels of dX with the same remainder by the stride see the same taps: a phase. The
 // operand is formed whole, taps of 64 channels one after the other.
 //
-// One scale loses more of a patch that is small beside its block. Rounding to q adds an error of √(K/12) last places;
-// where that is more than 2^−24 of the patch's norm – a rounding of the result – or a patch holds an infinity or a NaN,
-// the pixel is done anew: its patch gathered, with a scale of its own. Norms are integers, so that every level agrees.
+// One scale loses more of a patch that is small beside its block. Rounding to q adds an error of √(K/12) last places
+// (root mean square); where that is more than 2^−24 of the patch's norm – a rounding of the result – or a patch holds
+// an infinity or a NaN, the pixel is done anew: its patch gathered, with a scale of its own. Norms are integers, so
+// that every level agrees.
 //
-// Blocks depend on shapes alone, so that neither threads nor the rest of the batch change a sample's bits.
+// Blocks depend on shapes alone, so that neither threads nor the rest of the batch change a sample's bits. Where their
+// images are mostly border, or mostly each other's, B is formed and the product is the vendor's.
 // Roofline: feedback_mm_product_kernel.cpp's, and 8 bytes an entry of dY.
 #include "feedback_conv.h"
 
@@ -36,6 +38,8 @@ namespace {
 // Digits of a block that stay in the L2 cache, and pixels that are done anew together.
 constexpr int64_t kImageBytes = int64_t{1} << 19;
 constexpr int64_t kGathered = 32;
+// Pixels of a block's image for each of dY that is its own, at most.
+constexpr double kBorder = 16;
 
 // Pixels of dX that see the same taps: x = first + stride · j.
 struct Phase {
@@ -45,10 +49,49 @@ struct Phase {
   std::vector<int64_t> reached;          // pixels of the image from pixel j of it to each tap's
 };
 
+// Bands of equal length along the outermost dimension, a multiple of the stride.
+struct Blocks {
+  int outer = 0;
+  ConvSize low, size;  // of the image of a block that begins at pixel 0: its first pixel of dY, and how many
+  int64_t band;        // pixels of dX in a block, along the outermost dimension
+};
+
+// `bytes`: of a pixel of the image. None where its images are mostly border or each other's.
+std::optional<Blocks> blocks_of(const ConvGeometry& g, int64_t bytes) {
+  Blocks b;
+  double image = 1, own = 1;
+  for (int d = 0; d < kConvDims; ++d) {
+    b.low[d] = floor_divide(g.padding[d] - (g.kernel[d] - 1) * g.dilation[d], g.stride[d]);
+    b.size[d] = floor_divide(g.in[d] - 1 + g.padding[d], g.stride[d]) - b.low[d] + 1;
+    image *= static_cast<double>(b.size[d]);
+    own *= static_cast<double>(divide_up(g.in[d], g.stride[d]));
+  }
+  if (image > kBorder * own) {
+    return std::nullopt;
+  }
+  while (b.outer + 1 < kConvDims && g.in[b.outer] == 1) {
+    ++b.outer;
+  }
+  int64_t &size = b.size[b.outer], stride = g.stride[b.outer];
+  const int64_t all = divide_up(g.in[b.outer], stride), row = b.size[0] * b.size[1] * b.size[2] / size;
+  const int64_t bands = divide_up(all, std::max<int64_t>(1, kImageBytes / (row * bytes) - size + all));
+  const int64_t mine = divide_up(all, bands);
+  b.band = mine * stride;
+  size = floor_divide(b.band - 1 + g.padding[b.outer], stride) - b.low[b.outer] + 1;
+  return bands > 1 && size > 2 * mine ? std::nullopt : std::optional(b);
+}
+
 class ConvProduct {
  public:
-  ConvProduct(const ConvGeometry& g, const FeedbackArgs& args, const at::Tensor& grad, const at::Tensor& out)
-      : g_(g), operand_(g, args), grad_(grad.const_data_ptr<float>()) {
+  ConvProduct(const ConvGeometry& g, const Blocks& blocks, const FeedbackArgs& args, const at::Tensor& grad,
+              const at::Tensor& out)
+      : g_(g),
+        operand_(g, args),
+        grad_(grad.const_data_ptr<float>()),
+        outer_(blocks.outer),
+        low_(blocks.low),
+        size_(blocks.size),
+        band_(blocks.band) {
     p_.depth = operand_.depth(g);
     p_.cols = g.in_channels;
     p_.dtype = DType::Float32;
@@ -59,20 +102,6 @@ class ConvProduct {
     const int64_t depth_blocks = BK_PICK_PRODUCT(digit_bytes)(1, p_.depth, p_.bytes) / kTileBytes;
     blocks_ = depth_blocks / g.taps();
     pixel_bytes_ = kTileBytes / in_tile_;
-    while (outer_ + 1 < kConvDims && g.in[outer_] == 1) {
-      ++outer_;
-    }
-    for (int d = 0; d < kConvDims; ++d) {
-      low_[d] = floor_divide(g.padding[d] - (g.kernel[d] - 1) * g.dilation[d], g.stride[d]);
-      size_[d] = floor_divide(g.in[d] - 1 + g.padding[d], g.stride[d]) - low_[d] + 1;
-    }
-    // Bands of equal length, a multiple of the stride.
-    const int64_t row = image_pixels() / size_[outer_];
-    const int64_t room = std::max<int64_t>(
-        1, kImageBytes / (row * blocks_ * pixel_bytes_) - size_[outer_] + divide_up(g.in[outer_], g.stride[outer_]));
-    const int64_t bands = divide_up(divide_up(g.in[outer_], g.stride[outer_]), room);
-    band_ = divide_up(divide_up(g.in[outer_], g.stride[outer_]), bands) * g.stride[outer_];
-    size_[outer_] = floor_divide(band_ - 1 + g.padding[outer_], g.stride[outer_]) - low_[outer_] + 1;
     add_phases(depth_blocks);
     in_order_ = steps(depth_blocks, kTileBytes);
     operand_order_ = steps(depth_blocks, operand_.panel_bytes() / depth_blocks);
@@ -264,7 +293,7 @@ class ConvProduct {
   // What each pixel of a phase reaches: the sum that a biased operand adds, and whether the block's scale is enough.
   void weigh(Workspace& w, const Phase& phase, int64_t base, int64_t from) const {
     // √(K/12) last places against 2^−24 of the norm, of which ⌊q/2²⁰⌋ is counted.
-    const double least = 0x1p8 * static_cast<double>(phase.taps * g_.out_channels) / 12;
+    const double least = 0x1p8 * std::max(static_cast<double>(phase.taps * g_.out_channels) / 12, 1.0);
     for_rows(phase, from, [&](int64_t at, int64_t pixel, int64_t count) {
       for (int64_t j = 0; j < count; ++j) {
         PixelSums x{0, 0};
@@ -338,9 +367,9 @@ class ConvProduct {
   const float* grad_;
   SignProduct p_{};
   int64_t in_tile_, blocks_, pixel_bytes_;
-  int outer_ = 0;
-  ConvSize low_, size_;  // of the image of a block that begins at pixel 0: its first pixel of dY, and how many
-  int64_t band_;         // pixels of dX in a block, along the outermost dimension
+  int outer_;  // Blocks
+  ConvSize low_, size_;
+  int64_t band_;
   std::vector<Phase> phases_;
   std::vector<int64_t> in_order_, operand_order_;
 };
@@ -389,11 +418,16 @@ at::Tensor feedback_conv_cpu(const at::Tensor& grad_output, const std::optional<
   std::vector<int64_t> rows{g.samples};
   rows.insert(rows.end(), input_size.begin(), input_size.end());
   rows.push_back(g.in_channels);
+  check_entries("input_size", rows);
   if (grad_output.numel() == 0 || g.in_channels == 0 || g.pixels() == 0) {
     return at::zeros(rows, grad_output.options()).movedim(-1, 1).contiguous(lc_memory_format(grad_output));
   }
-  if (to_entries(entries) != Entries::Constant || grad_output.scalar_type() != at::kFloat ||
-      g.taps() * divide_up(g.out_channels, kTileRows) * kTileRows > kMaxDepth) {
+  const int64_t channels = divide_up(g.out_channels, kTileRows) * kTileRows;
+  const int64_t bytes = BK_PICK_PRODUCT(digit_bytes)(1, channels, 4) / BK_PICK_PRODUCT(tile_rows)(4);
+  const bool digits = to_entries(entries) == Entries::Constant && grad_output.scalar_type() == at::kFloat &&
+                      g.taps() <= kMaxDepth / channels;
+  const std::optional<Blocks> blocks = digits ? blocks_of(g, bytes) : std::nullopt;
+  if (!blocks) {
     static const auto form_weight =
         c10::Dispatcher::singleton()
             .findSchemaOrThrow("bioplaus::feedback_weight", "")
@@ -411,7 +445,7 @@ at::Tensor feedback_conv_cpu(const at::Tensor& grad_output, const std::optional<
   }
   const at::Tensor grad = grad_output.movedim(1, -1).contiguous();
   const at::Tensor out = at::empty(rows, grad.options());
-  ConvProduct(g, args, grad, out).run();
+  ConvProduct(g, *blocks, args, grad, out).run();
   return out.movedim(-1, 1).contiguous(lc_memory_format(grad_output));
 }
 

@@ -93,7 +93,7 @@ class BackwardInputTask {
             }
           }
         }
-        if (!taps_.empty() && g_.o > 0) {
+        if (!taps_.empty()) {
           const left_t* dy = rows_.get(first_, count_, od, oh);
           for (int64_t ow = 0; ow < g_.out[2]; ++ow) {
             position((od * g_.out[1] + oh) * g_.out[2] + ow, ow, dy + ow * g_.groups * g_.o);

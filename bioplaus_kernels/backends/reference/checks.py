@@ -249,6 +249,7 @@ def feedback(
         fail("entries", "exactly one of weight, signs and key with entries='constant'", got or "none of them")
     if any(n < 0 for n in size):
         fail("size", "no negative dimension", tuple(size))
+    volume("size", size)
     for name, tensor in (("weight", weight), ("magnitude", magnitude)):
         if tensor is not None:
             floating(name, tensor)
@@ -303,13 +304,20 @@ def conv(
         fail("input_size", f"a padded size of at least the dilated kernel {kernel}", tuple(input_size))
     out = [r // s + 1 for r, s in zip(room, stride, strict=True)]
     shape("grad_output", grad_output, (grad_output.shape[0], weight_size[0], *out))
+    volume("input_size", (grad_output.shape[0], *input_size, weight_size[1]))
     return d
 
 
 def integers(name: str, values: Sequence[int], count: int, least: int) -> None:
-    """`values` must be `count` integers whose sums and products stay within 64 bits."""
+    """`values` must be `count` integers, of which sums of products of two stay within 64 bits."""
     if len(values) != count or not all(least <= v <= LARGEST for v in values):
         fail(name, f"{count} integers from {least} to {LARGEST}", tuple(values))
+
+
+def volume(name: str, size: Sequence[int]) -> None:
+    """What is of `size` must have few enough entries for 64 bits; a dimension of 0, or a symbol, counts as 1."""
+    if math.prod(max(n, 1) for n in size if isinstance(n, int)) > 2**48:
+        fail(name, "at most 2**48 entries", f"size {tuple(size)}")
 
 
 def geometry(
@@ -326,8 +334,8 @@ def geometry(
         ("kernel_size", kernel, d, 1),
     ):
         integers(name, values, count, least)
-    if groups < 1:
-        fail("groups", "at least 1", groups)
+    if not 1 <= groups <= LARGEST:
+        fail("groups", f"1 to {LARGEST}", groups)
     return d
 
 
@@ -342,6 +350,8 @@ def lc_shapes(
     d = len(input_size)
     if len(weight_size) != 2 * d + 2:
         fail("weight", f"{2 * d + 2} dimensions (*out, O, *kernel, C/groups)", f"shape {tuple(weight_size)}")
+    volume("weight", weight_size)
+    volume("input", (groups, weight_size[-1], *input_size))
     if any(size < 1 for size in expected_output):
         fail(
             "input",
