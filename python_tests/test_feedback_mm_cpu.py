@@ -235,6 +235,19 @@ def test_cells_in_tiles(dtype: torch.dtype, one_thread: None) -> None:
                 assert torch.equal(actual, ops.feedback_mm(x, *cell, n))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_of_tiles_does_not_depend_on_the_batch(dtype: torch.dtype) -> None:
+    if native.library.active_product_level() == "DEFAULT":
+        pytest.skip("oneDNN's micro-kernel needs AVX2")
+    m = 2100 if dtype == torch.float32 else 60
+    for k, n in ((129, 50), (1030, 3)):
+        g = grads(m, k, dtype)[0]
+        for cell in cells(k, n, dtype):
+            together = ops.feedback_mm(g, *cell, n)
+            for row in (0, m // 2, m - 1):
+                assert torch.equal(together[row], ops.feedback_mm(g[row : row + 1], *cell, n)[0]), (k, n, cell[4])
+
+
 def test_threads_without_a_micro_kernel(one_thread: None) -> None:
     """There the BLAS library multiplies: its order of sums depends on a product's shape and on its own threads."""
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=False):
