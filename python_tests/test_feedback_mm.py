@@ -221,10 +221,10 @@ def test_strides(cell: str) -> None:
 
 @dtypes
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("m", [11, 2050])  # of torch's products of slabs, too
+@pytest.mark.parametrize("m", [11, 2050])  # of half types by torch's product, too
 @pytest.mark.parametrize("rows", [66, 31])  # whole pairs along K, and a pair that could end in the next row
 def test_non_finite_row_stays_alone(rows: int, m: int, cell: str, dtype: torch.dtype) -> None:
-    columns = 40
+    columns = 70
     feedback = operands(cell, rows, columns, dtype)
     b = matrix(feedback, rows, columns, dtype)
     clean = normal(m, rows).to(dtype)

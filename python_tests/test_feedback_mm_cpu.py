@@ -235,6 +235,59 @@ def test_cells_in_tiles(dtype: torch.dtype, one_thread: None) -> None:
                 assert torch.equal(actual, ops.feedback_mm(x, *cell, n))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_of_tiles_does_not_depend_on_the_batch(dtype: torch.dtype) -> None:
+    if native.library.active_product_level() == "DEFAULT":
+        pytest.skip("oneDNN's micro-kernel needs AVX2")
+    m = 2100 if dtype == torch.float32 else 60
+    for k, n in ((129, 50), (1030, 3)):
+        g = grads(m, k, dtype)[0]
+        for cell in cells(k, n, dtype):
+            together = ops.feedback_mm(g, *cell, n)
+            for row in (0, m // 2, m - 1):
+                assert torch.equal(together[row], ops.feedback_mm(g[row : row + 1], *cell, n)[0]), (k, n, cell[4])
+
+
+def test_threads_without_a_micro_kernel(one_thread: None) -> None:
+    """There the BLAS library multiplies: its order of sums depends on a product's shape and on its own threads."""
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=False):
+        for (m, k, n), dtype in itertools.product(
+            ((1, 129, 1100), (2, 129, 50), (72, 195, 1027), (261, 1003, 447), (300, 515, 16)), DTYPES
+        ):
+            g, results = grads(m, k, dtype)[0], []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(ops.feedback_mm(g, None, None, None, KEY, "uniform", 0.1, n))
+            assert all(torch.equal(results[0], x) for x in results), (m, k, n, dtype)
+
+
+def shapes_of_products(g: Tensor, *feedback: object) -> list[list[list[int]]]:
+    """The operands of torch's products within feedback_mm."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as p:
+        ops.feedback_mm(g, *feedback)
+    return [e.input_shapes[:2] for e in p.events() if e.name == "aten::mm"]
+
+
+def test_slabs_of_products_by_torch() -> None:
+    """B is whole where it is small, and no product is one of a few of many columns, which would be a slow one."""
+    drawn = (None, None, None, KEY, "uniform", 0.1)
+    for m, k, n in ((2048, 576, 1), (8, 576, 16), (8, 70, 64), (64, 515, 131), (16, 2000, 300)):
+        dtype = torch.float32 if n == 1 else torch.float64
+        products = shapes_of_products(torch.ones(m, k, dtype=dtype), *drawn, n)
+        if k * n * dtype.itemsize <= 2**20:
+            assert products == [[[m, k], [k, n]]]
+        else:
+            assert min(b[1] for _, b in products) >= 40 and sum(b[1] for _, b in products) == n
+
+
+def test_half_types_that_torch_multiplies_in_loops() -> None:
+    """Its product of them takes up to 80 times as long as one of float32 where the processor has no instruction."""
+    drawn = (None, None, None, KEY, "uniform", 0.1)
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=False):
+        for dtype, n in itertools.product(HALVES, (16, 130)):
+            assert shapes_of_products(torch.ones(600, 200, dtype=dtype), *drawn, n) == []
+
+
 def test_rows_far_apart(one_thread: None) -> None:
     # Offsets beyond 32 bits; no page between the rows is touched.
     g = torch.empty(40, 2**24)[:, :16].normal_()

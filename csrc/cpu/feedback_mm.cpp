@@ -37,12 +37,8 @@ constexpr int64_t kOperandBytes = int64_t{1} << 20;
 constexpr int64_t kGroupBytes = int64_t{1} << 17;
 // Rows at once whose digits take more bytes than the rows themselves.
 constexpr size_t kLossyRows = 256;
-// A block that is never too large to hold.
-constexpr int64_t kSlabBytes = int64_t{1} << 18;
-// Rows from which on torch's own product makes up for slabs that have to be written and read; of a half type, whose
-// products are faster, fewer.
-constexpr int64_t kSlabRows = 2048;
-constexpr int64_t kHalfSlabRows = 512;
+// A block of B that is never too large to hold.
+constexpr int64_t kSlabBytes = int64_t{1} << 20;
 // Fewer entries of B than this are not worth a second thread.
 constexpr int64_t kFormGrain = 8192;
 
@@ -272,17 +268,38 @@ at::Tensor plain_product(const at::Tensor& grad, const at::Tensor& b) {
   return at::mm(paired, zeros ? at::constant_pad_nd(b, {0, 0, 0, zeros}) : b);
 }
 
-// Other dX = dY · B of many rows where torch's own product is the faster one: B a slab of columns at a time, in a
-// buffer that takes no more memory than dY and one bit for each weight, or kSlabBytes.
+// Whether slab_product is the faster way to another dX = dY · B, by measurements on a processor without AMX; with it,
+// of 512 rows of a half type.
+bool torch_is_faster(at::ScalarType dtype, int64_t rows, int64_t depth, int64_t cols) {
+  if (dtype == at::kDouble) {
+    return true;
+  }
+  if (dtype == at::kFloat) {
+    // A matrix-vector product, or a large one, where both take about as long.
+    return cols == 1 ? rows >= 64 : rows >= 2048 && cols >= 512;
+  }
+  if (!half_units(dtype)) {
+    return false;
+  }
+  // Its call costs as much as so many multiply-adds, by 16 columns at least.
+  constexpr int64_t kCall = int64_t{1} << 22;
+  return half_gemm_available(dtype) || dtype == at::kHalf
+             ? rows >= 512
+             : rows >= 64 && rows * depth * std::max<int64_t>(cols, 16) >= kCall;
+}
+
+// The same by torch's own product: B whole where it is small, else a slab of columns at a time, in a buffer that takes
+// no more memory than dY and one bit for each weight, or kSlabBytes.
 at::Tensor slab_product(const at::Tensor& grad, const FeedbackParams& b) {
   const at::Tensor out = at::empty({grad.size(0), b.cols}, grad.options());
   const auto run = BK_PICK(feedback_run);
   const int64_t bytes = std::max(kSlabBytes, grad.numel() * grad.element_size() + b.rows * b.cols / 8);
-  const int64_t width =
-      std::min({divide_up(b.cols, 2), kSlab, divide_up(bytes / (b.rows * grad.element_size()), 16) * 16});
+  const int64_t most = std::clamp<int64_t>(bytes / (b.rows * grad.element_size()), 16, kSlab);
+  // Of nearly the same width, as a last one of few columns would take as long as one of many.
+  const int64_t width = divide_up(divide_up(b.cols, divide_up(b.cols, most)), 16) * 16;
   const at::Tensor paired = in_pairs(grad);
   const int64_t depth = paired.size(1);
-  const at::Tensor slab = at::empty({depth * width}, grad.options());
+  const at::Tensor slab = at::empty({depth * std::min(width, b.cols)}, grad.options());
   for (int64_t first = 0; first < b.cols; first += width) {
     const int64_t cols = std::min(width, b.cols - first);
     const at::Tensor block = slab.narrow(0, 0, depth * cols).view({depth, cols});
@@ -299,8 +316,10 @@ at::Tensor slab_product(const at::Tensor& grad, const FeedbackParams& b) {
   return out;
 }
 
-// Other dX = dY · B: B in tiles of dY's dtype that stay in the L2 cache, each formed once for all rows and multiplied
-// by oneDNN's micro-kernel. Bits do not depend on the number of threads, as sums run along K in order.
+// The same by B in tiles of dY's dtype that stay in the L2 cache, each formed once for all rows and multiplied by
+// oneDNN's micro-kernel, whose sums run along K in order: bits depend neither on the number of threads nor on how many
+// rows there are. Where there is none the BLAS library's order depends on the shape of a product, and on its own
+// threads but in a parallel region: there the work is cut as for kUnits threads, whatever their number.
 class TileProduct {
  public:
   TileProduct(const at::Tensor& grad, const FeedbackParams& b, const at::Tensor& out)
@@ -311,16 +330,20 @@ class TileProduct {
         grad_(in_pairs(readable(grad))),
         out_(static_cast<char*>(out.mutable_data_ptr())),
         rows_(grad.size(0)),
-        width_(std::min(b.cols, std::clamp(divide_up(b.cols, 2 * at::get_num_threads()), kMinColumns, kColumns))),
+        in_order_(gemm_in_order()),
+        threads_(in_order_ ? at::get_num_threads() : kUnits),
+        width_(std::min(b.cols, std::clamp(divide_up(b.cols, 2 * threads_), kMinColumns, kColumns))),
         terms_(b.cols < kNarrow && b.rows <= kShallow ? kFewTerms : kDepthBlock) {}
 
   void run() const {
     const int64_t slabs = divide_up(b_.cols, width_);
-    const int64_t parts = std::clamp<int64_t>(at::get_num_threads() / slabs, 1, divide_up(rows_, kRowBlock));
+    const int64_t parts = std::clamp<int64_t>(threads_ / slabs, 1, divide_up(rows_, kRowBlock));
     const int64_t step = divide_up(rows_, parts);
-    at::parallel_for(0, slabs * parts, 1, [&](int64_t begin, int64_t end) {
+    const int64_t units = slabs * parts;
+    // The BLAS library has threads of its own where there is a single unit: an empty one makes a parallel region.
+    at::parallel_for(0, in_order_ ? units : std::max<int64_t>(units, 2), 1, [&](int64_t begin, int64_t end) {
       const Workspace w(*this, step);
-      for (int64_t unit = begin; unit < end; ++unit) {
+      for (int64_t unit = begin; unit < std::min(end, units); ++unit) {
         const int64_t row = unit % parts * step;
         block(w, row, std::min(step, rows_ - row), unit / parts * width_);
       }
@@ -338,6 +361,7 @@ class TileProduct {
   static constexpr int64_t kShallow = 1024;
   static constexpr int64_t kFewTerms = 32;
   static constexpr int64_t kRowBlock = 128;
+  static constexpr int64_t kUnits = 16;
   static constexpr int64_t kMinColumns = 256;
   static constexpr int64_t kColumns = 1024;
 
@@ -411,6 +435,8 @@ class TileProduct {
   at::Tensor grad_;
   char* out_;
   int64_t rows_;
+  bool in_order_;
+  int64_t threads_;
   int64_t width_;
   int64_t terms_;
 };
@@ -445,8 +471,8 @@ at::Tensor feedback_mm_cpu(const at::Tensor& grad_output, const std::optional<at
   if (b.entries == Entries::Constant && dtype != at::kDouble && size[0] <= kMaxDepth) {
     return sign_product(grad_output, b);
   }
-  const bool slabs = dtype == at::kDouble || grad_output.size(0) >= (dtype == at::kFloat ? kSlabRows : kHalfSlabRows);
-  return slabs ? slab_product(grad_output, b) : tile_product(grad_output, b);
+  return torch_is_faster(dtype, grad_output.size(0), b.rows, b.cols) ? slab_product(grad_output, b)
+                                                                     : tile_product(grad_output, b);
 }
 
 }  // namespace

@@ -112,6 +112,9 @@ int64_t sum_bytes(const SignProduct& p) {
   return kGroups * min(kRowTiles, divide_up(p.rows, tile_rows(p.bytes))) * kTileBytes;
 }
 
+// Of a panel that has so many columns left.
+int64_t groups_of(int64_t cols) { return min(kGroups, divide_up(cols, kColumns)); }
+
 // Tiles along K that follow one another.
 struct InOrder {
   int64_t digits[kPassBlocks];
@@ -125,8 +128,8 @@ struct InOrder {
 constexpr InOrder kInOrder;
 
 // Some tiles × one word of columns, over one pass along K from `block` on.
-void pass(const SignProduct& p, const SignColumns& signs, DigitTile* tiles, int64_t count, int64_t word, int64_t block,
-          int64_t blocks, const Scratch& scratch) {
+void pass(const SignProduct& p, const SignColumns& signs, DigitTile* tiles, int64_t count, int64_t word, int64_t groups,
+          int64_t block, int64_t blocks, const Scratch& scratch) {
   for (int64_t b = 0; b < blocks; b += kFormBlocks) {
     const int64_t n = min(blocks - b, kFormBlocks);
     form_operand(signs, word, (block + b) * kDepth, n, scratch.operand);
@@ -137,6 +140,7 @@ void pass(const SignProduct& p, const SignColumns& signs, DigitTile* tiles, int6
                     {kInOrder.digits + b, kInOrder.digits, n},
                     scratch.operand,
                     n * kTileBytes,
+                    groups,
                     scratch.c,
                     b > 0});
   }
@@ -190,7 +194,7 @@ void multiply_as(const SignProduct& p, const SignColumns& s, int64_t tile_begin,
                     min(kRows, p.rows - (tile + t) * kRows)};
       }
       for (int64_t word = 0; word * 32 < cols; ++word) {
-        pass(p, s, tiles, count, word, block, n, scratch);
+        pass(p, s, tiles, count, word, groups_of(cols - word * 32), block, n, scratch);
         double* v = blocks > kPassBlocks ? scratch.v + word * 32 * kRowTiles * kRows : nullptr;
         finish<COUNT, T>(p, tiles, count, 1, first + word * 32, min(cols - word * 32, 32), scratch.c, v, block == 0,
                          block + n == blocks);
@@ -219,6 +223,7 @@ void multiply_formed(const SignProduct& p, const DigitTile* tiles, int64_t count
                           {run.digits + b, run.operand + b, min(end - b, kHeldBlocks)},
                           panel,
                           kTileBytes,
+                          groups_of(p.cols - word * 32),
                           c,
                           b > block});
         }

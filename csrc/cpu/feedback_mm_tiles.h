@@ -8,7 +8,7 @@ namespace BK_LEVEL {
 namespace {
 
 // c (+)= a · b for `count` tiles of digits along `run`, and a panel of the operand: kGroups runs of tiles, group_stride
-// bytes apart. c: kGroups tiles of sums per tile of digits.
+// bytes apart, of which the first `groups` are wanted. c: kGroups tiles of sums per tile of digits.
 struct Panel {
   const DigitTile* tiles;
   int64_t count;
@@ -16,6 +16,7 @@ struct Panel {
   Run run;
   const int8_t* operand;
   int64_t group_stride;
+  int64_t groups;
   int32_t* c;
   bool add;
 };
@@ -136,59 +137,63 @@ Sums multiply_add(Sums c, Sums a, Sums b) { return _mm256_add_epi32(c, _mm256_ma
 #endif
 #endif
 
-// Sums of ROWS rows of digits by two vectors of the operand. A struct of structs, as compilers keep an array in memory.
-template <int ROWS>
+// Sums of ROWS rows of digits by one vector of the operand or two. A struct of structs, as compilers keep an array in
+// memory.
+template <int ROWS, bool TWO>
 struct Block {
   Sums left, right;
-  Block<ROWS - 1> below;
+  Block<ROWS - 1, TWO> below;
 
   BK_MEMBER void load(const int32_t* c, int64_t second, bool add) {
     left = add ? load_sums(c) : zero_sums();
-    right = add ? load_sums(c + second) : zero_sums();
+    right = TWO && add ? load_sums(c + second) : zero_sums();
     below.load(c + kColumns, second, add);
   }
   BK_MEMBER void step(const int8_t* a, Sums b0, Sums b1) {
     const Sums d = digits_of(a);
     left = multiply_add(left, d, b0);
-    right = multiply_add(right, d, b1);
+    right = TWO ? multiply_add(right, d, b1) : right;
     below.step(a + 64, b0, b1);
   }
   BK_MEMBER void store(int32_t* c, int64_t second) const {
     store_sums(c, left);
-    store_sums(c + second, right);
+    if (TWO) {
+      store_sums(c + second, right);
+    }
     below.store(c + kColumns, second);
   }
 };
 
-template <>
-struct Block<0> {
+template <bool TWO>
+struct Block<0, TWO> {
   BK_MEMBER void load(const int32_t*, int64_t, bool) {}
   BK_MEMBER void step(const int8_t*, Sums, Sums) {}
   BK_MEMBER void store(int32_t*, int64_t) const {}
 };
 
-// ROWS rows of digits by b and by b + second; their sums lie c_second apart.
-template <int ROWS>
-__attribute__((noinline)) void rows_by_two(const Panel& p, const int8_t* a, const int8_t* b, int64_t second, int32_t* c,
-                                           int64_t c_second) {
-  Block<ROWS> sums;
+// ROWS rows of digits by b and, where TWO, by b + second; their sums lie c_second apart.
+template <int ROWS, bool TWO>
+__attribute__((noinline)) void by_vectors(const Panel& p, const int8_t* a, const int8_t* b, int64_t second, int32_t* c,
+                                          int64_t c_second) {
+  Block<ROWS, TWO> sums;
   sums.load(c, c_second, p.add);
   // One loop and not two: the sums would be copied between the loops' registers at every step.
   for (int64_t i = 0; i < p.run.blocks * kSteps; ++i) {
     const int8_t* at = b + p.run.operand[i / kSteps] + i % kSteps * 64;
-    sums.step(a + p.run.digits[i / kSteps] + i % kSteps * 4, load_sums(reinterpret_cast<const int32_t*>(at)),
-              load_sums(reinterpret_cast<const int32_t*>(at + second)));
+    const Sums first = load_sums(reinterpret_cast<const int32_t*>(at));
+    sums.step(a + p.run.digits[i / kSteps] + i % kSteps * 4, first,
+              TWO ? load_sums(reinterpret_cast<const int32_t*>(at + second)) : first);
   }
   sums.store(c, c_second);
 }
 
-template <int ROWS>
+template <int ROWS, bool TWO>
 void some_rows(int64_t rows, const Panel& p, const int8_t* a, const int8_t* b, int64_t second, int32_t* c,
                int64_t c_second) {
   if (rows >= ROWS) {
-    rows_by_two<ROWS>(p, a, b, second, c, c_second);
+    by_vectors<ROWS, TWO>(p, a, b, second, c, c_second);
   } else if constexpr (ROWS > 1) {
-    some_rows<ROWS - 1>(rows, p, a, b, second, c, c_second);
+    some_rows<ROWS - 1, TWO>(rows, p, a, b, second, c, c_second);
   }
 }
 
@@ -196,12 +201,13 @@ void multiply_panel(const Panel& p) {
   constexpr bool kTwoGroups = sizeof(Sums) == 64;
   const int64_t second = kTwoGroups ? p.group_stride : 32;
   const int64_t c_second = kTwoGroups ? kTileInts : kColumns / 2;
-  for (int g = 0; g < kGroups; g += kTwoGroups ? 2 : 1) {
+  const auto multiply_rows = kTwoGroups && p.groups == 1 ? some_rows<kMaxRows, false> : some_rows<kMaxRows, true>;
+  for (int64_t g = 0; g < p.groups; g += kTwoGroups ? 2 : 1) {
     for (int64_t t = 0; t < p.count; ++t) {
       const int64_t rows = p.tiles[t].rows * p.rows_of_row;
       for (int64_t r = 0; r < rows; r += kMaxRows) {
-        some_rows<kMaxRows>(rows - r, p, p.tiles[t].digits + 64 * r, p.operand + g * p.group_stride, second,
-                            p.c + (t * kGroups + g) * kTileInts + r * kColumns, c_second);
+        multiply_rows(rows - r, p, p.tiles[t].digits + 64 * r, p.operand + g * p.group_stride, second,
+                      p.c + (t * kGroups + g) * kTileInts + r * kColumns, c_second);
       }
     }
   }
@@ -209,7 +215,7 @@ void multiply_panel(const Panel& p) {
 
 #else
 void multiply_panel(const Panel& p) {
-  for (int g = 0; g < kGroups; ++g) {
+  for (int64_t g = 0; g < p.groups; ++g) {
     for (int64_t t = 0; t < p.count; ++t) {
       for (int64_t r = 0; r < p.tiles[t].rows * p.rows_of_row; ++r) {
         int32_t* c = p.c + (t * kGroups + g) * kTileInts + r * kColumns;

@@ -1,9 +1,11 @@
 #include "gemm.h"
 
-// A private header of torch, included here and nowhere else.
-#include <ATen/native/CPUBlas.h>
+#include <ATen/Context.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
+
+// A private header of torch, included here and nowhere else.
+#include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
 
@@ -67,6 +69,18 @@ void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const fl
 void gemm(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, const double* b, int64_t ldb, double* c,
           int64_t ldc, bool accumulate) {
   plain_gemm(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+}
+
+bool gemm_in_order() {
+#if defined(CPUBLAS_BRGEMM_F32F32F32)
+  return at::globalContext().userEnabledMkldnn() && product_level() >= ProductLevel::AVX2;
+#else
+  return true;
+#endif
+}
+
+bool half_units(at::ScalarType dtype) {
+  return at::globalContext().userEnabledMkldnn() && half_instructions(dtype == at::kBFloat16);
 }
 
 bool half_gemm_available(at::ScalarType dtype) {

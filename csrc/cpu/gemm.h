@@ -19,9 +19,16 @@ void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const fl
 void gemm(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, const double* b, int64_t ldb, double* c,
           int64_t ldc, bool accumulate);
 
+// Whether float32's micro-kernel is there: it sums along K in order, whatever the shape of the product.
+bool gemm_in_order();
+
 // Whether tiles of bfloat16 or float16 can be multiplied as they are, into float32 (AMX). Asked anew for each op, as
 // torch.backends.mkldnn can be switched off. Where not, convert both tiles and multiply float32.
 bool half_gemm_available(at::ScalarType dtype);
+
+// Whether torch's products of whole matrices of bfloat16 or float16 are by the processor's own instructions for them.
+// Else, in loops or by emulation, they take up to 80 times as long as float32's.
+bool half_units(at::ScalarType dtype);
 
 // B (k×n, 16-bit elements) as half_gemm wants it: rows in pairs, b[k, j] and b[k + 1, j] side by side, an odd last row
 // paired with zeros; 2·ceil(k/2)·n elements.

@@ -29,12 +29,18 @@ Level cpu_level() {
 #if defined(BK_X86_PRODUCT_LEVELS)
 namespace {
 
-// The highest level that oneDNN's setting allows.
-ProductLevel onednn_limit() {
+// oneDNN's setting, in lower case.
+std::string onednn_isa() {
   const char* value = std::getenv("ONEDNN_MAX_CPU_ISA");
   value = value ? value : std::getenv("DNNL_MAX_CPU_ISA");
   std::string isa = value ? value : "";
   std::transform(isa.begin(), isa.end(), isa.begin(), [](unsigned char c) { return std::tolower(c); });
+  return isa;
+}
+
+// The highest level that it allows.
+ProductLevel onednn_limit() {
+  const std::string isa = onednn_isa();
   const auto starts_with = [&](const char* prefix) { return isa.rfind(prefix, 0) == 0; };
   if (isa == "sse41" || isa == "avx") {
     return ProductLevel::DEFAULT;
@@ -84,6 +90,17 @@ ProductLevel product_level() {
 #endif
   }();
   return level;
+}
+
+bool half_instructions(bool bfloat16) {
+#if defined(BK_X86_PRODUCT_LEVELS)
+  // Every processor with AMX has AVX512-FP16.
+  static const bool bf16 = product_level() >= ProductLevel::AVX512_VNNI && onednn_isa() != "avx512_core_vnni" &&
+                           __builtin_cpu_supports("avx512bf16");
+  return bfloat16 ? bf16 : product_level() == ProductLevel::AMX;
+#else
+  return true;
+#endif
 }
 
 const char* level_name(ProductLevel level) {

@@ -26,6 +26,9 @@ enum class ProductLevel { DEFAULT, AVX2, AVX2_VNNI, AVX512, AVX512_VNNI, AMX };
 ProductLevel product_level();
 const char* level_name(ProductLevel level);
 
+// Whether the processor multiplies bfloat16 (else float16) itself and oneDNN's limit lets it.
+bool half_instructions(bool bfloat16);
+
 }  // namespace bioplaus
 
 #if defined(BK_X86_LEVELS)

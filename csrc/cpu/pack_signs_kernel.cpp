@@ -87,6 +87,9 @@ void pack(const FeedbackParams& p, int32_t* planes, int64_t begin, int64_t end) 
     const int64_t rows_left = p.rows - tile * kTileRows;
     const int64_t row_end = tile * kTileRows + (rows_left < kTileRows ? rows_left : kTileRows);
     uint32_t zero[kPackColumns / 32] = {};
+    const T* readable = p.weight.dense
+                            ? static_cast<const T*>(p.weight.data) + (p.rows - 1) * p.weight.row_stride + p.cols
+                            : reinterpret_cast<const T*>(scratch) + kPackColumns;
     for (int64_t i = tile * kTileRows; i < row_end; ++i) {
       const T* w = static_cast<const T*>(gather(p, p.weight, i, first, n, scratch));
       if (p.weight.dense) {
@@ -99,10 +102,15 @@ void pack(const FeedbackParams& p, int32_t* planes, int64_t begin, int64_t end) 
       int32_t* nonzero = planes + (p.rows + i) * width + first / 32;
       for (int64_t q = 0; q < sign_words(n); ++q) {
         const int64_t left = n - 32 * q;
-        const SignWord x = left >= 32 ? full_word(w + 32 * q) : ragged_word(w + 32 * q, left);
-        negative[q] = static_cast<int32_t>(x.negative);
-        nonzero[q] = static_cast<int32_t>(x.nonzero);
-        zero[q] |= left >= 32 ? ~x.nonzero : left > 0 ? ~x.nonzero & ((1u << left) - 1) : 0;
+        SignWord x{0, 0};
+        if (left > 0) {
+          // Beside the end of a row lie the next row's entries: read them too, which is faster than to copy the end.
+          x = w + 32 * q + 32 <= readable ? full_word(w + 32 * q) : ragged_word(w + 32 * q, left);
+        }
+        const uint32_t inside = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0;
+        negative[q] = static_cast<int32_t>(x.negative & inside);
+        nonzero[q] = static_cast<int32_t>(x.nonzero & inside);
+        zero[q] |= ~x.nonzero & inside;
       }
     }
     int32_t* flags = planes + (2 * p.rows + tile) * width + first / 32;
