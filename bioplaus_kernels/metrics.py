@@ -30,7 +30,7 @@ Row = dict[str, float]
 _CHUNK = 1 << 17
 _HOOKED = re.compile(r"(.*weight(?:_(?:ih|hh|hr).*)?)_(orig|g|v)")
 # A locally-connected layer's bias has dimensions too.
-_NONE = re.compile(r"(.*\.)?([^.]*bias[^.]*|feedback_[^.]*|[^.]*feedback_weight)")
+_NONE = re.compile(r"(.*\.)?[^.]*(bias|feedback_)[^.]*")
 
 
 class Comparison(NamedTuple):
