@@ -98,7 +98,7 @@ BUGS = {
         *("test_bits and primes and int_mm", "[Aa]ssert"),
     ),
     "finish: column stored beyond the last": (
-        *(PASSES, "col < end_of(p)", "col <= end_of(p)"),
+        *(PASSES, "p.first + p.width && col < p.cols", "p.first + p.width && col <= p.cols"),
         *("test_bits and primes and int_mm", "heap-buffer-overflow"),
     ),
     "finish: a part of K left out": (
@@ -149,7 +149,7 @@ BOUNDED_BUGS = {
         *("test_bits and int_mm", "[Aa]ssert"),
     ),
     "results beyond the columns at hand": (
-        *(PASSES, "return p.sums && p.first + p.width < p.cols ? p.first + p.width : p.cols;", "return p.cols;"),
+        *(PASSES, "col < p.first + p.width && col < p.cols", "col < p.cols"),
         *("test_bits and int_mm", "heap-buffer-overflow|[Aa]ssert"),
     ),
     "signs formed once for several slabs": (

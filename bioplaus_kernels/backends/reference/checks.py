@@ -316,7 +316,7 @@ def integers(name: str, values: Sequence[int], count: int, least: int) -> None:
 
 def volume(name: str, size: Sequence[int]) -> None:
     """What is of `size` must have few enough entries for 64 bits; a dimension of 0, or a symbol, counts as 1."""
-    if math.prod(max(n, 1) for n in size if isinstance(n, int)) > 2**48:
+    if not _is_compiling() and math.prod(max(n, 1) for n in size if isinstance(n, int)) > 2**48:
         fail(name, "at most 2**48 entries", f"size {tuple(size)}")
 
 
