@@ -179,6 +179,15 @@ def test_wide_dilation_is_the_vendors(shape: Sequence) -> None:
     )
 
 
+@needs_library
+def test_an_image_beyond_64_bits() -> None:
+    """Of an expanded gradient, which takes no memory: what torch says of its own, and no division by 0."""
+    grad = torch.ones(1, 1, 1, 1, 1).expand(1, 2**16, 2, 2**23, 2**22)
+    seeded = (None, None, None, torch.tensor([2, 7, 11]), "constant", 1.0)
+    with pytest.raises(RuntimeError):
+        ops.feedback_conv(grad, *seeded, [2**16, 1, 1, 1, 2], [2, 2**23, 2**22], [1] * 3, [0, 0, 2**21], [1, 1, 2**22])
+
+
 def test_nothing_to_do() -> None:
     grad, weight, geometry = problem(SHAPES[0], 0)
     assert ops.feedback_conv(grad, weight, None, None, None, "constant", 1.0, *geometry).shape == (0, 64, 9, 7)

@@ -40,6 +40,8 @@ constexpr int64_t kImageBytes = int64_t{1} << 19;
 constexpr int64_t kGathered = 32;
 // Pixels of a block's image for each of dY that is its own, at most.
 constexpr double kBorder = 16;
+// Pixels of an image at most: its bytes stay within 64 bits, whatever the channels.
+constexpr double kPixels = 0x1p32;
 
 // Pixels of dX that see the same taps: x = first + stride · j.
 struct Phase {
@@ -66,7 +68,7 @@ std::optional<Blocks> blocks_of(const ConvGeometry& g, int64_t bytes) {
     image *= static_cast<double>(b.size[d]);
     own *= static_cast<double>(divide_up(g.in[d], g.stride[d]));
   }
-  if (image > kBorder * own) {
+  if (image > std::min(kBorder * own, kPixels)) {
     return std::nullopt;
   }
   while (b.outer + 1 < kConvDims && g.in[b.outer] == 1) {
