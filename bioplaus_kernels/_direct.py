@@ -169,6 +169,27 @@ def _project(
     return ops.feedback_mm(e, None, None, matrix, key, entries, scale, plan.width)
 
 
+def drtp_scale(
+    targets: Tensor | None, loss_scale: Tensor | float, reduction: str, logits: Tensor, class_dim: int
+) -> Tensor:
+    """What DRTP's projections of checked `targets` are multiplied by; classes lie in `class_dim` of the logits."""
+    if targets is None:
+        checks.fail("targets", "the classes of the samples, as DRTP projects them", "None")
+    checks.tensor("targets", targets)
+    if targets.dtype != torch.int64:
+        checks.fail("targets", "int64", targets.dtype, TypeError)
+    checks.shape("targets", targets, logits.shape[:class_dim] + logits.shape[class_dim + 1 :])
+    if targets.device != logits.device:
+        checks.fail("targets", f"a tensor on {logits.device}, as the logits", f"one on {targets.device}")
+    if isinstance(loss_scale, bool) or not isinstance(loss_scale, int | float | Tensor):
+        checks.fail("loss_scale", "a number or a 0-dim tensor", repr(loss_scale), TypeError)
+    if isinstance(loss_scale, Tensor) and loss_scale.dim():
+        checks.fail("loss_scale", "a number or a 0-dim tensor", f"shape {tuple(loss_scale.shape)}")
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    scale = torch.as_tensor(loss_scale, dtype=dtype, device=logits.device)
+    return scale / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else scale
+
+
 class _Tape:
     # What a wrapper and its blocks share in the forward under way: the outputs of the blocks' calls that no logits were
     # tied to yet, with their versions where B learns, what ties them, and whether it has. None where something else

@@ -33,6 +33,7 @@ from ._direct import (
     _Slice,  # noqa: F401
     _Tape,
     block_class,
+    drtp_scale,
     each_tensor,
     normalised,
     numbers,
@@ -254,12 +255,11 @@ class DirectFeedback(StatefulLayer):
         names = [] if isinstance(blocks, str) else checks.entries("blocks", blocks, wanted)
         if not names or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
             checks.fail("blocks", wanted, repr(blocks))
-        blocks = names
         if output is not None:
             checks.function("output", output, "a function of what the model returns")
         if class_dim is not None:
             class_dim = checks.integer("class_dim", class_dim)
-        tied = [("blocks", name) for name in blocks] + ([] if logits is None else [("logits", logits)])
+        tied = [("blocks", name) for name in names] + ([] if logits is None else [("logits", logits)])
         taken: list[torch.nn.Module] = []
         for argument, name in tied:
             if not isinstance(name, str) or name not in modules or not name:
@@ -269,10 +269,10 @@ class DirectFeedback(StatefulLayer):
             if any(modules[name] is other for other in taken):
                 checks.fail(argument, "different modules, the logits' not among the blocks", repr(name))
             taken.append(modules[name])
-        self.model, self.blocks, self.feedback = model, tuple(blocks), feedback
+        self.model, self.blocks, self.feedback = model, tuple(names), feedback
         self._logits, self._output = logits, output
         self._tape = _Tape()
-        self._tape.blocks, self._tape.taught = tuple(blocks), feedback.name != "shallow"
+        self._tape.blocks, self._tape.taught = self.blocks, feedback.name != "shallow"
         self._tape.learns = not feedback.fixed
         for _, name in tied:
             modules[name].__dict__.update(_block_name=name, _tape=self._tape)
@@ -282,12 +282,11 @@ class DirectFeedback(StatefulLayer):
         except BaseException:
             self.restore()
             raise
-        self._seed, self._dtype = seed, example_logits.dtype
+        self._seed, self._dtype, self._device = seed, example_logits.dtype, example_logits.device
         self._plan = _plan(feedback, self._sizes, self._classes)
         if feedback.stored:
             # The stored columns have their scales.
             self._plan = self._plan._replace(slices=tuple(part._replace(ratio=1.0) for part in self._plan.slices))
-        self._device = example_logits.device
         self.register_parameter("feedback_weight", None)
         self.install_feedback(feedback, self._key)
 
@@ -310,22 +309,7 @@ class DirectFeedback(StatefulLayer):
         self._check(logits, hidden)
         d, scale = self._class_dim % logits.dim(), None
         if self.feedback.name == "drtp":
-            if targets is None:
-                checks.fail("targets", "the classes of the samples, as DRTP projects them", "None")
-            checks.tensor("targets", targets)
-            if targets.dtype != torch.int64:
-                checks.fail("targets", "int64", targets.dtype, TypeError)
-            checks.shape("targets", targets, logits.shape[:d] + logits.shape[d + 1 :])
-            if targets.device != logits.device:
-                checks.fail("targets", f"a tensor on {logits.device}, as the logits", f"one on {targets.device}")
-            if isinstance(loss_scale, bool) or not isinstance(loss_scale, int | float | Tensor):
-                checks.fail("loss_scale", "a number or a 0-dim tensor", repr(loss_scale), TypeError)
-            if isinstance(loss_scale, Tensor) and loss_scale.dim():
-                checks.fail("loss_scale", "a number or a 0-dim tensor", f"shape {tuple(loss_scale.shape)}")
-            dtype = torch.promote_types(logits.dtype, torch.float32)
-            scale = torch.as_tensor(loss_scale, dtype=dtype, device=logits.device)
-            if cast(DRTP, self.feedback).reduction == "mean":
-                scale = scale / (targets >= 0).sum().clamp(min=1)
+            scale = drtp_scale(targets, loss_scale, cast(DRTP, self.feedback).reduction, logits, d)
         elif targets is not None:
             checks.fail("targets", f"None with feedback={self.feedback.name!r}", "a tensor")
         state = self._state("weight", logits)

@@ -30,7 +30,7 @@ Row = dict[str, float]
 _CHUNK = 1 << 17
 _HOOKED = re.compile(r"(.*weight(?:_(?:ih|hh|hr).*)?)_(orig|g|v)")
 # A locally-connected layer's bias has dimensions too.
-_NONE = re.compile(r"(.*\.)?[^.]*(bias|feedback_)[^.]*")
+_OTHERS = re.compile(r"(.*\.)?[^.]*(bias|feedback_)[^.]*")
 
 
 class Comparison(NamedTuple):
@@ -173,7 +173,7 @@ def _trained(model: torch.nn.Module) -> dict[str, list[torch.nn.Parameter]]:
 
     def add(name: str, parts: Iterable[torch.nn.Parameter]) -> None:
         new = [p for p in parts if p.requires_grad and p not in seen]
-        if new and not _NONE.fullmatch(name):
+        if new and not _OTHERS.fullmatch(name):
             found[name] = new
             seen.update(new)
 

@@ -315,54 +315,6 @@ def test_a_lost_gpu_ends_the_process_and_not_the_run(tmp_path: Path, monkeypatch
     assert all("illegal memory" in row["failed"] for row in rows if row["variant"] == "bad")
 
 
-def test_a_run_has_a_budget_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built = []
-
-    def case(label: str) -> registry.Case:
-        def build(_: device.Device) -> registry.Bench:
-            built.append(label)
-            return registry.Bench({"base": lambda: None, "torch.compile": lambda: None})
-
-        return registry.Case("op", label, build)
-
-    monkeypatch.setattr(registry, "cases", lambda *_: [case("one"), case("two")])
-    monkeypatch.setattr(machine, "roofline", lambda *_: {})
-    out = tmp_path / "cpu.json"
-
-    def run(*words: str) -> dict:
-        arguments = (
-            "--seconds",
-            "0.001",
-            "--patience",
-            "0",
-            "--threads",
-            "1",
-            "--without",
-            "torch.compile",
-            "--out",
-            str(out),
-        )
-        monkeypatch.setattr(sys, "argv", ["bench", "run", *arguments, *words])
-        command.main()
-        return json.loads(out.read_text())
-
-    monkeypatch.setattr(report, "LEAST", 0)
-    assert run("--match", "one")["left_out"] == [] and built == ["one"]
-    result = run("--continue", "--budget", "0")
-    assert result["left_out"] == ["op: two"] and built == ["one"]
-    monkeypatch.setenv("BIOPLAUS_COMMIT", "later")
-    result = run("--continue")
-    assert built == ["one", "two"] and result["left_out"] == [] and result["machine"]["commit"].endswith(", then later")
-    result = run("--again", "--match", "two")
-    assert built == ["one", "two", "two"]
-    assert [(row["case"], row["variant"]) for row in result["rows"]] == [("one", "base"), ("two", "base")]
-    built.clear()
-    run("--continue")
-    assert not built
-    monkeypatch.setattr(report, "LEAST", 10**9)
-    assert len(run("--continue")["rows"]) == 2 and built == ["one", "two"]
-
-
 def test_gpu_without_its_baseline() -> None:
     gpu = Gpu()
     variants = {"base": gpu.synchronize, "other": lambda: gpu.work("other", 1e-2)}

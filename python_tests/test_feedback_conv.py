@@ -171,7 +171,7 @@ WIDE = [
 @needs_library
 @pytest.mark.parametrize("shape", WIDE, ids=str)
 def test_wide_dilation_is_the_vendors(shape: Sequence) -> None:
-    """The same bits as B formed and torch's convolution, and no more memory."""
+    """The same bits as B formed and torch's convolution."""
     grad, weight, geometry = problem(shape, 1)
     feedback = (weight, None, None, None, "constant", 0.5)
     assert torch.equal(

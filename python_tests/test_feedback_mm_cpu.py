@@ -281,7 +281,7 @@ def test_slabs_of_products_by_torch() -> None:
 
 
 def test_half_types_that_torch_multiplies_in_loops() -> None:
-    """Its product of them takes up to 80 times as long as one of float32 where the processor has no instruction."""
+    """Its product of them takes many times as long as one of float32 where the processor has no instruction."""
     drawn = (None, None, None, KEY, "uniform", 0.1)
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=False):
         for dtype, n in itertools.product(HALVES, (16, 130)):

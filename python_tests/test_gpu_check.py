@@ -122,8 +122,7 @@ def test_a_benchmark_that_its_own_budget_ended_goes_on(check: Any, monkeypatch: 
     call = check()
     left = ["feedback_mm: a case"]
     monkeypatch.setattr(gpu_check, "RUN", "-c pass")
-    stage = Stage("bench", 9, "-c pass", needs_gpu=False)
-    stage = replace(stage, needs_gpu=True)
+    stage = Stage("bench", 9, "-c pass")
     for expected in ("cut", "done", "done"):
         call._bench().write_text(json.dumps({"rows": [], "left_out": left}))
         call.run([stage], again=False)

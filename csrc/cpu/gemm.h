@@ -27,7 +27,7 @@ bool gemm_in_order();
 bool half_gemm_available(at::ScalarType dtype);
 
 // Whether torch's products of whole matrices of bfloat16 or float16 are by the processor's own instructions for them.
-// Else, in loops or by emulation, they take up to 80 times as long as float32's.
+// Else, in loops or by emulation, they take many times as long as float32's.
 bool half_units(at::ScalarType dtype);
 
 // B (k×n, 16-bit elements) as half_gemm wants it: rows in pairs, b[k, j] and b[k + 1, j] side by side, an odd last row

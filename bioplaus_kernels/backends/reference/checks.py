@@ -249,7 +249,8 @@ def feedback(
         fail("entries", "exactly one of weight, signs and key with entries='constant'", got or "none of them")
     if any(n < 0 for n in size):
         fail("size", "no negative dimension", tuple(size))
-    volume("size", size)
+    if not given and magnitude is None:
+        volume("size", size)
     for name, tensor in (("weight", weight), ("magnitude", magnitude)):
         if tensor is not None:
             floating(name, tensor)
