@@ -1,4 +1,4 @@
-"""Input gradients of convolutions: the vendor's with W, with B formed for it, what our layer takes, and by digits."""
+"""Input gradients of convolutions: the vendor's with W, with B formed for it, what our layer takes, and by each way."""
 
 from collections.abc import Iterator
 
@@ -82,10 +82,11 @@ def build(device: Device, n: int, c: int, o: int, size: int, kernel: int, stride
         "bioplaus, usf": gradient(layer(x)),
     }
     if kernel > 1 and not device.backends:
-        variants["by digits"] = lambda: ops.feedback_conv(
-            g, w, None, None, None, "constant", scale, w.shape, x.shape[2:], *geometry
-        )
-    ours = [name for name in variants if name in ("bioplaus, usf", "by digits")]
+        for way in ("digits", "tables"):
+            variants[f"by {way}"] = lambda way=way: torch.ops.bioplaus.feedback_conv_by(
+                g, w, None, None, None, "constant", scale, w.shape, x.shape[2:], *geometry, way
+            )
+    ours = [name for name in variants if name in ("bioplaus, usf", "by digits", "by tables")]
 
     if device.backends:
         variants |= {f"{name}, TF32": with_tf32(run) for name, run in variants.items()}

@@ -88,10 +88,15 @@ def driver_and_clocks(device: Cuda) -> dict[str, str]:
 
 
 def _processor() -> str:
+    # A virtual machine's name may be that of all a vendor's processors; its family and model tell them apart.
+    said: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+        name, _, value = line.partition(":")
+        said.setdefault(name.strip(), value.strip())
+    if "model name" not in said:
+        return platform.processor() or platform.machine()
+    kind = f", family {said['cpu family']}, model {said['model']}" if said.keys() >= {"cpu family", "model"} else ""
+    return said["model name"] + kind
 
 
 def roofline(device: Device, seconds: float = 0.5) -> dict[str, float | str]:

@@ -42,6 +42,7 @@ COLOURS = {
     "fa seeded, normal": "#ffb300",
     "fa stored": "#f59e42",
     "by digits": "#1565c0",
+    "by tables": "#d81b60",
     "LocallyConnected2d": "#00897b",
 }
 _BATCH = re.compile(r",?\s?\b[MN]=(\d+)")

@@ -189,7 +189,8 @@ def where(result: dict[str, Any]) -> str:
     machine = result["machine"]
     if "gpu" in machine:
         return f"{machine['gpu']} ({machine['library_level']})"
-    return f"CPU, {machine['library_level']}"
+    family = re.search(r", family \d+", machine["processor"])
+    return f"CPU, {machine['library_level']}{family[0] if family else ''}"
 
 
 def _slug(text: str) -> str:

@@ -57,6 +57,7 @@ FORMULAS = {
     "feedback_mm": _feedback_mm,
     "feedback_mm_by": _feedback_mm,
     "feedback_conv": _feedback_conv,
+    "feedback_conv_by": _feedback_conv,
     "recurrent_forward": _recurrent_forward,
     "recurrent_backward": _recurrent_backward,
     "lc_forward": _lc_forward,

@@ -149,8 +149,9 @@ if native.library is not None:
     for _name, _reference in reference.OPS.items():
         _library.impl(_name, _reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"bioplaus::{_name}", _on_one_device(_name))
-    if hasattr(torch.ops.bioplaus, "feedback_mm_by"):
-        torch.library.register_fake("bioplaus::feedback_mm_by", _on_one_device("feedback_mm"))
+    for _name in ("feedback_mm", "feedback_conv"):
+        if hasattr(torch.ops.bioplaus, f"{_name}_by"):
+            torch.library.register_fake(f"bioplaus::{_name}_by", _on_one_device(_name))
     for _name in FORMULAS:
         if hasattr(torch.ops.bioplaus, _name):
             count("bioplaus", _name)

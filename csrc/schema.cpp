@@ -26,10 +26,16 @@ TORCH_LIBRARY(bioplaus, m) {
       "float scale, SymInt[] weight_size, SymInt[] input_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation) "
       "-> Tensor",
       {at::Tag::pt2_compliant_tag});
-  // On CUDA, by the way named: "digits", "int_mm" or "formed".
+  // Both by the way named, of ±s in float32: "digits" or "tables" on a CPU; a product on CUDA: "digits", "int_mm", or
+  // "formed" of anything.
   m.def(
       "feedback_mm_by(Tensor grad_output, Tensor? weight, Tensor? signs, Tensor? magnitude, Tensor? key, str entries, "
       "float scale, SymInt in_features, str way) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "feedback_conv_by(Tensor grad_output, Tensor? weight, Tensor? signs, Tensor? magnitude, Tensor? key, "
+      "str entries, float scale, SymInt[] weight_size, SymInt[] input_size, SymInt[] stride, SymInt[] padding, "
+      "SymInt[] dilation, str way) -> Tensor",
       {at::Tag::pt2_compliant_tag});
 
   // Locally-connected layers, weights (*out, O, *kernel, C/groups).

@@ -399,7 +399,8 @@ def test_pages_say_what_is_faster_and_what_loses(tmp_path: Path, monkeypatch: py
         return found
 
     monkeypatch.setattr(pictures, "colour", seen)
-    result = {"machine": machine.header(device.Cpu()) | {"library_level": "AMX"}, "roofline": {}, "rows": rows}
+    said = machine.header(device.Cpu()) | {"library_level": "AMX", "processor": "A, family 6, model 1"}
+    result = {"machine": said, "roofline": {}, "rows": rows}
     (tmp_path / "cpu.json").write_text(json.dumps(result))
     report.write([tmp_path / "cpu.json"], tmp_path / "report.md")
     summary, page = ((tmp_path / name).read_text() for name in ("report.md", "report/feedback_mm.md"))
@@ -416,7 +417,7 @@ def test_pages_say_what_is_faster_and_what_loses(tmp_path: Path, monkeypatch: py
     assert len(drawn) == 4
     assert all(name in "".join(drawn) for name in ("64x64", "128x128", "net", ">batch<", ">ours, usf<"))
     assert page.count("**0.80** · 0.8 ms") == 2
-    assert "(feedback-mm-cpu-amx-float32.svg)" in page
+    assert "(feedback-mm-cpu-amx-family-6-float32.svg)" in page
 
 
 def test_a_summary_shows_each_processor_once(tmp_path: Path) -> None:

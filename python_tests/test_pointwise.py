@@ -1,7 +1,7 @@
-"""Convolutions whose backward is not the vendor's with a B formed for it: by integer digits, and a stored B.
+"""Convolutions whose backward is not the vendor's with a B formed for it: by digits or tables, and a stored B.
 
-On tile units, in float32 and fed back by ±s, a large 1x1 one that is channels-last is a feedback_mm, a larger kernel of
-64 channels and more a feedback_conv.
+In float32 and fed back by ±s. On tile units a large 1x1 one that is channels-last is a feedback_mm, a larger kernel of
+64 channels and more a feedback_conv; on other AVX-512 both are, of 64 and of 32 channels and more.
 """
 
 import pytest
@@ -13,6 +13,7 @@ import bioplaus_kernels as bk
 from bioplaus_kernels.backends import native
 
 OUT, IN = 256, 128
+WAY = {"AMX": "digits", "AVX512": "tables", "AVX512_VNNI": "tables"}.get(native.product_level(), "")
 RULES = ["usf", bk.FeedbackAlignment(entries="constant"), "fa_signed_init"]
 
 
@@ -50,9 +51,10 @@ def test_input_gradient(d: int, rule: object, trained: bool) -> None:
     layer = getattr(bk.nn, f"Conv{d}d")(IN, OUT, 1, feedback=rule).requires_grad_(trained)
     x = channels_last(torch.randn(2, IN, *(3, 4, 5)[:d])).requires_grad_()
     found, names = backward(layer, x)
-    expected = native.product_level() == "AMX" and found["output"].movedim(1, -1).is_contiguous()
+    expected = WAY == "digits" and found["output"].movedim(1, -1).is_contiguous()
     assert ("bioplaus::feedback_mm" in names) == expected
-    if not trained and expected:
+    assert ("bioplaus::feedback_conv" in names) == (WAY == "tables")
+    if not trained and (expected or WAY == "tables"):
         assert "aten::convolution_backward" not in names
     b = layer.feedback_matrix().flatten(1).double()
     exact = torch.einsum("no...,oi->ni...", found["output"].double(), b)
@@ -79,23 +81,34 @@ def test_frozen_signs() -> None:
     assert torch.equal(plain["input"], packed["input"])
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+OTHERS = [
+    {"groups": 2},
+    {"kernel_size": 3, "groups": 2},
+    {"kernel_size": 3, "dtype": torch.bfloat16},
+    {"feedback": "brsf"},
+    {"dtype": torch.bfloat16},
+]
+# Small ones, and on tile units 1x1 ones that are no product.
+SMALL = {
+    "tables": [
+        {"in_channels": 63},
+        {"out_channels": 63},
+        {"kernel_size": 3, "in_channels": 31},
+        {"kernel_size": 3, "out_channels": 31},
+    ],
+    "digits": [
         {"stride": 2},
         {"padding": 1},
-        {"groups": 2},
-        {"kernel_size": 3, "in_channels": 63},
-        {"kernel_size": 3, "out_channels": 63},
-        {"kernel_size": 3, "groups": 2},
-        {"kernel_size": 3, "dtype": torch.bfloat16},
         {"in_channels": 64},
         {"out_channels": 128},
-        {"feedback": "brsf"},
-        {"dtype": torch.bfloat16},
+        {"kernel_size": 3, "in_channels": 63},
+        {"kernel_size": 3, "out_channels": 63},
     ],
-    ids=str,
-)
+    "": [{}, {"kernel_size": 3}],
+}
+
+
+@pytest.mark.parametrize("change", OTHERS + SMALL[WAY], ids=str)
 def test_others_take_the_vendors_convolution(change: dict) -> None:
     arguments = {"in_channels": IN, "out_channels": OUT, "kernel_size": 1, "feedback": "usf"} | change
     layer = bk.nn.Conv2d(**arguments)
@@ -116,7 +129,7 @@ def test_windows(d: int, rule: object, last: bool) -> None:
     x = torch.randn(2, 64, *(9, 8, 7)[:d])
     x = (channels_last(x) if last else x).requires_grad_()
     found, names = backward(layer, x)
-    assert ("bioplaus::feedback_conv" in names) == (native.product_level() == "AMX")
+    assert ("bioplaus::feedback_conv" in names) == bool(WAY)
     leaf = x.detach().double().requires_grad_()
     exact = torch.autograd.grad(plain(leaf), leaf, found["output"].double())[0]
     assert (found["input"] - exact).abs().max() < 1e-5 * exact.abs().max()

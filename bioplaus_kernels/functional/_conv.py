@@ -31,30 +31,34 @@ from ._common import (
     without_factors,
 )
 
-# Channels (out, in) from which the integer digits of feedback_mm and feedback_conv are faster than the vendor's
-# convolution, on tile units: a 1x1 one, channels-last, as it was measured (`python -m bench run --op convolution`), and
-# a larger kernel by arithmetic: four products of 1024 multiply-adds a cycle against 32.
-_POINTWISE, _WINDOW = (256, 128), (64, 64)
+# How ±s are multiplied where that is faster than the vendor's convolution: by digits on tile units, by tables on other
+# AVX-512; the channels (out, in) from which it is, of a 1x1 kernel, channels-last, and of a larger one. Measured by
+# `python -m bench run --op convolution`, but for larger kernels by digits: arithmetic, four products of 1024
+# multiply-adds a cycle against 32.
+_WAYS = {"AMX": "digits", "AVX512": "tables", "AVX512_VNNI": "tables"}
+_POINTWISE = {"digits": (256, 128), "tables": (64, 64)}
+_WINDOW = {"digits": (64, 64), "tables": (32, 32)}
 
 _CONV: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSE: tuple[Any, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
-def _digits(ctx: Any, grad_output: Tensor, entries: str, shape: torch.Size) -> str:
-    # Which op's integer digits are faster than the vendor's convolution with B in W's place, if any.
-    if entries != "constant" or native.product_level() != "AMX":
-        return ""
+def _way(ctx: Any, grad_output: Tensor, entries: str, shape: torch.Size) -> str:
+    # Of these, if any.
+    way = _WAYS.get(native.product_level(), "")
     stride, padding, _, transposed, _, groups = ctx.geometry
+    if not way or entries != "constant" or transposed or groups > 1:
+        return ""
     pointwise = shape[2:].numel() == 1
-    least_out, least_in = _POINTWISE if pointwise else _WINDOW
-    if (shape[0] < least_out or shape[1] < least_in or transposed or groups > 1) or (
+    least_out, least_in = (_POINTWISE if pointwise else _WINDOW)[way]
+    if (shape[0] < least_out or shape[1] < least_in) or (
         grad_output.dtype != torch.float32 or grad_output.device.type != "cpu"
     ):
         return ""
-    if not pointwise:
-        return "feedback_conv"
-    dense = grad_output.movedim(1, -1).is_contiguous()
-    return "feedback_mm" if dense and not (any(s > 1 for s in stride) or any(padding)) else ""
+    if way == "digits" and pointwise:
+        dense = grad_output.movedim(1, -1).is_contiguous()
+        return way if dense and not (any(s > 1 for s in stride) or any(padding)) else ""
+    return way
 
 
 class _Conv(torch.autograd.Function):
@@ -70,15 +74,15 @@ class _Conv(torch.autograd.Function):
         input, feedback, shape = saved_feedback(ctx, saved)
         mask = ctx.needs_input_grad[:3]
         x = w = c = None
-        digits = _digits(ctx, grad_output, feedback[4], shape) if mask[0] else ""
-        if digits == "feedback_conv":
-            x = ops.feedback_conv(grad_output, *feedback, shape, ctx.input_shape[2:], *ctx.geometry[:3])
-        elif digits:
+        way = _way(ctx, grad_output, feedback[4], shape) if mask[0] else ""
+        if way == "digits" and shape[2:].numel() == 1:
             rows = grad_output.movedim(1, -1)
             weight = None if feedback[0] is None else feedback[0].flatten(1)
             product = ops.feedback_mm(rows.flatten(0, -2), weight, *feedback[1:], shape[1])
             x = product.unflatten(0, rows.shape[:-1]).movedim(-1, 1)
-        if digits:
+        elif way:
+            x = ops.feedback_conv(grad_output, *feedback, shape, ctx.input_shape[2:], *ctx.geometry[:3])
+        if way:
             mask = (False, *mask[1:])
         if any(mask):
             # The vendor's backward reads only the shape and the layout of an operand that no wanted gradient needs.
@@ -87,7 +91,7 @@ class _Conv(torch.autograd.Function):
             b = (
                 _formed(without_factors(feedback, shape), shape, grad_output.dtype)
                 if mask[0]
-                else grad_output.new_empty(1).expand(shape)
+                else _unread(grad_output, shape)
             )
             bias_sizes = [grad_output.shape[1]] if mask[2] else None
             first, w, c = torch.ops.aten.convolution_backward.default(

@@ -1,380 +1,21 @@
-// The input gradient of a convolution of one group by ±s on the CPU, as the integer products of feedback_mm.cpp.
+// The input gradient of a convolution of one group on the CPU: checks, and which way it is computed.
 //
-//     dX[n, c, x] = s · Σ over taps k and channels o of dY[n, o, (x + padding − k · dilation) / stride] · σ[o, c, k]
-//
-// There is no gathered matrix. A block of dY – a sample, or a band of a large one – becomes fixed point under one
-// scale, an image of digits with a border of zeros; tiles of the left operand lie in it, adjacent pixels of one row,
-// and a tap is an offset to them. Pixels of dX with the same remainder by the stride see the same taps: a phase. The
-// operand is formed whole, taps of 64 channels one after the other.
-//
-// One scale loses more of a patch that is small beside its block. Rounding to q adds an error of √(K/12) last places
-// (root mean square); where that is more than 2^−24 of the patch's norm – a rounding of the result – or a patch holds
-// an infinity or a NaN, the pixel is done anew: its patch gathered, with a scale of its own. Norms are integers, so
-// that every level agrees.
-//
-// Blocks depend on shapes alone, so that neither threads nor the rest of the batch change a sample's bits. Where their
-// images are mostly border, or mostly each other's, B is formed and the product is the vendor's.
-// Roofline: feedback_mm_product_kernel.cpp's, and 8 bytes an entry of dY.
-#include "feedback_conv.h"
-
-#include <ATen/Parallel.h>
+// By ±s in float32 there are two ways, feedback_conv_digits.h for tile units and feedback_conv_tables.h for AVX-512;
+// else B is formed and the product is the vendor's.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "../common/lc_checks.h"
-#include "buffer.h"
-#include "feedback_conv_operand.h"
+#include "feedback_conv_digits.h"
+#include "feedback_conv_tables.h"
 
 namespace bioplaus {
 namespace {
-
-// Digits of a block that stay in the L2 cache, and pixels that are done anew together.
-constexpr int64_t kImageBytes = int64_t{1} << 19;
-constexpr int64_t kGathered = 32;
-// Pixels of a block's image for each of dY that is its own, at most.
-constexpr double kBorder = 16;
-// Pixels of an image at most: its bytes stay within 64 bits, whatever the channels.
-constexpr double kPixels = 0x1p32;
-
-// Pixels of dX that see the same taps: x = first + stride · j.
-struct Phase {
-  ConvSize first;
-  int64_t taps;
-  std::vector<int64_t> digits, operand;  // a Run's
-  std::vector<int64_t> reached;          // pixels of the image from pixel j of it to each tap's
-};
-
-// Bands of equal length along the outermost dimension, a multiple of the stride.
-struct Blocks {
-  int outer = 0;
-  ConvSize low, size;  // of the image of a block that begins at pixel 0: its first pixel of dY, and how many
-  int64_t band;        // pixels of dX in a block, along the outermost dimension
-};
-
-// `bytes`: of a pixel of the image. None where its images are mostly border or each other's.
-std::optional<Blocks> blocks_of(const ConvGeometry& g, int64_t bytes) {
-  Blocks b;
-  double image = 1, own = 1;
-  for (int d = 0; d < kConvDims; ++d) {
-    b.low[d] = floor_divide(g.padding[d] - (g.kernel[d] - 1) * g.dilation[d], g.stride[d]);
-    b.size[d] = floor_divide(g.in[d] - 1 + g.padding[d], g.stride[d]) - b.low[d] + 1;
-    image *= static_cast<double>(b.size[d]);
-    own *= static_cast<double>(divide_up(g.in[d], g.stride[d]));
-  }
-  if (image > std::min(kBorder * own, kPixels)) {
-    return std::nullopt;
-  }
-  while (b.outer + 1 < kConvDims && g.in[b.outer] == 1) {
-    ++b.outer;
-  }
-  int64_t &size = b.size[b.outer], stride = g.stride[b.outer];
-  const int64_t all = divide_up(g.in[b.outer], stride), row = b.size[0] * b.size[1] * b.size[2] / size;
-  const int64_t bands = divide_up(all, std::max<int64_t>(1, kImageBytes / (row * bytes) - size + all));
-  const int64_t mine = divide_up(all, bands);
-  b.band = mine * stride;
-  size = floor_divide(b.band - 1 + g.padding[b.outer], stride) - b.low[b.outer] + 1;
-  return bands > 1 && size > 2 * mine ? std::nullopt : std::optional(b);
-}
-
-class ConvProduct {
- public:
-  ConvProduct(const ConvGeometry& g, const Blocks& blocks, const FeedbackArgs& args, const at::Tensor& grad,
-              const at::Tensor& out)
-      : g_(g),
-        operand_(g, args),
-        grad_(grad.const_data_ptr<float>()),
-        outer_(blocks.outer),
-        low_(blocks.low),
-        size_(blocks.size),
-        band_(blocks.band) {
-    p_.depth = operand_.depth(g);
-    p_.cols = g.in_channels;
-    p_.dtype = DType::Float32;
-    p_.out = out.mutable_data_ptr();
-    p_.scale = static_cast<float>(args.scale);
-    p_.bytes = 4;
-    in_tile_ = BK_PICK_PRODUCT(tile_rows)(p_.bytes);
-    const int64_t depth_blocks = BK_PICK_PRODUCT(digit_bytes)(1, p_.depth, p_.bytes) / kTileBytes;
-    blocks_ = depth_blocks / g.taps();
-    pixel_bytes_ = kTileBytes / in_tile_;
-    add_phases(depth_blocks);
-    in_order_ = steps(depth_blocks, kTileBytes);
-    operand_order_ = steps(depth_blocks, operand_.panel_bytes() / depth_blocks);
-  }
-
-  void run() const {
-    const int64_t bands = divide_up(g_.in[outer_], band_);
-    const int64_t bytes = image_pixels() * blocks_ * pixel_bytes_;
-    // Small samples share a pass over the operand.
-    const int64_t group =
-        bands > 1 ? 1 : std::clamp<int64_t>(g_.samples / at::get_num_threads(), 1, divide_up(kImageBytes, bytes));
-    at::parallel_for(0, divide_up(g_.samples, group) * bands, 1, [&](int64_t begin, int64_t end) {
-      Workspace w(*this, group);
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t sample = unit / bands * group;
-        block(w, sample, std::min(group, g_.samples - sample), unit % bands * band_);
-      }
-    });
-  }
-
- private:
-  struct Workspace {
-    Workspace(const ConvProduct& c, int64_t group)
-        // A tile may end beyond its row, and so beyond the image.
-        : image(group * c.image_pixels() * c.blocks_ * c.pixel_bytes_ + kTileBytes * c.blocks_),
-          sums(c.image_pixels()),
-          tops(c.image_pixels()),
-          fixed(group * c.out_pixels()),
-          scratch(BK_PICK_PRODUCT(panels_scratch)(c.p_, static_cast<int64_t>(c.in_order_.size()))) {}
-
-    Buffer<int8_t> image;
-    Buffer<PixelSums> sums;
-    Buffer<uint32_t> tops;
-    Buffer<FixedPoint> fixed;
-    Buffer<char> scratch;
-    double unit = 0;  // of the last sample's image
-    std::vector<DigitTile> tiles;
-    std::vector<int64_t> anew;  // pixels of dX, counted from the block's first
-  };
-
-  int64_t image_pixels() const { return size_[0] * size_[1] * size_[2]; }
-  // Of a block of one sample.
-  int64_t out_pixels() const { return g_.pixels() / g_.in[outer_] * std::min(band_, g_.in[outer_]); }
-
-  void add_phases(int64_t depth_blocks) {
-    const int64_t tile = operand_.panel_bytes() / depth_blocks;
-    const int64_t block_bytes = size_[2] * pixel_bytes_;
-    ConvSize r;
-    for (r[0] = 0; r[0] < std::min(g_.stride[0], g_.in[0]); ++r[0]) {
-      for (r[1] = 0; r[1] < std::min(g_.stride[1], g_.in[1]); ++r[1]) {
-        for (r[2] = 0; r[2] < std::min(g_.stride[2], g_.in[2]); ++r[2]) {
-          Phase phase{r, 0, {}, {}, {}};
-          for (int64_t tap = 0; tap < g_.taps(); ++tap) {
-            const ConvSize k{tap / (g_.kernel[1] * g_.kernel[2]), tap / g_.kernel[2] % g_.kernel[1],
-                             tap % g_.kernel[2]};
-            ConvSize o;
-            if (!g_.reaches(0, r[0], k[0], o[0]) || !g_.reaches(1, r[1], k[1], o[1]) ||
-                !g_.reaches(2, r[2], k[2], o[2])) {
-              continue;
-            }
-            ++phase.taps;
-            const int64_t row = (o[0] - low_[0]) * size_[1] + o[1] - low_[1];
-            phase.reached.push_back(row * size_[2] + o[2] - low_[2]);
-            for (int64_t b = 0; b < blocks_; ++b) {
-              phase.digits.push_back((row * blocks_ + b) * block_bytes + (o[2] - low_[2]) * pixel_bytes_);
-              phase.operand.push_back((tap * blocks_ + b) * tile);
-            }
-          }
-          phases_.push_back(std::move(phase));
-        }
-      }
-    }
-  }
-
-  // Calls row(pixel of the sample's image, pixel of the block, pixels) for every row of a phase.
-  template <typename Row>
-  void for_rows(const Phase& phase, int64_t from, const Row& row) const {
-    ConvSize end = g_.in;
-    end[outer_] = std::min(band_, g_.in[outer_] - from);
-    ConvSize j;
-    for (j[0] = 0; phase.first[0] + j[0] * g_.stride[0] < end[0]; ++j[0]) {
-      for (j[1] = 0; phase.first[1] + j[1] * g_.stride[1] < end[1]; ++j[1]) {
-        if (phase.first[2] < end[2]) {
-          row((j[0] * size_[1] + j[1]) * size_[2],
-              ((phase.first[0] + j[0] * g_.stride[0]) * g_.in[1] + phase.first[1] + j[1] * g_.stride[1]) * g_.in[2] +
-                  phase.first[2],
-              divide_up(end[2] - phase.first[2], g_.stride[2]));
-        }
-      }
-    }
-  }
-
-  // Pixels of dX of some samples, `from` on along the outermost dimension.
-  void block(Workspace& w, int64_t sample, int64_t samples, int64_t from) const {
-    const int64_t inner = g_.pixels() / g_.in[outer_];
-    const int64_t first = sample * g_.pixels() + from * inner;
-    SignProduct p = p_;
-    p.fixed = w.fixed.get();
-    p.out = static_cast<float*>(p_.out) + first * p.cols;
-    w.anew.clear();
-    for (int64_t s = 0; s < samples; ++s) {
-      quantise(w, sample + s, s, from);
-      for (const Phase& phase : phases_) {
-        weigh(w, phase, s * g_.pixels(), from);
-      }
-    }
-    for (const Phase& phase : phases_) {
-      if (phase.taps == 0) {
-        clear(phase, static_cast<float*>(p.out), samples, from);
-        continue;
-      }
-      w.tiles.clear();
-      for (int64_t s = 0; s < samples; ++s) {
-        const int8_t* image = w.image.get() + s * image_pixels() * blocks_ * pixel_bytes_;
-        for_rows(phase, from, [&](int64_t at, int64_t pixel, int64_t count) {
-          for (int64_t j = 0; j < count; j += in_tile_) {
-            w.tiles.push_back({image + (at * blocks_ + j) * pixel_bytes_, s * g_.pixels() + pixel + j * g_.stride[2],
-                               std::min(in_tile_, count - j)});
-          }
-        });
-      }
-      BK_PICK_PRODUCT(multiply_panels)
-      (p, w.tiles.data(), static_cast<int64_t>(w.tiles.size()), g_.stride[2],
-       {phase.digits.data(), phase.operand.data(), static_cast<int64_t>(phase.digits.size())}, operand_.panels(),
-       w.scratch.get());
-    }
-    for (size_t i = 0; i < w.anew.size(); i += kGathered) {
-      gather(w, first, i, std::min<int64_t>(kGathered, static_cast<int64_t>(w.anew.size() - i)));
-    }
-  }
-
-  // Pixels that no pixel of dY reaches.
-  void clear(const Phase& phase, float* out, int64_t samples, int64_t from) const {
-    for (int64_t s = 0; s < samples; ++s) {
-      for_rows(phase, from, [&](int64_t, int64_t pixel, int64_t count) {
-        for (int64_t j = 0; j < count; ++j) {
-          std::fill_n(out + (s * g_.pixels() + pixel + j * g_.stride[2]) * g_.in_channels, g_.in_channels, 0.0f);
-        }
-      });
-    }
-  }
-
-  // The image of a sample's block, and in `fixed` its unit.
-  void quantise(Workspace& w, int64_t sample, int64_t s, int64_t from) const {
-    ConvSize low = low_;
-    low[outer_] += from / g_.stride[outer_];
-    const int64_t begin = std::clamp<int64_t>(-low[2], 0, size_[2]);
-    const int64_t end = std::clamp<int64_t>(g_.out[2] - low[2], begin, size_[2]);
-    // Calls row(row of the image, run of pixels of dY, first of them in the image); an empty run outside of dY.
-    const auto for_image = [&](const auto& row) {
-      for (int64_t z = 0; z < size_[0]; ++z) {
-        for (int64_t y = 0; y < size_[1]; ++y) {
-          const int64_t oz = low[0] + z;
-          const int64_t oy = low[1] + y;
-          const bool inside = oz >= 0 && oz < g_.out[0] && oy >= 0 && oy < g_.out[1];
-          const int64_t pixel = ((sample * g_.out[0] + oz) * g_.out[1] + oy) * g_.out[2] + low[2] + begin;
-          row(z * size_[1] + y, PixelRun{inside ? grad_ + pixel * g_.out_channels : nullptr, g_.out_channels,
-                                         inside ? end - begin : 0, g_.out_channels});
-        }
-      }
-    };
-    uint32_t top = 0;
-    for_image([&](int64_t row, const PixelRun& run) {
-      uint32_t* tops = w.tops.get() + row * size_[2] + begin;
-      BK_PICK_PRODUCT(measure_pixels)(run, tops);
-      for (int64_t i = 0; i < run.pixels; ++i) {
-        top = tops[i] < 0x7F800000u ? std::max(top, tops[i]) : top;
-      }
-    });
-    const int shift = BK_PICK_PRODUCT(pixel_shift)(top);
-    w.unit = std::ldexp(1.0, -shift);
-    int8_t* image = w.image.get() + s * image_pixels() * blocks_ * pixel_bytes_;
-    const int64_t stride = size_[2] * pixel_bytes_;
-    for_image([&](int64_t row, const PixelRun& run) {
-      int8_t* to = image + row * blocks_ * stride;
-      const int64_t last = begin + run.pixels;
-      for (int64_t b = 0; b < blocks_; ++b) {
-        const bool used = b * operand_.channels() < blocks_ * g_.out_channels;
-        std::fill(to + b * stride, to + b * stride + (used ? begin : size_[2]) * pixel_bytes_, int8_t{0});
-        std::fill(to + b * stride + last * pixel_bytes_, to + (b + 1) * stride, int8_t{0});
-      }
-      PixelSums* sums = w.sums.get() + row * size_[2];
-      std::fill(sums, sums + size_[2], PixelSums{0, 0});
-      BK_PICK_PRODUCT(quantise_pixels)
-      (run, w.tops.get() + row * size_[2] + begin, shift, to + begin * pixel_bytes_, stride, sums + begin);
-    });
-  }
-
-  // What each pixel of a phase reaches: the sum that a biased operand adds, and whether the block's scale is enough.
-  void weigh(Workspace& w, const Phase& phase, int64_t base, int64_t from) const {
-    // √(K/12) last places against 2^−24 of the norm, of which ⌊q/2²⁰⌋ is counted.
-    const double least = 0x1p8 * std::max(static_cast<double>(phase.taps * g_.out_channels) / 12, 1.0);
-    for_rows(phase, from, [&](int64_t at, int64_t pixel, int64_t count) {
-      for (int64_t j = 0; j < count; ++j) {
-        PixelSums x{0, 0};
-        for (const int64_t to : phase.reached) {
-          const PixelSums& y = w.sums.get()[at + j + to];
-          x.sum += y.sum;
-          x.norm += y.norm;
-        }
-        const int64_t row = base + pixel + j * g_.stride[2];
-        w.fixed.get()[row] = {w.unit, x.sum, false};
-        if (x.norm != 0 && !(x.norm >= least)) {
-          w.anew.push_back(row);
-        }
-      }
-    });
-  }
-
-  // Pixels w.anew[begin … begin + rows − 1], counted from pixel `first` of all: their patches, each with its own scale.
-  void gather(Workspace& w, int64_t first, size_t begin, int64_t rows) const {
-    const Buffer<float> patches(rows * p_.depth);
-    std::fill(patches.get(), patches.get() + rows * p_.depth, 0.0f);
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t pixel = first + w.anew[begin + static_cast<size_t>(i)];
-      const int64_t sample = pixel / g_.pixels();
-      const ConvSize x{pixel / (g_.in[1] * g_.in[2]) % g_.in[0], pixel / g_.in[2] % g_.in[1], pixel % g_.in[2]};
-      for (int64_t tap = 0; tap < g_.taps(); ++tap) {
-        const ConvSize k{tap / (g_.kernel[1] * g_.kernel[2]), tap / g_.kernel[2] % g_.kernel[1], tap % g_.kernel[2]};
-        int64_t at = sample;
-        bool inside = true;
-        for (int d = 0; d < kConvDims; ++d) {
-          int64_t o;
-          inside = g_.reaches(d, x[d], k[d], o) && o >= 0 && o < g_.out[d] && inside;
-          at = at * g_.out[d] + o;
-        }
-        if (inside) {
-          std::copy_n(grad_ + at * g_.out_channels, g_.out_channels,
-                      patches.get() + i * p_.depth + tap * operand_.channels());
-        }
-      }
-    }
-    const int64_t tile = static_cast<int64_t>(in_order_.size()) * kTileBytes;
-    const Buffer<int8_t> digits(divide_up(rows, in_tile_) * tile);
-    const Buffer<FixedPoint> fixed(rows);
-    const Buffer<float> out(rows * p_.cols);
-    SignProduct p = p_;
-    p.rows = rows;
-    p.grad = patches.get();
-    p.row_stride = p.depth;
-    p.column_stride = 1;
-    p.digits = digits.get();
-    p.fixed = fixed.get();
-    p.out = out.get();
-    BK_PICK_PRODUCT(quantise)(p, 0, divide_up(rows, in_tile_), nullptr);
-    w.tiles.clear();
-    for (int64_t i = 0; i < rows; i += in_tile_) {
-      w.tiles.push_back({digits.get() + i / in_tile_ * tile, i, std::min(in_tile_, rows - i)});
-    }
-    BK_PICK_PRODUCT(multiply_panels)
-    (p, w.tiles.data(), static_cast<int64_t>(w.tiles.size()), 1,
-     {in_order_.data(), operand_order_.data(), static_cast<int64_t>(in_order_.size())}, operand_.panels(),
-     w.scratch.get());
-    BK_PICK_PRODUCT(multiply_nonfinite)(p, operand_.signs(), 0, rows, 0, p.cols);
-    for (int64_t i = 0; i < rows; ++i) {
-      std::copy_n(out.get() + i * p.cols, p.cols,
-                  static_cast<float*>(p_.out) + (first + w.anew[begin + static_cast<size_t>(i)]) * p.cols);
-    }
-  }
-
-  ConvGeometry g_;
-  ConvOperand operand_;
-  const float* grad_;
-  SignProduct p_{};
-  int64_t in_tile_, blocks_, pixel_bytes_;
-  int outer_;  // Blocks
-  ConvSize low_, size_;
-  int64_t band_;
-  std::vector<Phase> phases_;
-  std::vector<int64_t> in_order_, operand_order_;
-};
 
 ConvGeometry geometry(const at::Tensor& grad_output, at::IntArrayRef weight_size, at::IntArrayRef input_size,
                       at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
@@ -408,51 +49,103 @@ ConvGeometry geometry(const at::Tensor& grad_output, at::IntArrayRef weight_size
           conv_size(dilation, 1)};
 }
 
+// dX, or none where the shape, or zeros among the signs, are not for this way. `size`: dX's.
+at::Tensor by_digits(const ConvGeometry& g, const FeedbackArgs& args, const at::Tensor& grad_output,
+                     at::IntArrayRef size) {
+  const int64_t channels = divide_up(g.out_channels, kTileRows) * kTileRows;
+  const int64_t bytes = BK_PICK_PRODUCT(digit_bytes)(1, channels, 4) / BK_PICK_PRODUCT(tile_rows)(4);
+  const std::optional<Blocks> blocks = g.taps() <= kMaxDepth / channels ? blocks_of(g, bytes) : std::nullopt;
+  if (!blocks) {
+    return {};
+  }
+  const at::Tensor grad = grad_output.movedim(1, -1).contiguous();
+  std::vector<int64_t> last(size.begin(), size.end());
+  std::rotate(last.begin() + 1, last.begin() + 2, last.end());
+  const at::Tensor out = at::empty(last, grad.options());
+  ConvProduct(g, *blocks, args, grad, out).run();
+  return out.movedim(-1, 1).contiguous(lc_memory_format(grad_output));
+}
+
+at::Tensor by_tables(const ConvGeometry& g, const FeedbackArgs& args, const at::Tensor& grad_output,
+                     at::IntArrayRef size) {
+  const std::optional<Bands> bands = table_bands(g);
+  if (!bands) {
+    return {};
+  }
+  const ConvSigns signs(g, args);
+  const std::optional<std::vector<ZeroSign>> zeros = zero_signs(g, signs);
+  if (!zeros) {
+    return {};
+  }
+  const at::MemoryFormat format = lc_memory_format(grad_output);
+  const at::Tensor grad = grad_output.contiguous(format);
+  const at::Tensor out = at::empty(size, grad.options(), format);
+  TableProduct(g, *bands, signs, *zeros, args.scale, format == at::MemoryFormat::Contiguous, grad, out).run();
+  return out;
+}
+
+// By ±s in float32 the way named, else and where it is not for them by B and the vendor's convolution.
+at::Tensor product(const at::Tensor& grad_output, const std::optional<at::Tensor>& weight,
+                   const std::optional<at::Tensor>& signs, const std::optional<at::Tensor>& magnitude,
+                   const std::optional<at::Tensor>& key, c10::string_view entries, double scale,
+                   at::IntArrayRef weight_size, at::IntArrayRef input_size, at::IntArrayRef stride,
+                   at::IntArrayRef padding, at::IntArrayRef dilation, c10::string_view way) {
+  check_floating("grad_output", grad_output);
+  const ConvGeometry g = geometry(grad_output, weight_size, input_size, stride, padding, dilation);
+  const FeedbackArgs args{weight, signs, magnitude, key, entries, scale, weight_size};
+  args.check(at::kCPU);
+  std::vector<int64_t> size{g.samples, g.in_channels};
+  size.insert(size.end(), input_size.begin(), input_size.end());
+  check_entries("input_size", size);
+  const at::MemoryFormat format = lc_memory_format(grad_output);
+  if (grad_output.numel() == 0 || g.in_channels == 0 || g.pixels() == 0) {
+    return at::zeros(size, grad_output.options()).contiguous(format);
+  }
+  if (to_entries(entries) == Entries::Constant && grad_output.scalar_type() == at::kFloat) {
+    const at::Tensor out = (way == "digits" ? by_digits : by_tables)(g, args, grad_output, size);
+    if (out.defined()) {
+      return out;
+    }
+  }
+  static const auto form_weight =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("bioplaus::feedback_weight", "")
+          .typed<at::Tensor(const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+                            const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, c10::string_view,
+                            double, c10::SymIntArrayRef, at::ScalarType)>();
+  const at::Tensor b = form_weight.call(weight, signs, magnitude, key, entries, scale,
+                                        c10::fromIntArrayRefSlow(weight_size), grad_output.scalar_type());
+  const std::vector<int64_t> none(stride.size(), 0);
+  return std::get<0>(at::convolution_backward(grad_output, at::empty(size, grad_output.options(), format), b,
+                                              std::nullopt, stride, padding, dilation, false, none, 1,
+                                              {true, false, false}))
+      .contiguous(format);
+}
+
 at::Tensor feedback_conv_cpu(const at::Tensor& grad_output, const std::optional<at::Tensor>& weight,
                              const std::optional<at::Tensor>& signs, const std::optional<at::Tensor>& magnitude,
                              const std::optional<at::Tensor>& key, c10::string_view entries, double scale,
                              at::IntArrayRef weight_size, at::IntArrayRef input_size, at::IntArrayRef stride,
                              at::IntArrayRef padding, at::IntArrayRef dilation) {
-  check_floating("grad_output", grad_output);
-  const ConvGeometry g = geometry(grad_output, weight_size, input_size, stride, padding, dilation);
-  const FeedbackArgs args{weight, signs, magnitude, key, entries, scale, weight_size};
-  args.check(at::kCPU);
-  std::vector<int64_t> rows{g.samples};
-  rows.insert(rows.end(), input_size.begin(), input_size.end());
-  rows.push_back(g.in_channels);
-  check_entries("input_size", rows);
-  if (grad_output.numel() == 0 || g.in_channels == 0 || g.pixels() == 0) {
-    return at::zeros(rows, grad_output.options()).movedim(-1, 1).contiguous(lc_memory_format(grad_output));
-  }
-  const int64_t channels = divide_up(g.out_channels, kTileRows) * kTileRows;
-  const int64_t bytes = BK_PICK_PRODUCT(digit_bytes)(1, channels, 4) / BK_PICK_PRODUCT(tile_rows)(4);
-  const bool digits = to_entries(entries) == Entries::Constant && grad_output.scalar_type() == at::kFloat &&
-                      g.taps() <= kMaxDepth / channels;
-  const std::optional<Blocks> blocks = digits ? blocks_of(g, bytes) : std::nullopt;
-  if (!blocks) {
-    static const auto form_weight =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("bioplaus::feedback_weight", "")
-            .typed<at::Tensor(const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
-                              const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, c10::string_view,
-                              double, c10::SymIntArrayRef, at::ScalarType)>();
-    const at::Tensor b = form_weight.call(weight, signs, magnitude, key, entries, scale,
-                                          c10::fromIntArrayRefSlow(weight_size), grad_output.scalar_type());
-    std::vector<int64_t> size{g.samples, g.in_channels};
-    size.insert(size.end(), input_size.begin(), input_size.end());
-    const std::vector<int64_t> none(stride.size(), 0);
-    return std::get<0>(at::convolution_backward(grad_output, grad_output.new_empty({1}).expand(size), b, std::nullopt,
-                                                stride, padding, dilation, false, none, 1, {true, false, false}))
-        .contiguous(lc_memory_format(grad_output));
-  }
-  const at::Tensor grad = grad_output.movedim(1, -1).contiguous();
-  const at::Tensor out = at::empty(rows, grad.options());
-  ConvProduct(g, *blocks, args, grad, out).run();
-  return out.movedim(-1, 1).contiguous(lc_memory_format(grad_output));
+  return product(grad_output, weight, signs, magnitude, key, entries, scale, weight_size, input_size, stride, padding,
+                 dilation, tables_are_faster() ? "tables" : "digits");
+}
+
+at::Tensor feedback_conv_by_cpu(const at::Tensor& grad_output, const std::optional<at::Tensor>& weight,
+                                const std::optional<at::Tensor>& signs, const std::optional<at::Tensor>& magnitude,
+                                const std::optional<at::Tensor>& key, c10::string_view entries, double scale,
+                                at::IntArrayRef weight_size, at::IntArrayRef input_size, at::IntArrayRef stride,
+                                at::IntArrayRef padding, at::IntArrayRef dilation, c10::string_view way) {
+  check_way(way, entries, grad_output.scalar_type());
+  return product(grad_output, weight, signs, magnitude, key, entries, scale, weight_size, input_size, stride, padding,
+                 dilation, way);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bioplaus, CPU, m) { m.impl("feedback_conv", feedback_conv_cpu); }
+TORCH_LIBRARY_IMPL(bioplaus, CPU, m) {
+  m.impl("feedback_conv", feedback_conv_cpu);
+  m.impl("feedback_conv_by", feedback_conv_by_cpu);
+}
 
 }  // namespace bioplaus

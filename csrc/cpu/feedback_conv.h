@@ -30,7 +30,8 @@ BK_DECLARE_PRODUCT(int pixel_shift(uint32_t top))
 BK_DECLARE_PRODUCT(void quantise_pixels(const PixelRun& run, const uint32_t* tops, int shift, int8_t* to,
                                         int64_t block_stride, PixelSums* sums))
 
-// Bits tap, tap + taps … of a row of sign words, `cols` of them, as words of their own.
-BK_DECLARE_PRODUCT(void take_tap(const int32_t* words, int64_t tap, int64_t taps, int64_t cols, int32_t* to))
+// Of a row of sign words whose bits are those of column 0 for every tap, then of column 1: words of their own for each
+// tap, an even number of them for `cols` columns.
+BK_DECLARE_PRODUCT(void take_taps(const int32_t* words, int64_t taps, int64_t cols, int32_t* to, int64_t tap_stride))
 
 }  // namespace bioplaus

@@ -1,4 +1,4 @@
-// A convolution's geometry, and σ as the operand of its integer products: what feedback_conv.cpp multiplies with.
+// A convolution's geometry, and the signs of B tap by tap: what feedback_conv.cpp's ways share.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -41,15 +41,13 @@ struct ConvGeometry {
   }
 };
 
-// σ of all taps: its signs, rows tap · padded channels + o, and its operand.
-class ConvOperand {
+// σ of all taps: rows tap · padded channels + o.
+class ConvSigns {
  public:
-  ConvOperand(const ConvGeometry& g, const FeedbackArgs& args)
+  ConvSigns(const ConvGeometry& g, const FeedbackArgs& args)
       : channels_(divide_up(g.out_channels, kTileRows) * kTileRows),
         words_(sign_words(g.in_channels)),
-        panel_(BK_PICK_PRODUCT(panel_bytes)(depth(g))),
         memory_(2 * words_ * depth(g) + divide_up(words_ * depth(g) / kTileRows, 4)),
-        operand_(divide_up(g.in_channels, 32) * panel_),
         signs_{memory_.get(), memory_.get() + words_ * depth(g),
                reinterpret_cast<uint8_t*>(memory_.get() + 2 * words_ * depth(g)), depth(g)} {
     const bool by_tap = args.weight && args.weight->stride(1) == 1;
@@ -61,24 +59,18 @@ class ConvOperand {
         by_tap ? arrange_taps(g, *args.weight, tile) : arrange_tangled(g, formula.p, tile);
       }
     });
-    at::parallel_for(0, divide_up(g.in_channels, 32), 1, [&](int64_t begin, int64_t end) {
-      BK_PICK_PRODUCT(form_panels)(part(begin, 0), begin, end, depth(g), operand_.get());
-    });
   }
 
   int64_t channels() const { return channels_; }
   int64_t depth(const ConvGeometry& g) const { return g.taps() * channels_; }
   const SignColumns& signs() const { return signs_; }
-  const int8_t* panels() const { return operand_.get(); }
-  int64_t panel_bytes() const { return panel_; }
-
- private:
   // From a word and a tap on.
   SignColumns part(int64_t word, int64_t tap) const {
     const int64_t at = word * signs_.rows + tap * channels_;
     return {signs_.negative + at, signs_.nonzero + at, signs_.zeros + at / kTileRows, signs_.rows};
   }
 
+ private:
   // Of a weight whose input channels are adjacent: tap by tap.
   void arrange_taps(const ConvGeometry& g, const at::Tensor& weight, int64_t tile) const {
     const int64_t first = tile * kTileRows;
@@ -124,26 +116,28 @@ class ConvOperand {
       BK_PICK(pack_signs)(p, strip.get(), 0, divide_up(p.cols, kPackColumns));
     }
     const bool zeros = from.flags && std::any_of(from.flags, from.flags + width, [](int32_t flag) { return flag; });
-    const Buffer<int32_t> taken((2 * rows + 1) * words_);
-    int32_t* nonzero = taken.get() + rows * words_;
-    int32_t* flags = nonzero + rows * words_;
+    // For each tap both planes of all rows, and flags.
+    const int64_t planes = 2 * rows * words_;
+    const Buffer<int32_t> taken(g.taps() * planes + words_);
+    int32_t* flags = taken.get() + g.taps() * planes;
     std::fill(flags, flags + words_, 1);
-    for (int64_t tap = 0; tap < g.taps(); ++tap) {
-      for (int64_t row = 0; row < rows; ++row) {
-        const auto take = BK_PICK_PRODUCT(take_tap);
-        take(from.negative + row * width, tap, g.taps(), g.in_channels, taken.get() + row * words_);
-        if (zeros) {
-          take(from.nonzero + row * width, tap, g.taps(), g.in_channels, nonzero + row * words_);
-        }
+    for (int64_t row = 0; row < rows; ++row) {
+      const auto take = BK_PICK_PRODUCT(take_taps);
+      int32_t* to = taken.get() + row * words_;
+      take(from.negative + row * width, g.taps(), g.in_channels, to, planes);
+      if (zeros) {
+        take(from.nonzero + row * width, g.taps(), g.in_channels, to + rows * words_, planes);
       }
+    }
+    for (int64_t tap = 0; tap < g.taps(); ++tap) {
+      const int32_t* negative = taken.get() + tap * planes;
       BK_PICK_PRODUCT(arrange)
-      ({taken.get(), nonzero, zeros ? flags : nullptr, words_}, first, rows, words_, part(0, tap));
+      ({negative, negative + rows * words_, zeros ? flags : nullptr, words_}, first, rows, words_, part(0, tap));
     }
   }
 
-  int64_t channels_, words_, panel_;
+  int64_t channels_, words_;
   Buffer<int32_t> memory_;
-  Buffer<int8_t> operand_;
   SignColumns signs_;
 };
 

@@ -33,33 +33,45 @@ void quantise_pixels(const PixelRun& run, const uint32_t* tops, int shift, int8_
   }
 }
 
-void take_tap(const int32_t* words, int64_t tap, int64_t taps, int64_t cols, int32_t* to) {
+void take_taps(const int32_t* words, int64_t taps, int64_t cols, int32_t* to, int64_t tap_stride) {
 #if defined(__BMI2__)
   uint64_t every = 0;
   for (int64_t bit = 0; bit < 64; bit += taps) {
     every |= uint64_t{1} << bit;
   }
-#endif
-  for (int64_t j = 0; j < cols; j += 32) {
-    const int64_t n = min(32, cols - j);
-    int64_t bit = tap + j * taps;
-    uint64_t taken = 0;
-#if defined(__BMI2__)
-    for (int64_t done = 0; done < n;) {
+  // The bits of 64 columns are `taps` times 64.
+  for (int64_t j = 0; j < cols; j += 64) {
+    const int64_t last = min(64, cols - j) * taps;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      __builtin_memset(to + tap * tap_stride + j / 32, 0, 8);
+    }
+    for (int64_t bit = 0, before = 0; bit < last; bit += 64) {
+      // Column bit / taps has begun, or begins here, with tap `before`.
       uint64_t source;
-      __builtin_memcpy(&source, words + bit / 64 * 2, sizeof source);
-      taken |= _pext_u64(source, every << bit % 64) << done;
-      const int64_t count = (63 - bit % 64) / taps + 1;
-      done += count;
-      bit += count * taps;
+      __builtin_memcpy(&source, words + (j * taps + bit) / 32, sizeof source);
+      for (int64_t tap = 0, column = bit / taps; tap < taps; ++tap) {
+        const int64_t at = tap - before + (tap < before ? taps : 0);
+        if (at < 64) {
+          uint64_t taken;
+          __builtin_memcpy(&taken, to + tap * tap_stride + j / 32, sizeof taken);
+          taken |= _pext_u64(source, every << at) << (column + (tap < before));
+          __builtin_memcpy(to + tap * tap_stride + j / 32, &taken, sizeof taken);
+        }
+      }
+      before = (before + 64) % taps;
     }
-#else
-    for (int64_t l = 0; l < n; ++l, bit += taps) {
-      taken |= static_cast<uint64_t>(static_cast<uint32_t>(words[bit / 32]) >> bit % 32 & 1u) << l;
-    }
-#endif
-    to[j / 32] = static_cast<int32_t>(taken);
   }
+#else
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    for (int64_t j = 0; j < cols; j += 32) {
+      uint32_t taken = 0;
+      for (int64_t l = 0, bit = tap + j * taps; l < min(32, cols - j); ++l, bit += taps) {
+        taken |= (static_cast<uint32_t>(words[bit / 32]) >> bit % 32 & 1u) << l;
+      }
+      to[tap * tap_stride + j / 32] = static_cast<int32_t>(taken);
+    }
+  }
+#endif
 }
 
 }  // namespace BK_LEVEL

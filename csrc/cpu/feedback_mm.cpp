@@ -16,17 +16,15 @@
 
 #include "../common/form.h"
 #include "buffer.h"
+#include "feedback_mm_tables.h"
 #include "feedback_weight.h"
 #include "gemm.h"
 #include "lc.h"
-#include "pack_signs.h"
+#include "slab_signs.h"
 
 namespace bioplaus {
 namespace {
 
-// Columns that a thread takes at a time, once for all rows. Wide, as a weight is read fastest in long runs; two slabs
-// of bits and their non-zero plane for every thread are at most the bits of the whole weight.
-constexpr int64_t kSlab = 1024;
 // Rows whose digits are held at once: as stay in the L2 cache, and so many at least that forming the signs again costs
 // little; from a weight, which then is read again, more. More rows would be memory fresh from the system, too.
 constexpr int64_t kDigitBytes = int64_t{1} << 20;
@@ -50,54 +48,6 @@ double entry_scale(double scale, at::ScalarType dtype) {
                                 : s;
 }
 
-// Signs of a slab of up to `width` columns. Those of a weight and the seeded ones are formed 64 rows at a time.
-class SlabSigns {
- public:
-  SlabSigns(const FeedbackParams& b, int64_t width)
-      : b_(b),
-        rows_(divide_up(b.rows, kTileRows) * kTileRows),
-        words_(sign_words(width)),
-        memory_(2 * words_ * rows_ + (2 * kTileRows + 1) * words_ + divide_up(words_ * rows_ / kTileRows, 4)),
-        strip_(memory_.get() + 2 * words_ * rows_),
-        signs_{memory_.get(), memory_.get() + words_ * rows_,
-               reinterpret_cast<uint8_t*>(strip_ + (2 * kTileRows + 1) * words_), rows_} {}
-
-  const SignColumns& form(int64_t first, int64_t cols) const {
-    const auto arrange = BK_PICK_PRODUCT(arrange);
-    const int64_t words = sign_words(cols);
-    if (b_.signs) {
-      const int64_t width = sign_words(b_.cols);
-      const int32_t* planes = b_.signs + first / 32;
-      arrange({planes, planes + b_.rows * width, planes + 2 * b_.rows * width, width}, 0, b_.rows, words, signs_);
-      return signs_;
-    }
-    for (int64_t row = 0; row < b_.rows; row += kTileRows) {
-      const int64_t rows = std::min(kTileRows, b_.rows - row);
-      if (b_.key) {
-        BK_PICK_PRODUCT(seeded_signs)(b_.key, row, row + rows, first / kSignsPerCall, words / 4, strip_);
-        arrange({strip_, nullptr, nullptr, words}, row, rows, words, signs_);
-      } else {
-        FeedbackParams strip = b_;
-        strip.rows = rows;
-        strip.cols = cols;
-        strip.column_size[0] = cols;
-        strip.weight.data = static_cast<char*>(b_.weight.data) +
-                            (row * b_.weight.row_stride + first * b_.weight.stride[0]) * size_of(b_.weight.dtype);
-        BK_PICK(pack_signs)(strip, strip_, 0, divide_up(cols, kPackColumns));
-        arrange({strip_, strip_ + rows * words, strip_ + 2 * rows * words, words}, row, rows, words, signs_);
-      }
-    }
-    return signs_;
-  }
-
- private:
-  const FeedbackParams& b_;
-  int64_t rows_, words_;
-  Buffer<int32_t> memory_;
-  int32_t* strip_;
-  SignColumns signs_;
-};
-
 void quantise_rows(const SignProduct& p) {
   const auto kernel = BK_PICK_PRODUCT(quantise);
   const int64_t tiles = divide_up(p.rows, BK_PICK_PRODUCT(tile_rows)(p.bytes));
@@ -110,10 +60,9 @@ void quantise_rows(const SignProduct& p) {
 void multiply_slabs(const SignProduct& p, const FeedbackParams& b) {
   const auto kernel = BK_PICK_PRODUCT(multiply);
   const int64_t tiles = divide_up(p.rows, BK_PICK_PRODUCT(tile_rows)(p.bytes));
-  // At least two slabs a thread where there are the columns, else parts of the rows.
+  // Parts of the rows where there are too few slabs.
   const int64_t threads = at::get_num_threads();
-  const int64_t panels = divide_up(p.cols, kPanel);
-  const int64_t width = std::clamp<int64_t>(panels / (2 * threads), 1, kSlab / kPanel) * kPanel;
+  const int64_t width = slab_width(p.cols, threads);
   const int64_t slabs = divide_up(p.cols, width);
   const int64_t parts = std::clamp<int64_t>(threads / slabs, 1, tiles);
   at::parallel_for(0, slabs * parts, 1, [&](int64_t begin, int64_t end) {
@@ -447,10 +396,11 @@ at::Tensor tile_product(const at::Tensor& grad, const FeedbackParams& b) {
   return out;
 }
 
-at::Tensor feedback_mm_cpu(const at::Tensor& grad_output, const std::optional<at::Tensor>& weight,
-                           const std::optional<at::Tensor>& signs, const std::optional<at::Tensor>& magnitude,
-                           const std::optional<at::Tensor>& key, c10::string_view entries, double scale,
-                           int64_t in_features) {
+// An empty `way`: the fastest.
+at::Tensor product(const at::Tensor& grad_output, const std::optional<at::Tensor>& weight,
+                   const std::optional<at::Tensor>& signs, const std::optional<at::Tensor>& magnitude,
+                   const std::optional<at::Tensor>& key, c10::string_view entries, double scale, int64_t in_features,
+                   c10::string_view way) {
   check_floating("grad_output", grad_output);
   TORCH_CHECK_VALUE(grad_output.dim() == 2, "grad_output: expected 2 dimensions, got shape ",
                     tuple(grad_output.sizes()));
@@ -469,14 +419,34 @@ at::Tensor feedback_mm_cpu(const at::Tensor& grad_output, const std::optional<at
   FeedbackParams& b = formula.p;
   b.out.dtype = to_dtype("grad_output", dtype);
   if (b.entries == Entries::Constant && dtype != at::kDouble && size[0] <= kMaxDepth) {
-    return sign_product(grad_output, b);
+    const bool tables = way.empty() ? dtype == at::kFloat && tables_are_faster() : way == "tables";
+    const at::Tensor out = tables ? table_product(grad_output, b) : at::Tensor();
+    return out.defined() ? out : sign_product(grad_output, b);
   }
   return torch_is_faster(dtype, grad_output.size(0), b.rows, b.cols) ? slab_product(grad_output, b)
                                                                      : tile_product(grad_output, b);
 }
 
+at::Tensor feedback_mm_cpu(const at::Tensor& grad_output, const std::optional<at::Tensor>& weight,
+                           const std::optional<at::Tensor>& signs, const std::optional<at::Tensor>& magnitude,
+                           const std::optional<at::Tensor>& key, c10::string_view entries, double scale,
+                           int64_t in_features) {
+  return product(grad_output, weight, signs, magnitude, key, entries, scale, in_features, "");
+}
+
+at::Tensor feedback_mm_by_cpu(const at::Tensor& grad_output, const std::optional<at::Tensor>& weight,
+                              const std::optional<at::Tensor>& signs, const std::optional<at::Tensor>& magnitude,
+                              const std::optional<at::Tensor>& key, c10::string_view entries, double scale,
+                              int64_t in_features, c10::string_view way) {
+  check_way(way, entries, grad_output.scalar_type());
+  return product(grad_output, weight, signs, magnitude, key, entries, scale, in_features, way);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bioplaus, CPU, m) { m.impl("feedback_mm", feedback_mm_cpu); }
+TORCH_LIBRARY_IMPL(bioplaus, CPU, m) {
+  m.impl("feedback_mm", feedback_mm_cpu);
+  m.impl("feedback_mm_by", feedback_mm_by_cpu);
+}
 
 }  // namespace bioplaus

@@ -1,0 +1,100 @@
+// What the ways to a product by ±s share on the host: which to take, signs of a slab of B, and which of them are 0.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+
+#include "../common/form.h"
+#include "buffer.h"
+#include "feedback_mm.h"
+#include "pack_signs.h"
+
+namespace bioplaus {
+
+// Columns that a thread takes at a time, once for all rows. Wide, as a weight is read fastest in long runs; two slabs
+// of bits and their non-zero plane for every thread are at most the bits of the whole weight.
+constexpr int64_t kSlab = 1024;
+// Whether sums of table entries (tables.h) beat integer digits, and convolutions of the vendor's: by level alone, as
+// the two differ in their bits.
+inline bool tables_are_faster() {
+  return product_level() == ProductLevel::AVX512 || product_level() == ProductLevel::AVX512_VNNI;
+}
+
+inline void check_way(c10::string_view way, c10::string_view entries, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(way == "digits" || way == "tables", "way: expected one of ('digits', 'tables'), got '", way, "'");
+  TORCH_CHECK_VALUE(entries == "constant", "way: expected entries='constant', got '", entries, "'");
+  TORCH_CHECK_VALUE(dtype == at::kFloat, "way: expected a grad_output of float32, got ", dtype_name(dtype));
+}
+
+// At least two slabs a thread where there are the columns.
+inline int64_t slab_width(int64_t cols, int64_t threads) {
+  return std::clamp<int64_t>(divide_up(cols, kPanel) / (2 * threads), 1, kSlab / kPanel) * kPanel;
+}
+
+// Signs of a slab of up to `width` columns. Those of a weight and the seeded ones are formed 64 rows at a time.
+class SlabSigns {
+ public:
+  SlabSigns(const FeedbackParams& b, int64_t width)
+      : b_(b),
+        rows_(divide_up(b.rows, kTileRows) * kTileRows),
+        words_(sign_words(width)),
+        memory_(2 * words_ * rows_ + (2 * kTileRows + 1) * words_ + divide_up(words_ * rows_ / kTileRows, 4)),
+        strip_(memory_.get() + 2 * words_ * rows_),
+        signs_{memory_.get(), memory_.get() + words_ * rows_,
+               reinterpret_cast<uint8_t*>(strip_ + (2 * kTileRows + 1) * words_), rows_} {}
+
+  const SignColumns& form(int64_t first, int64_t cols) const {
+    const auto arrange = BK_PICK_PRODUCT(arrange);
+    const int64_t words = sign_words(cols);
+    if (b_.signs) {
+      const int64_t width = sign_words(b_.cols);
+      const int32_t* planes = b_.signs + first / 32;
+      arrange({planes, planes + b_.rows * width, planes + 2 * b_.rows * width, width}, 0, b_.rows, words, signs_);
+      return signs_;
+    }
+    for (int64_t row = 0; row < b_.rows; row += kTileRows) {
+      const int64_t rows = std::min(kTileRows, b_.rows - row);
+      if (b_.key) {
+        BK_PICK_PRODUCT(seeded_signs)(b_.key, row, row + rows, first / kSignsPerCall, words / 4, strip_);
+        arrange({strip_, nullptr, nullptr, words}, row, rows, words, signs_);
+      } else {
+        FeedbackParams strip = b_;
+        strip.rows = rows;
+        strip.cols = cols;
+        strip.column_size[0] = cols;
+        strip.weight.data = static_cast<char*>(b_.weight.data) +
+                            (row * b_.weight.row_stride + first * b_.weight.stride[0]) * size_of(b_.weight.dtype);
+        BK_PICK(pack_signs)(strip, strip_, 0, divide_up(cols, kPackColumns));
+        arrange({strip_, strip_ + rows * words, strip_ + 2 * rows * words, words}, row, rows, words, signs_);
+      }
+    }
+    return signs_;
+  }
+
+ private:
+  const FeedbackParams& b_;
+  int64_t rows_, words_;
+  Buffer<int32_t> memory_;
+  int32_t* strip_;
+  SignColumns signs_;
+};
+
+// Calls zero(row, column) for each sign that is 0 of the first `rows` rows and `cols` columns.
+template <typename Zero>
+void for_zeros(const SignColumns& signs, int64_t rows, int64_t cols, const Zero& zero) {
+  for (int64_t word = 0; word * 32 < cols; ++word) {
+    const int64_t left = cols - word * 32;
+    const uint32_t used = left < 32 ? (1u << left) - 1 : ~0u;
+    for (int64_t tile = 0; tile * kTileRows < rows; ++tile) {
+      if (signs.zeros[word * (signs.rows / kTileRows) + tile]) {
+        for (int64_t row = tile * kTileRows; row < std::min(rows, (tile + 1) * kTileRows); ++row) {
+          for (uint32_t z = ~static_cast<uint32_t>(signs.nonzero[word * signs.rows + row]) & used; z; z &= z - 1) {
+            zero(row, word * 32 + std::countr_zero(z));
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace bioplaus

@@ -1,0 +1,56 @@
+// Products by ±1 in float32 as sums of table entries.
+//
+// Four entries of a row of dY have 16 signed sums ±a ± b ± c ± d, a table that fills one vector register. The signs
+// that four rows of σ have in a column are a place in it: one permutation and one addition bring 16 columns what would
+// be four fused multiply-adds. An entry of σ that is 0 counts as 1 here.
+#pragma once
+
+#include "feedback_mm.h"
+
+namespace bioplaus {
+
+// Of so many entries along K the places in a column are one word, 4 bits each from the lowest: bit b of a place is set
+// where the sign of entry b is negative.
+constexpr int64_t kTableDepth = 32;
+constexpr int64_t kTableFloats = kTableDepth / 4 * 16;
+constexpr int64_t kPlaceColumns = 64;
+// Errors grow with the length of a sum: so many blocks at most are added before they are added to the others.
+constexpr int64_t kPassBlocks = 4;
+// Tables that stay in the L2 cache.
+constexpr int64_t kTablesFloats = int64_t{1} << 17;
+// Entries of σ for each that is 0, at least.
+constexpr int64_t kDense = 4096;
+
+// A row of dX: where its tables begin, in floats.
+struct TableRow {
+  int64_t tables;
+  float* out;
+};
+
+// The blocks of kTableDepth that a row sums: floats from its first table, and words from a panel's first place.
+struct TableRun {
+  const int64_t* tables;
+  const int64_t* places;
+  int64_t blocks;
+};
+
+// Tables of `rows` rows of `depth` adjacent floats, `stride` apart; the last block is filled with zeros.
+BK_DECLARE(void form_tables(const float* x, int64_t stride, int64_t rows, int64_t depth, float* to))
+
+// Places of `blocks` blocks of rows of σ, and its first kPlaceColumns columns.
+BK_DECLARE(void form_places(const SignColumns& signs, int64_t blocks, int32_t* to))
+
+// Sums of the entries of `run`, added to dX where `add`, times scale. Panels of kPlaceColumns columns have their places
+// `panel` words apart.
+struct TableSums {
+  const float* tables;
+  TableRun run;
+  const int32_t* places;
+  int64_t panel;
+  bool add;
+  float scale;
+};
+
+BK_DECLARE(void sum_tables(const TableSums& s, const TableRow* rows, int64_t count, int64_t cols))
+
+}  // namespace bioplaus

@@ -1,0 +1,280 @@
+// Tables of tables.h, and the sums of their entries.
+//
+// Roofline: a permutation and an addition for 64 multiply-adds, where a fused multiply-add does 16; tables are written
+// once, 16 bytes an entry of dY, and read from the L2 cache for each kPlaceColumns columns. Every level adds in the
+// same order.
+#include "tables.h"
+
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
+namespace bioplaus {
+namespace BK_LEVEL {
+namespace {
+
+constexpr int kEntries = 16;
+int64_t passes_of(const TableRun& run) { return run.blocks > 0 ? (run.blocks - 1) / kPassBlocks + 1 : 1; }
+
+#if defined(__AVX512BW__)
+// Four tables of 16 entries. Entry i of one is (±a ± b) + (±c ± d): the first sum by i % 4, the second by i / 4.
+void form_four(__m512 x, float* to) {
+  const auto signed_by = [](__m512 v, int signs) {
+    return _mm512_castsi512_ps(
+        _mm512_xor_si512(_mm512_castps_si512(v), _mm512_maskz_set1_epi32(static_cast<__mmask16>(signs), INT32_MIN)));
+  };
+  const __m512 low =
+      _mm512_add_ps(signed_by(_mm512_permute_ps(x, 0x00), 0xAAAA), signed_by(_mm512_permute_ps(x, 0x55), 0xCCCC));
+  const __m512 high =
+      _mm512_add_ps(signed_by(_mm512_permute_ps(x, 0xAA), 0xAAAA), signed_by(_mm512_permute_ps(x, 0xFF), 0xCCCC));
+  const __m512i each = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  const auto table = [&](__m512 whole, int t) {
+    const __m512 second = _mm512_permutexvar_ps(_mm512_add_epi32(each, _mm512_set1_epi32(4 * t)), high);
+    _mm512_storeu_ps(to + kEntries * t, _mm512_add_ps(whole, second));
+  };
+  table(_mm512_shuffle_f32x4(low, low, 0x00), 0);
+  table(_mm512_shuffle_f32x4(low, low, 0x55), 1);
+  table(_mm512_shuffle_f32x4(low, low, 0xAA), 2);
+  table(_mm512_shuffle_f32x4(low, low, 0xFF), 3);
+}
+
+#define BK_MEMBER __attribute__((always_inline))
+
+// VECTORS times 16 columns: their places, and a row's sums. Structs of structs, as compilers keep arrays in memory.
+template <int VECTORS>
+struct Places {
+  __m512i x;
+  Places<VECTORS - 1> more;
+
+  BK_MEMBER void load(const int32_t* from) {
+    x = _mm512_loadu_si512(from);
+    more.load(from + 16);
+  }
+  BK_MEMBER void next() {
+    x = _mm512_srli_epi32(x, 4);
+    more.next();
+  }
+};
+
+template <>
+struct Places<0> {
+  BK_MEMBER void load(const int32_t*) {}
+  BK_MEMBER void next() {}
+};
+
+template <int VECTORS>
+struct Sums {
+  __m512 x;
+  Sums<VECTORS - 1> more;
+
+  BK_MEMBER void clear() {
+    x = _mm512_setzero_ps();
+    more.clear();
+  }
+  BK_MEMBER void add(__m512 table, const Places<VECTORS>& at) {
+    x = _mm512_add_ps(x, _mm512_permutexvar_ps(at.x, table));
+    more.add(table, at.more);
+  }
+  // Adds what passes before have left in `running`.
+  BK_MEMBER void pass(float* running, bool first) {
+    x = first ? x : _mm512_add_ps(_mm512_loadu_ps(running), x);
+    _mm512_storeu_ps(running, x);
+    more.pass(running + 16, first);
+  }
+  BK_MEMBER void finish(float* out, int64_t cols, bool add, float scale) const {
+    const __mmask16 some = cols >= 16 ? 0xFFFF : static_cast<__mmask16>((1 << cols) - 1);
+    const __m512 sum = add ? _mm512_add_ps(_mm512_maskz_loadu_ps(some, out), x) : x;
+    _mm512_mask_storeu_ps(out, some, _mm512_mul_ps(sum, _mm512_set1_ps(scale)));
+    more.finish(out + 16, cols - 16, add, scale);
+  }
+};
+
+template <>
+struct Sums<0> {
+  BK_MEMBER void clear() {}
+  BK_MEMBER void add(__m512, const Places<0>&) {}
+  BK_MEMBER void pass(float*, bool) {}
+  BK_MEMBER void finish(float*, int64_t, bool, float) const {}
+};
+
+template <int ROWS, int VECTORS>
+struct Block {
+  Sums<VECTORS> sums;
+  const float* from;
+  Block<ROWS - 1, VECTORS> below;
+
+  BK_MEMBER void clear() {
+    sums.clear();
+    below.clear();
+  }
+  BK_MEMBER void start(const float* tables, const TableRow* rows) {
+    from = tables + rows->tables;
+    below.start(tables, rows + 1);
+  }
+  BK_MEMBER void add(int64_t t, const Places<VECTORS>& at) {
+    sums.add(_mm512_loadu_ps(from + t), at);
+    below.add(t, at);
+  }
+  BK_MEMBER void pass(float* running, bool first) {
+    sums.pass(running, first);
+    below.pass(running + kPlaceColumns, first);
+  }
+  BK_MEMBER void finish(const TableRow* rows, int64_t first, int64_t cols, bool add, float scale) const {
+    sums.finish(rows->out + first, cols, add, scale);
+    below.finish(rows + 1, first, cols, add, scale);
+  }
+};
+
+template <int VECTORS>
+struct Block<0, VECTORS> {
+  BK_MEMBER void clear() {}
+  BK_MEMBER void start(const float*, const TableRow*) {}
+  BK_MEMBER void add(int64_t, const Places<VECTORS>&) {}
+  BK_MEMBER void pass(float*, bool) {}
+  BK_MEMBER void finish(const TableRow*, int64_t, int64_t, bool, float) const {}
+};
+
+// Columns first … first + cols − 1 of ROWS rows.
+template <int ROWS, int VECTORS>
+__attribute__((noinline)) void sum_some(const TableSums& s, const TableRow* rows, const int32_t* places, int64_t first,
+                                        int64_t cols) {
+  alignas(64) float running[ROWS * kPlaceColumns];
+  const int64_t passes = passes_of(s.run);
+  Block<ROWS, VECTORS> block;
+  for (int64_t pass = 0, i = 0; pass < passes; ++pass) {
+    block.clear();
+    for (; i < s.run.blocks * (pass + 1) / passes; ++i) {
+      block.start(s.tables + s.run.tables[i], rows);
+      Places<VECTORS> at;
+      at.load(places + s.run.places[i]);
+#pragma GCC unroll 1
+      for (int64_t t = 0; t < kTableFloats; t += kEntries) {
+        block.add(t, at);
+        at.next();
+      }
+    }
+    if (passes > 1) {
+      block.pass(running, pass == 0);
+    }
+  }
+  block.finish(rows, first, cols, s.add, s.scale);
+}
+
+template <int ROWS, int VECTORS>
+void sum_rows(int64_t n, const TableSums& s, const TableRow* rows, const int32_t* places, int64_t first, int64_t cols) {
+  if (n == ROWS) {
+    sum_some<ROWS, VECTORS>(s, rows, places, first, cols);
+  } else if constexpr (ROWS > 1) {
+    sum_rows<ROWS - 1, VECTORS>(n, s, rows, places, first, cols);
+  }
+}
+
+// As many sums at once as there are registers for.
+int64_t most_rows(int64_t cols) { return cols > 48 ? 6 : cols > 32 ? 8 : 12; }
+
+void sum_columns(int64_t n, const TableSums& s, const TableRow* rows, const int32_t* places, int64_t first,
+                 int64_t cols) {
+  const auto kernel = cols > 48   ? sum_rows<6, 4>
+                      : cols > 32 ? sum_rows<8, 3>
+                      : cols > 16 ? sum_rows<12, 2>
+                                  : sum_rows<12, 1>;
+  kernel(n, s, rows, places, first, cols);
+}
+#else
+void form_four(const float* x, float* to) {
+  for (int i = 0; i < 4 * kEntries; ++i) {
+    const float* of = x + i / kEntries * 4;
+    const auto entry = [&](int b) { return i >> b & 1 ? -of[b] : of[b]; };
+    to[i] = (entry(0) + entry(1)) + (entry(2) + entry(3));
+  }
+}
+
+int64_t most_rows(int64_t) { return 1; }
+
+void sum_columns(int64_t, const TableSums& s, const TableRow* row, const int32_t* places, int64_t first, int64_t cols) {
+  float running[kPlaceColumns] = {};
+  const int64_t passes = passes_of(s.run);
+  for (int64_t pass = 0, i = 0; pass < passes; ++pass) {
+    float sums[kPlaceColumns] = {};
+    for (; i < s.run.blocks * (pass + 1) / passes; ++i) {
+      const float* from = s.tables + row->tables + s.run.tables[i];
+      const int32_t* at = places + s.run.places[i];
+      for (int t = 0; t < kTableFloats / kEntries; ++t) {
+        for (int64_t c = 0; c < cols; ++c) {
+          sums[c] += from[t * kEntries + (static_cast<uint32_t>(at[c]) >> 4 * t) % kEntries];
+        }
+      }
+    }
+    for (int64_t c = 0; c < cols; ++c) {
+      running[c] = pass > 0 ? running[c] + sums[c] : sums[c];
+    }
+  }
+  for (int64_t c = 0; c < cols; ++c) {
+    float& out = row->out[first + c];
+    out = (s.add ? out + running[c] : running[c]) * s.scale;
+  }
+}
+#endif
+
+}  // namespace
+
+void form_tables(const float* x, int64_t stride, int64_t rows, int64_t depth, float* to) {
+  for (int64_t i = 0; i < rows; ++i, x += stride) {
+    for (int64_t k = 0; k < (depth + kTableDepth - 1) / kTableDepth * kTableDepth; k += kEntries, to += 4 * kEntries) {
+      const int64_t left = depth - k;
+#if defined(__AVX512BW__)
+      const __mmask16 some = left >= 16 ? 0xFFFF : left <= 0 ? 0 : static_cast<__mmask16>((1 << left) - 1);
+      form_four(_mm512_maskz_loadu_ps(some, x + k), to);
+#else
+      float some[kEntries] = {};
+      for (int64_t l = 0; l < kEntries && l < left; ++l) {
+        some[l] = x[k + l];
+      }
+      form_four(some, to);
+#endif
+    }
+  }
+}
+
+void form_places(const SignColumns& signs, int64_t blocks, int32_t* to) {
+  for (int64_t i = 0; i < blocks; ++i) {
+    for (int64_t word = 0; word < kPlaceColumns / 32; ++word) {
+      const int32_t* rows = signs.negative + word * signs.rows + i * kTableDepth;
+      int32_t* places = to + i * kPlaceColumns + 32 * word;
+#if defined(__AVX512BW__)
+      __m512i left = _mm512_setzero_si512(), right = left, bit = _mm512_set1_epi32(1);
+      for (int r = 0; r < kTableDepth; ++r, bit = _mm512_slli_epi32(bit, 1)) {
+        const uint32_t signs_of_row = static_cast<uint32_t>(rows[r]);
+        left = _mm512_mask_or_epi32(left, static_cast<__mmask16>(signs_of_row), left, bit);
+        right = _mm512_mask_or_epi32(right, static_cast<__mmask16>(signs_of_row >> 16), right, bit);
+      }
+      _mm512_storeu_si512(places, left);
+      _mm512_storeu_si512(places + 16, right);
+#else
+      uint32_t of_columns[32] = {};
+      for (int r = 0; r < kTableDepth; ++r) {
+        for (int c = 0; c < 32; ++c) {
+          of_columns[c] |= (static_cast<uint32_t>(rows[r]) >> c & 1u) << r;
+        }
+      }
+      __builtin_memcpy(places, of_columns, sizeof of_columns);
+#endif
+    }
+  }
+}
+
+void sum_tables(const TableSums& s, const TableRow* rows, int64_t count, int64_t cols) {
+  const int32_t* places = s.places;
+  for (int64_t first = 0; first < cols; first += kPlaceColumns, places += s.panel) {
+    const int64_t width = cols - first < kPlaceColumns ? cols - first : kPlaceColumns;
+    // Of nearly the same number of rows, as a few of them would take as long as many.
+    const int64_t parts = (count + most_rows(width) - 1) / most_rows(width);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = count * part / parts;
+      sum_columns(count * (part + 1) / parts - begin, s, rows + begin, places, first, width);
+    }
+  }
+}
+
+}  // namespace BK_LEVEL
+}  // namespace bioplaus
