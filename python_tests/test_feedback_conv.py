@@ -32,6 +32,15 @@ SHAPES = [
     (64, 16, (9,), (9000,), (2,), (3,), (1,)),
     (64, 16, (3, 3, 3), (9, 24, 24), (2, 1, 1), (1, 1, 1), (1, 1, 1)),
     (520, 32, (3, 3), (7, 7), (1, 1), (1, 1), (1, 1)),
+    # More than 64 input channels and a tap, more taps than a word has bits.
+    (64, 130, (3, 3), (5, 6), (1, 1), (1, 1), (1, 1)),
+    (5, 70, (9, 9), (12, 11), (1, 1), (4, 4), (1, 1)),
+    (8, 66, (100,), (130,), (1,), (3,), (1,)),
+    # Bands where some of dY reaches padding alone, dilated, and strides that leave pixels out.
+    (64, 16, (3, 3), (90, 60), (3, 2), (7, 5), (2, 1)),
+    (64, 16, (2, 2), (91, 62), (4, 4), (1, 0), (1, 1)),
+    # Pixels of 1x1, of any band.
+    (70, 64, (1, 1), (50, 40), (1, 1), (0, 0), (1, 1)),
 ]
 
 
@@ -115,13 +124,66 @@ def test_tables_are_more_accurate_than_torch(shape: tuple) -> None:
     assert ours < torchs
 
 
+def took_the_vendors(way: str, *arguments: object) -> bool:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        by(way, *arguments)
+    return any(event.name == "aten::convolution_backward" for event in profiler.events())
+
+
+@needs_library
+def test_what_is_for_tables() -> None:
+    for shape in (*SHAPES, *WIDE[:2]):
+        grad, weight, geometry = problem(shape, 2)
+        assert not took_the_vendors("tables", grad, weight, None, None, None, "constant", 0.5, *geometry), shape
+    # Bands that share most of their tables, more than 128 taps, a row of dY of many megabytes.
+    for shape in (
+        WIDE[2],
+        (4, 4, (129,), (140,), (1,), (0,), (1,)),
+        (64, 1, (3, 3), (4, 5000), (1, 1), (1, 1), (1, 1)),
+    ):
+        grad, weight, geometry = problem(shape, 1)
+        assert took_the_vendors("tables", grad, weight, None, None, None, "constant", 0.5, *geometry), shape
+
+
 @needs_library
 def test_many_zeros_are_not_for_tables() -> None:
-    """Pruned: the same bits as B formed and torch's convolution."""
+    """Pruned: the same bits as B formed and torch's convolution. One in 4,096, and one more, is not many."""
     grad, weight, geometry = problem(SHAPES[0])
+    few = weight.numel() // 4096 + 1
+    weight.flatten()[:few] = 0
+    rest = (None, None, None, "constant", 0.5, *geometry)
+    assert not took_the_vendors("tables", grad, weight, *rest)
+    weight.flatten()[: few + 1] = 0
+    assert took_the_vendors("tables", grad, weight, *rest)
     weight *= torch.rand_like(weight).round()
-    args = (grad, weight, None, None, None, "constant", 0.5, *geometry)
-    torch.testing.assert_close(by("tables", *args), reference.feedback_conv(*args), rtol=0, atol=0)
+    found = by("tables", grad, weight, *rest)
+    torch.testing.assert_close(found, reference.feedback_conv(grad, weight, *rest), rtol=0, atol=0)
+
+
+@needs_library
+@pytest.mark.parametrize("way", WAYS)
+def test_an_expanded_gradient(way: str) -> None:
+    _, weight, geometry = problem(SHAPES[0])
+    grad = torch.randn(1, 64, 1, 1).expand(3, 64, *output_size(SHAPES[0]))
+    rest = (weight, None, None, None, "constant", 0.5, *geometry)
+    assert torch.equal(by(way, grad, *rest), by(way, grad.contiguous(), *rest))
+
+
+@needs_library
+def test_tables_have_the_same_bits_whatever_the_blocks() -> None:
+    """Threads without a sample of their own take bands, and parts of the columns."""
+    before = torch.get_num_threads()
+    try:
+        for shape in (SHAPES[0], SHAPES[4], SHAPES[10], SHAPES[12], (32, 200, (3, 3), (6, 5), (1, 1), (1, 1), (1, 1))):
+            grad, weight, geometry = problem(shape, 9)
+            args = (weight, None, None, None, "constant", 0.5, *geometry)
+            found = []
+            for threads in (1, 2, 3, 16):
+                torch.set_num_threads(threads)
+                found += [by("tables", grad, *args)[:2], by("tables", grad[:1], *args), by("tables", grad[:2], *args)]
+            assert all(torch.equal(x, found[0][: len(x)]) for x in found), shape
+    finally:
+        torch.set_num_threads(before)
 
 
 @needs_library
@@ -229,12 +291,16 @@ def test_wide_dilation_is_not_for_digits(shape: Sequence) -> None:
 
 
 @needs_library
-def test_an_image_beyond_64_bits() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_an_image_beyond_64_bits(way: str) -> None:
     """Of an expanded gradient, which takes no memory: what torch says of its own, and no division by 0."""
-    grad = torch.ones(1, 1, 1, 1, 1).expand(1, 2**16, 2, 2**23, 2**22)
     seeded = (None, None, None, torch.tensor([2, 7, 11]), "constant", 1.0)
+    grad = torch.ones(1, 1, 1, 1, 1).expand(1, 2**16, 2, 2**23, 2**22)
     with pytest.raises(RuntimeError):
-        ops.feedback_conv(grad, *seeded, [2**16, 1, 1, 1, 2], [2, 2**23, 2**22], [1] * 3, [0, 0, 2**21], [1, 1, 2**22])
+        by(way, grad, *seeded, [2**16, 1, 1, 1, 2], [2, 2**23, 2**22], [1] * 3, [0, 0, 2**21], [1, 1, 2**22])
+    grad = torch.ones(1, 1, 1, 1, 1).expand(1, 2**17, 1, 2**23, 2**22)
+    with pytest.raises(RuntimeError):
+        by(way, grad, *seeded, [2**17, 1, 2, 1, 1], [2, 2**23, 2**22], [1] * 3, [0] * 3, [1] * 3)
 
 
 def test_nothing_to_do() -> None:

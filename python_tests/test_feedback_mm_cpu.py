@@ -154,6 +154,34 @@ def test_shapes(dtype: torch.dtype) -> None:
             assert ((actual.double() - expected).abs() <= allowed)[finite].all(), (m, k, n)
 
 
+def test_what_is_for_tables() -> None:
+    """Few zeros: their bits are not those of digits, which many zeros take."""
+    g = grads(5, 600, torch.float32)[0]
+    w = weight(600, 70, False).float()
+    few = w.numel() // 4096 + 1
+    for zeros in (0, few, few + 1, w.numel()):
+        w.view(-1)[:zeros] = 0
+        digits, tables = (by(way, g, w, None, None, None, "constant", 0.37, 70) for way in WAYS)
+        assert torch.equal(digits, tables) == (zeros > few), zeros
+
+
+def test_a_zero_beside_what_is_not_finite_or_large() -> None:
+    w = torch.ones(40, 3)
+    w[7, 1] = 0
+    g = torch.ones(3, 40)
+    g[0, 7], g[1, 7], g[2, 7] = torch.inf, torch.nan, 2.0**20
+    found = by("tables", g, w, None, None, None, "constant", 2.0, 3)
+    assert found[0, 0] == found[0, 2] == torch.inf and found[:2, 1].isnan().all() and found[1].isnan().all()
+    # What it gave is taken off: to a rounding of the row's largest entry.
+    assert found[2, 0] == found[2, 2] == 2**21 + 78 and abs(found[2, 1] - 78) <= 2**-2
+
+
+def test_sums_are_scaled_before_they_overflow() -> None:
+    for way in WAYS:
+        found = by(way, torch.full((1, 2), 2e38), torch.ones(2, 1), None, None, None, "constant", 0.5, 1)
+        torch.testing.assert_close(found, torch.full((1, 1), 2e38))
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_more_accurate_than_torch(way: str) -> None:
     g = grads(40, 1500, torch.float32)

@@ -44,7 +44,7 @@ _TRANSPOSE: tuple[Any, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_tr
 
 
 def _way(ctx: Any, grad_output: Tensor, entries: str, shape: torch.Size) -> str:
-    # Of these, if any.
+    # Of these by a matrix product of the pixels, "product", or as a convolution, "taps", if any.
     way = _WAYS.get(native.product_level(), "")
     stride, padding, _, transposed, _, groups = ctx.geometry
     if not way or entries != "constant" or transposed or groups > 1:
@@ -55,10 +55,10 @@ def _way(ctx: Any, grad_output: Tensor, entries: str, shape: torch.Size) -> str:
         grad_output.dtype != torch.float32 or grad_output.device.type != "cpu"
     ):
         return ""
-    if way == "digits" and pointwise:
-        dense = grad_output.movedim(1, -1).is_contiguous()
-        return way if dense and not (any(s > 1 for s in stride) or any(padding)) else ""
-    return way
+    moves = any(s > 1 for s in stride) or any(padding)
+    if pointwise and not moves and grad_output.movedim(1, -1).is_contiguous():
+        return "product"
+    return "taps" if way == "tables" or not pointwise else ""
 
 
 class _Conv(torch.autograd.Function):
@@ -75,7 +75,7 @@ class _Conv(torch.autograd.Function):
         mask = ctx.needs_input_grad[:3]
         x = w = c = None
         way = _way(ctx, grad_output, feedback[4], shape) if mask[0] else ""
-        if way == "digits" and shape[2:].numel() == 1:
+        if way == "product":
             rows = grad_output.movedim(1, -1)
             weight = None if feedback[0] is None else feedback[0].flatten(1)
             product = ops.feedback_mm(rows.flatten(0, -2), weight, *feedback[1:], shape[1])

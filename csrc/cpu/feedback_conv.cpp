@@ -66,8 +66,13 @@ at::Tensor by_digits(const ConvGeometry& g, const FeedbackArgs& args, const at::
   return out.movedim(-1, 1).contiguous(lc_memory_format(grad_output));
 }
 
-at::Tensor by_tables(const ConvGeometry& g, const FeedbackArgs& args, const at::Tensor& grad_output,
+at::Tensor by_tables(const ConvGeometry& given, const FeedbackArgs& args, const at::Tensor& grad_output,
                      at::IntArrayRef size) {
+  ConvGeometry g = given;
+  if (g.taps() == 1 && g.in == g.out && g.stride == ConvSize{1, 1, 1}) {
+    // Its bands can be of any pixels.
+    g.in = g.out = {1, 1, g.pixels()};
+  }
   const std::optional<Bands> bands = table_bands(g);
   if (!bands) {
     return {};

@@ -31,7 +31,7 @@ BK_DECLARE_PRODUCT(void quantise_pixels(const PixelRun& run, const uint32_t* top
                                         int64_t block_stride, PixelSums* sums))
 
 // Of a row of sign words whose bits are those of column 0 for every tap, then of column 1: words of their own for each
-// tap, an even number of them for `cols` columns.
+// tap, with room for a multiple of 64 columns.
 BK_DECLARE_PRODUCT(void take_taps(const int32_t* words, int64_t taps, int64_t cols, int32_t* to, int64_t tap_stride))
 
 }  // namespace bioplaus

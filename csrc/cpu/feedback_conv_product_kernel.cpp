@@ -49,14 +49,15 @@ void take_taps(const int32_t* words, int64_t taps, int64_t cols, int32_t* to, in
       // Column bit / taps has begun, or begins here, with tap `before`.
       uint64_t source;
       __builtin_memcpy(&source, words + (j * taps + bit) / 32, sizeof source);
-      for (int64_t tap = 0, column = bit / taps; tap < taps; ++tap) {
-        const int64_t at = tap - before + (tap < before ? taps : 0);
-        if (at < 64) {
-          uint64_t taken;
-          __builtin_memcpy(&taken, to + tap * tap_stride + j / 32, sizeof taken);
-          taken |= _pext_u64(source, every << at) << (column + (tap < before));
-          __builtin_memcpy(to + tap * tap_stride + j / 32, &taken, sizeof taken);
+      for (int64_t at = 0, tap = before, column = bit / taps; at < min(64, taps); ++at, ++tap) {
+        if (tap == taps) {
+          tap = 0;
+          ++column;
         }
+        uint64_t taken;
+        __builtin_memcpy(&taken, to + tap * tap_stride + j / 32, sizeof taken);
+        taken |= _pext_u64(source, every << at) << column;
+        __builtin_memcpy(to + tap * tap_stride + j / 32, &taken, sizeof taken);
       }
       before = (before + 64) % taps;
     }

@@ -22,33 +22,45 @@
 namespace bioplaus {
 namespace {
 
-// Taps at most: every class has a list of its own.
+// Taps at most, as every class has a list of its own.
 constexpr int64_t kTableTaps = 128;
+// Tables of a block that stay in the L2 cache, and the most where bands would otherwise share most of them, in floats.
+constexpr int64_t kTablesFloats = int64_t{1} << 17;
+constexpr int64_t kMostFloats = 4 * kTablesFloats;
 
-// Coordinates x = first + stride · j of dX that see the same taps: pixels j + shift of dY.
+// Coordinates x = first + stride · j of dX, j in [begin, end), that see the same taps: pixels j + shift of dY.
 struct ReachClass {
-  int64_t first;
-  std::vector<std::pair<int64_t, int64_t>> taps;  // tap, shift
-  std::vector<int64_t> x;
+  struct Tap {
+    int64_t tap, shift;
+  };
+  int64_t first, begin, end;
+  std::vector<Tap> taps;
 };
 
-std::vector<ReachClass> reach_classes(const ConvGeometry& g, int d) {
+// Those that see any. A tap is seen by the coordinates of one remainder, from some j to another.
+inline std::vector<ReachClass> reach_classes(const ConvGeometry& g, int d) {
   std::vector<ReachClass> classes;
-  for (int64_t x = 0; x < g.in[d]; ++x) {
-    ReachClass mine{x % g.stride[d], {}, {}};
+  for (int64_t first = 0; first < std::min(g.stride[d], g.in[d]); ++first) {
+    const int64_t count = divide_up(g.in[d] - first, g.stride[d]);
+    std::vector<ReachClass::Tap> taps;
+    std::vector<int64_t> cuts;
     for (int64_t k = 0; k < g.kernel[d]; ++k) {
-      int64_t o;
-      if (g.reaches(d, x, k, o) && o >= 0 && o < g.out[d]) {
-        mine.taps.emplace_back(k, o - x / g.stride[d]);
+      int64_t shift;
+      if (g.reaches(d, first, k, shift)) {
+        taps.push_back({k, shift});
+        cuts.push_back(std::clamp<int64_t>(-shift, 0, count));
+        cuts.push_back(std::clamp<int64_t>(g.out[d] - shift, 0, count));
       }
     }
-    const auto same = std::find_if(classes.rbegin(), classes.rend(),
-                                   [&](const ReachClass& c) { return c.first == mine.first && c.taps == mine.taps; });
-    if (same == classes.rend()) {
-      classes.push_back(std::move(mine));
-      classes.back().x.push_back(x);
-    } else {
-      same->x.push_back(x);
+    std::sort(cuts.begin(), cuts.end());
+    for (size_t i = 1; i < cuts.size(); ++i) {
+      ReachClass mine{first, cuts[i - 1], cuts[i], {}};
+      std::copy_if(taps.begin(), taps.end(), std::back_inserter(mine.taps), [&](const ReachClass::Tap& tap) {
+        return mine.begin + tap.shift >= 0 && mine.end + tap.shift <= g.out[d];
+      });
+      if (mine.begin < mine.end && !mine.taps.empty()) {
+        classes.push_back(std::move(mine));
+      }
     }
   }
   return classes;
@@ -63,20 +75,25 @@ struct Bands {
 
 inline int64_t table_blocks(const ConvGeometry& g) { return divide_up(g.out_channels, kTableDepth); }
 
-// None where bands would share most of their tables.
+// None where a row of dY is too large, or bands would share most of their tables.
 inline std::optional<Bands> table_bands(const ConvGeometry& g) {
   const int outer = g.in[0] > 1 || g.out[0] > 1 ? 0 : g.in[1] > 1 || g.out[1] > 1 ? 1 : 2;
-  const int64_t all = g.out[outer], stride = g.stride[outer];
-  const int64_t row = g.out[0] * g.out[1] * g.out[2] / all * table_blocks(g) * kTableFloats;
-  const int64_t shared = ((g.kernel[outer] - 1) * g.dilation[outer] + stride - 1) / stride;
-  // More than fit the L2 cache rather than tables that bands share.
-  const int64_t rows = std::max(kTablesFloats / row, std::min(4 * kTablesFloats / row, 2 * shared + 1));
-  const int64_t bands = rows >= all ? 1 : divide_up(all, std::max<int64_t>(rows - shared, 1));
-  const int64_t mine = divide_up(divide_up(g.in[outer], stride), bands);
-  if (g.taps() > kTableTaps || (bands > 1 && shared > mine)) {
+  double floats = static_cast<double>(table_blocks(g)) * kTableFloats;
+  for (int d = 0; d < kConvDims; ++d) {
+    floats *= d == outer ? 1.0 : static_cast<double>(g.out[d]);
+  }
+  if (g.taps() > kTableTaps || floats > kMostFloats) {
     return std::nullopt;
   }
-  return Bands{outer, mine * stride, std::min(all, mine + shared)};
+  const int64_t row = static_cast<int64_t>(floats), all = g.out[outer], stride = g.stride[outer];
+  const int64_t shared = divide_up((g.kernel[outer] - 1) * g.dilation[outer], stride);
+  const int64_t rows = std::max(kTablesFloats / row, std::min(kMostFloats / row, 2 * shared + 1));
+  // As many as there are threads without a sample of their own, too.
+  const int64_t fewest = std::min(divide_up(at::get_num_threads(), g.samples), all / (shared + 1));
+  const int64_t bands = std::max(rows >= all ? 1 : divide_up(all, std::max<int64_t>(rows - shared, 1)), fewest);
+  const int64_t mine = divide_up(divide_up(g.in[outer], stride), bands);
+  return bands > 1 && shared > mine ? std::nullopt
+                                    : std::optional(Bands{outer, mine * stride, std::min(all, mine + shared)});
 }
 
 struct ZeroSign {
@@ -85,11 +102,14 @@ struct ZeroSign {
 
 // None where there are too many.
 inline std::optional<std::vector<ZeroSign>> zero_signs(const ConvGeometry& g, const ConvSigns& signs) {
+  const int64_t most = most_zeros(g.taps() * g.out_channels, g.in_channels);
   std::vector<ZeroSign> zeros;
   for (int64_t tap = 0; tap < g.taps(); ++tap) {
-    for_zeros(signs.part(0, tap), g.out_channels, g.in_channels,
-              [&](int64_t row, int64_t column) { zeros.push_back({tap, row, column}); });
-    if (static_cast<int64_t>(zeros.size()) > g.taps() * g.out_channels * g.in_channels / kDense + 1) {
+    const bool few = for_zeros(signs.part(0, tap), g.out_channels, g.in_channels, [&](int64_t row, int64_t column) {
+      zeros.push_back({tap, row, column});
+      return static_cast<int64_t>(zeros.size()) <= most;
+    });
+    if (!few) {
       return std::nullopt;
     }
   }
@@ -104,15 +124,16 @@ class TableProduct {
       : g_(g),
         bands_(bands),
         zeros_(std::move(zeros)),
+        panels_(divide_up(g.in_channels, kPlaceColumns)),
         panel_(g.taps() * table_blocks(g) * kPlaceColumns),
-        places_(divide_up(g.in_channels, kPlaceColumns) * panel_),
+        places_(panels_ * panel_),
         pixel_(table_blocks(g) * kTableFloats),
         inner_(g.out[0] * g.out[1] * g.out[2] / g.out[bands.outer]),
         scale_(static_cast<float>(scale)),
         planes_(planes),
         grad_(grad.const_data_ptr<float>()),
         out_(out.mutable_data_ptr<float>()) {
-    at::parallel_for(0, divide_up(g.in_channels, kPlaceColumns), 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, panels_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         for (int64_t tap = 0; tap < g.taps(); ++tap) {
           BK_PICK(form_places)
@@ -123,6 +144,11 @@ class TableProduct {
     });
     for (int d = 0; d < kConvDims; ++d) {
       classes_[d] = reach_classes(g, d);
+      int64_t reached = 0;
+      for (const ReachClass& c : classes_[d]) {
+        reached += c.end - c.begin;
+      }
+      whole_ = whole_ && reached == g.in[d];
     }
     for (const ReachClass& a : classes_[0]) {
       for (const ReachClass& b : classes_[1]) {
@@ -134,16 +160,21 @@ class TableProduct {
   }
 
   void run() const {
-    const int64_t bands = divide_up(g_.in[bands_.outer], bands_.length);
-    const int64_t floats = bands_.rows * inner_ * pixel_;
+    const int64_t bands = divide_up(g_.in[bands_.outer], bands_.length), threads = at::get_num_threads();
+    const int64_t floats = bands_.rows * inner_ * pixel_ + pixels_of(bands_.length) * g_.in_channels;
     // Small samples share a pass over the places.
     const int64_t group =
-        bands > 1 ? 1 : std::clamp<int64_t>(kTablesFloats / floats, 1, divide_up(g_.samples, at::get_num_threads()));
-    at::parallel_for(0, divide_up(g_.samples, group) * bands, 1, [&](int64_t begin, int64_t end) {
+        bands > 1 ? 1 : std::clamp<int64_t>(kTablesFloats / floats, 1, divide_up(g_.samples, threads));
+    const int64_t blocks = divide_up(g_.samples, group) * bands;
+    // Where there are too few blocks, parts of the columns, which each form the tables.
+    const int64_t parts = std::clamp<int64_t>(threads / blocks, 1, panels_);
+    at::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
       Workspace w(*this, group);
       for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t sample = unit / bands * group;
-        block(w, sample, std::min(group, g_.samples - sample), unit % bands * bands_.length);
+        const int64_t sample = unit / parts / bands * group, part = unit % parts;
+        w.first = panels_ * part / parts * kPlaceColumns;
+        w.cols = std::min(panels_ * (part + 1) / parts * kPlaceColumns, g_.in_channels) - w.first;
+        block(w, sample, std::min(group, g_.samples - sample), unit / parts % bands * bands_.length);
       }
     });
   }
@@ -153,13 +184,13 @@ class TableProduct {
     Workspace(const TableProduct& p, int64_t group)
         : tables(group * p.bands_.rows * p.inner_ * p.pixel_),
           grad(p.planes_ ? group * p.bands_.rows * p.inner_ * p.g_.out_channels : 0),
-          out(p.planes_ ? group * p.pixels_of(std::min(p.bands_.length, p.g_.in[p.bands_.outer])) * p.g_.in_channels
-                        : 0) {}
+          out(p.planes_ ? group * p.pixels_of(p.bands_.length) * p.g_.in_channels : 0) {}
 
     Buffer<float> tables;
     Buffer<float> grad, out;  // of planes: channels innermost
     std::vector<TableRow> pixels;
     std::vector<int64_t> met;  // the entries of dY at which they begin
+    int64_t first, cols;       // of dX
   };
 
   // A class in every dimension, and a TableRun's offsets.
@@ -171,35 +202,32 @@ class TableProduct {
 
   void add_class(const ReachClass& a, const ReachClass& b, const ReachClass& c) {
     PixelClass mine{{&a, &b, &c}, {}, {}, {}};
+    std::vector<int64_t> shift_of(g_.taps(), kUnseen);
     // Neighbours along the width read each other's tables: their taps are together.
     for (const auto& [ka, ja] : a.taps) {
       for (const auto& [kb, jb] : b.taps) {
         for (int64_t block = 0; block < table_blocks(g_); ++block) {
           for (const auto& [kc, jc] : c.taps) {
             const int64_t tap = (ka * g_.kernel[1] + kb) * g_.kernel[2] + kc;
-            mine.tables.push_back(((ja * g_.out[1] + jb) * g_.out[2] + jc) * pixel_ + block * kTableFloats);
+            shift_of[tap] = (ja * g_.out[1] + jb) * g_.out[2] + jc;
+            mine.tables.push_back(shift_of[tap] * pixel_ + block * kTableFloats);
             mine.places.push_back((tap * table_blocks(g_) + block) * kPlaceColumns);
           }
         }
       }
     }
     for (const ZeroSign& zero : zeros_) {
-      for (const auto& [ka, ja] : a.taps) {
-        for (const auto& [kb, jb] : b.taps) {
-          for (const auto& [kc, jc] : c.taps) {
-            if ((ka * g_.kernel[1] + kb) * g_.kernel[2] + kc == zero.tap) {
-              const int64_t shift = (ja * g_.out[1] + jb) * g_.out[2] + jc;
-              mine.zeros.emplace_back(shift * g_.out_channels + zero.out_channel, zero);
-            }
-          }
-        }
+      if (shift_of[zero.tap] != kUnseen) {
+        mine.zeros.emplace_back(shift_of[zero.tap] * g_.out_channels + zero.out_channel, zero);
       }
     }
     pixels_.push_back(std::move(mine));
   }
 
   // Of dX along the outermost dimension.
-  int64_t pixels_of(int64_t length) const { return g_.pixels() / g_.in[bands_.outer] * length; }
+  int64_t pixels_of(int64_t length) const {
+    return g_.pixels() / g_.in[bands_.outer] * std::min(length, g_.in[bands_.outer]);
+  }
 
   // Pixels of dX of some samples, `from` on along the outermost dimension.
   void block(Workspace& w, int64_t sample, int64_t samples, int64_t from) const {
@@ -208,8 +236,9 @@ class TableProduct {
     const int64_t reach = from + g_.padding[outer] - (g_.kernel[outer] - 1) * g_.dilation[outer];
     const int64_t low = std::clamp<int64_t>(floor_divide(reach + stride - 1, stride), 0, g_.out[outer]);
     const int64_t high = std::clamp<int64_t>(floor_divide(end - 1 + g_.padding[outer], stride) + 1, low, g_.out[outer]);
+    TORCH_INTERNAL_ASSERT(high - low <= bands_.rows);
     const int64_t all = g_.out[outer] * inner_, held = (high - low) * inner_;
-    const int64_t mine = pixels_of(end - from), o = g_.out_channels, c = g_.in_channels;
+    const int64_t mine = pixels_of(end) - pixels_of(from), o = g_.out_channels, c = g_.in_channels;
     const int64_t grad_step = (planes_ ? held : all) * o, out_step = (planes_ ? mine : g_.pixels()) * c;
     const float* grad = planes_ ? w.grad.get() : grad_ + (sample * all + low * inner_) * o;
     float* out = planes_ ? w.out.get() : out_ + (sample * g_.pixels() + pixels_of(from)) * c;
@@ -219,56 +248,72 @@ class TableProduct {
         const float* planes = grad_ + (sample + s) * all * o + low * inner_;
         BK_PICK(lc_copy)({w.grad.get() + s * grad_step, planes, kFloat, kFloat, {1, o, held}, {0, 1, o}, {0, all, 1}});
       }
-      BK_PICK(form_tables)(grad + s * grad_step, o, held, o, w.tables.get() + s * held * pixel_);
+      BK_PICK(form_tables)(grad + s * grad_step, o, held, o, scale_, w.tables.get() + s * held * pixel_);
+      for (int64_t pixel = 0; !whole_ && pixel < mine; ++pixel) {
+        std::fill_n(out + s * out_step + pixel * c + w.first, w.cols, 0.0f);
+      }
     }
     for (const PixelClass& pixel_class : pixels_) {
-      const auto in_band = [&](int d, int64_t x) { return d != outer || (x >= from && x < end); };
+      // From pixels of its own to those of the block.
+      std::array<int64_t, kConvDims> j_begin, j_end;
+      for (int d = 0; d < kConvDims; ++d) {
+        const ReachClass& r = *pixel_class.of[d];
+        j_begin[d] = d == outer ? std::max(r.begin, from / stride) : r.begin;
+        j_end[d] = d == outer ? std::min(r.end, divide_up(end - r.first, stride)) : r.end;
+      }
       w.pixels.clear();
       w.met.clear();
       for (int64_t s = 0; s < samples; ++s) {
-        for (const int64_t x0 : pixel_class.of[0]->x) {
-          for (const int64_t x1 : pixel_class.of[1]->x) {
-            for (const int64_t x2 : pixel_class.of[2]->x) {
-              if (in_band(0, x0) && in_band(1, x1) && in_band(2, x2)) {
-                ConvSize j{x0 / g_.stride[0], x1 / g_.stride[1], x2 / g_.stride[2]};
-                j[outer] -= low;
-                const int64_t at = (j[0] * g_.out[1] + j[1]) * g_.out[2] + j[2];
-                const int64_t pixel = (x0 * g_.in[1] + x1) * g_.in[2] + x2 - pixels_of(from);
-                w.pixels.push_back({(s * held + at) * pixel_, out + s * out_step + pixel * c});
-                w.met.push_back(s * grad_step + at * o);
+        ConvSize j;
+        for (j[0] = j_begin[0]; j[0] < j_end[0]; ++j[0]) {
+          for (j[1] = j_begin[1]; j[1] < j_end[1]; ++j[1]) {
+            for (j[2] = j_begin[2]; j[2] < j_end[2]; ++j[2]) {
+              const int64_t at = (j[0] * g_.out[1] + j[1]) * g_.out[2] + j[2] - low * inner_;
+              int64_t pixel = 0;
+              for (int d = 0; d < kConvDims; ++d) {
+                pixel = pixel * g_.in[d] + pixel_class.of[d]->first + j[d] * g_.stride[d];
               }
+              pixel -= pixels_of(from);
+              w.pixels.push_back({(s * held + at) * pixel_, out + s * out_step + pixel * c + w.first});
+              w.met.push_back(s * grad_step + at * o);
             }
           }
         }
       }
-      const TableRun run{pixel_class.tables.data(), pixel_class.places.data(),
-                         static_cast<int64_t>(pixel_class.tables.size())};
+      const int64_t count = static_cast<int64_t>(w.pixels.size());
       BK_PICK(sum_tables)
-      ({w.tables.get(), run, places_.get(), panel_, false, scale_}, w.pixels.data(),
-       static_cast<int64_t>(w.pixels.size()), c);
+      ({w.tables.get(),
+        {pixel_class.tables.data(), pixel_class.places.data(), static_cast<int64_t>(pixel_class.tables.size())},
+        places_.get() + w.first / kPlaceColumns * panel_,
+        panel_,
+        false},
+       w.pixels.data(), count, w.cols);
       for (const auto& [entry, zero] : pixel_class.zeros) {
-        for (size_t i = 0; i < w.pixels.size(); ++i) {
-          w.pixels[i].out[zero.in_channel] -= scale_ * grad[w.met[i] + entry];
+        if (zero.in_channel >= w.first && zero.in_channel < w.first + w.cols) {
+          BK_PICK(take_off)(grad + entry, w.met.data(), scale_, w.pixels.data(), count, zero.in_channel - w.first);
         }
       }
     }
     for (int64_t s = 0; planes_ && s < samples; ++s) {
-      float* planes = out_ + (sample + s) * g_.pixels() * c + pixels_of(from);
+      float* planes = out_ + ((sample + s) * c + w.first) * g_.pixels() + pixels_of(from);
       BK_PICK(lc_copy)
-      ({planes, out + s * out_step, kFloat, kFloat, {1, c, mine}, {0, g_.pixels(), 1}, {0, 1, c}});
+      ({planes, out + s * out_step + w.first, kFloat, kFloat, {1, w.cols, mine}, {0, g_.pixels(), 1}, {0, 1, c}});
     }
   }
+
+  static constexpr int64_t kUnseen = INT64_MIN;
 
   ConvGeometry g_;
   Bands bands_;
   std::vector<ZeroSign> zeros_;
-  int64_t panel_;
+  int64_t panels_, panel_;
   Buffer<int32_t> places_;
   int64_t pixel_, inner_;
   float scale_;
   bool planes_;
   const float* grad_;
   float* out_;
+  bool whole_ = true;  // every pixel of dX sees a tap
   std::array<std::vector<ReachClass>, kConvDims> classes_;
   std::vector<PixelClass> pixels_;
 };

@@ -79,9 +79,12 @@ class SlabSigns {
   SignColumns signs_;
 };
 
-// Calls zero(row, column) for each sign that is 0 of the first `rows` rows and `cols` columns.
+// Signs that are 0 which tables have room for: one for each 4,096, and one more.
+inline int64_t most_zeros(int64_t rows, int64_t cols) { return rows * cols / 4096 + 1; }
+
+// Calls zero(row, column) for each sign that is 0 of the first `rows` rows and `cols` columns, until it says false.
 template <typename Zero>
-void for_zeros(const SignColumns& signs, int64_t rows, int64_t cols, const Zero& zero) {
+bool for_zeros(const SignColumns& signs, int64_t rows, int64_t cols, const Zero& zero) {
   for (int64_t word = 0; word * 32 < cols; ++word) {
     const int64_t left = cols - word * 32;
     const uint32_t used = left < 32 ? (1u << left) - 1 : ~0u;
@@ -89,12 +92,15 @@ void for_zeros(const SignColumns& signs, int64_t rows, int64_t cols, const Zero&
       if (signs.zeros[word * (signs.rows / kTileRows) + tile]) {
         for (int64_t row = tile * kTileRows; row < std::min(rows, (tile + 1) * kTileRows); ++row) {
           for (uint32_t z = ~static_cast<uint32_t>(signs.nonzero[word * signs.rows + row]) & used; z; z &= z - 1) {
-            zero(row, word * 32 + std::countr_zero(z));
+            if (!zero(row, word * 32 + std::countr_zero(z))) {
+              return false;
+            }
           }
         }
       }
     }
   }
+  return true;
 }
 
 }  // namespace bioplaus

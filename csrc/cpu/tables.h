@@ -16,11 +16,6 @@ constexpr int64_t kTableFloats = kTableDepth / 4 * 16;
 constexpr int64_t kPlaceColumns = 64;
 // Errors grow with the length of a sum: so many blocks at most are added before they are added to the others.
 constexpr int64_t kPassBlocks = 4;
-// Tables that stay in the L2 cache.
-constexpr int64_t kTablesFloats = int64_t{1} << 17;
-// Entries of σ for each that is 0, at least.
-constexpr int64_t kDense = 4096;
-
 // A row of dX: where its tables begin, in floats.
 struct TableRow {
   int64_t tables;
@@ -34,23 +29,26 @@ struct TableRun {
   int64_t blocks;
 };
 
-// Tables of `rows` rows of `depth` adjacent floats, `stride` apart; the last block is filled with zeros.
-BK_DECLARE(void form_tables(const float* x, int64_t stride, int64_t rows, int64_t depth, float* to))
+// Tables of `rows` rows of `depth` adjacent floats, `stride` apart, times scale; the last block is filled with zeros.
+BK_DECLARE(void form_tables(const float* x, int64_t stride, int64_t rows, int64_t depth, float scale, float* to))
 
 // Places of `blocks` blocks of rows of σ, and its first kPlaceColumns columns.
 BK_DECLARE(void form_places(const SignColumns& signs, int64_t blocks, int32_t* to))
 
-// Sums of the entries of `run`, added to dX where `add`, times scale. Panels of kPlaceColumns columns have their places
-// `panel` words apart.
+// Sums of the entries of `run`, added to dX where `add`. Panels of kPlaceColumns columns have their places `panel`
+// words apart.
 struct TableSums {
   const float* tables;
   TableRun run;
   const int32_t* places;
   int64_t panel;
   bool add;
-  float scale;
 };
 
 BK_DECLARE(void sum_tables(const TableSums& s, const TableRow* rows, int64_t count, int64_t cols))
+
+// From one column of the rows what x[at[i]], times scale, gave to row i.
+BK_DECLARE(void take_off(const float* x, const int64_t* at, float scale, const TableRow* rows, int64_t count,
+                         int64_t column))
 
 }  // namespace bioplaus

@@ -81,11 +81,11 @@ struct Sums {
     _mm512_storeu_ps(running, x);
     more.pass(running + 16, first);
   }
-  BK_MEMBER void finish(float* out, int64_t cols, bool add, float scale) const {
+  BK_MEMBER void finish(float* out, int64_t cols, bool add) const {
     const __mmask16 some = cols >= 16 ? 0xFFFF : static_cast<__mmask16>((1 << cols) - 1);
     const __m512 sum = add ? _mm512_add_ps(_mm512_maskz_loadu_ps(some, out), x) : x;
-    _mm512_mask_storeu_ps(out, some, _mm512_mul_ps(sum, _mm512_set1_ps(scale)));
-    more.finish(out + 16, cols - 16, add, scale);
+    _mm512_mask_storeu_ps(out, some, sum);
+    more.finish(out + 16, cols - 16, add);
   }
 };
 
@@ -94,7 +94,7 @@ struct Sums<0> {
   BK_MEMBER void clear() {}
   BK_MEMBER void add(__m512, const Places<0>&) {}
   BK_MEMBER void pass(float*, bool) {}
-  BK_MEMBER void finish(float*, int64_t, bool, float) const {}
+  BK_MEMBER void finish(float*, int64_t, bool) const {}
 };
 
 template <int ROWS, int VECTORS>
@@ -119,9 +119,9 @@ struct Block {
     sums.pass(running, first);
     below.pass(running + kPlaceColumns, first);
   }
-  BK_MEMBER void finish(const TableRow* rows, int64_t first, int64_t cols, bool add, float scale) const {
-    sums.finish(rows->out + first, cols, add, scale);
-    below.finish(rows + 1, first, cols, add, scale);
+  BK_MEMBER void finish(const TableRow* rows, int64_t first, int64_t cols, bool add) const {
+    sums.finish(rows->out + first, cols, add);
+    below.finish(rows + 1, first, cols, add);
   }
 };
 
@@ -131,7 +131,7 @@ struct Block<0, VECTORS> {
   BK_MEMBER void start(const float*, const TableRow*) {}
   BK_MEMBER void add(int64_t, const Places<VECTORS>&) {}
   BK_MEMBER void pass(float*, bool) {}
-  BK_MEMBER void finish(const TableRow*, int64_t, int64_t, bool, float) const {}
+  BK_MEMBER void finish(const TableRow*, int64_t, int64_t, bool) const {}
 };
 
 // Columns first … first + cols − 1 of ROWS rows.
@@ -157,7 +157,7 @@ __attribute__((noinline)) void sum_some(const TableSums& s, const TableRow* rows
       block.pass(running, pass == 0);
     }
   }
-  block.finish(rows, first, cols, s.add, s.scale);
+  block.finish(rows, first, cols, s.add);
 }
 
 template <int ROWS, int VECTORS>
@@ -211,24 +211,25 @@ void sum_columns(int64_t, const TableSums& s, const TableRow* row, const int32_t
   }
   for (int64_t c = 0; c < cols; ++c) {
     float& out = row->out[first + c];
-    out = (s.add ? out + running[c] : running[c]) * s.scale;
+    out = s.add ? out + running[c] : running[c];
   }
 }
 #endif
 
 }  // namespace
 
-void form_tables(const float* x, int64_t stride, int64_t rows, int64_t depth, float* to) {
+void form_tables(const float* x, int64_t stride, int64_t rows, int64_t depth, float scale, float* to) {
+  constexpr int64_t kAtOnce = 16;  // entries, of four tables
   for (int64_t i = 0; i < rows; ++i, x += stride) {
-    for (int64_t k = 0; k < (depth + kTableDepth - 1) / kTableDepth * kTableDepth; k += kEntries, to += 4 * kEntries) {
+    for (int64_t k = 0; k < (depth + kTableDepth - 1) / kTableDepth * kTableDepth; k += kAtOnce, to += 4 * kEntries) {
       const int64_t left = depth - k;
 #if defined(__AVX512BW__)
-      const __mmask16 some = left >= 16 ? 0xFFFF : left <= 0 ? 0 : static_cast<__mmask16>((1 << left) - 1);
-      form_four(_mm512_maskz_loadu_ps(some, x + k), to);
+      const __mmask16 some = left >= kAtOnce ? 0xFFFF : left <= 0 ? 0 : static_cast<__mmask16>((1 << left) - 1);
+      form_four(_mm512_mul_ps(_mm512_maskz_loadu_ps(some, x + k), _mm512_set1_ps(scale)), to);
 #else
-      float some[kEntries] = {};
-      for (int64_t l = 0; l < kEntries && l < left; ++l) {
-        some[l] = x[k + l];
+      float some[kAtOnce] = {};
+      for (int64_t l = 0; l < kAtOnce && l < left; ++l) {
+        some[l] = scale * x[k + l];
       }
       form_four(some, to);
 #endif
@@ -273,6 +274,12 @@ void sum_tables(const TableSums& s, const TableRow* rows, int64_t count, int64_t
       const int64_t begin = count * part / parts;
       sum_columns(count * (part + 1) / parts - begin, s, rows + begin, places, first, width);
     }
+  }
+}
+
+void take_off(const float* x, const int64_t* at, float scale, const TableRow* rows, int64_t count, int64_t column) {
+  for (int64_t i = 0; i < count; ++i) {
+    rows[i].out[column] -= scale * x[at[i]];
   }
 }
 
