@@ -248,7 +248,8 @@ class TableProduct {
         const float* planes = grad_ + (sample + s) * all * o + low * inner_;
         BK_PICK(lc_copy)({w.grad.get() + s * grad_step, planes, kFloat, kFloat, {1, o, held}, {0, 1, o}, {0, all, 1}});
       }
-      BK_PICK(form_tables)(grad + s * grad_step, o, held, o, scale_, w.tables.get() + s * held * pixel_);
+      const float* x = grad + s * grad_step;
+      BK_PICK(form_tables)(x, o, held, o, scale_, w.tables.get() + s * held * pixel_, x);
       for (int64_t pixel = 0; !whole_ && pixel < mine; ++pixel) {
         std::fill_n(out + s * out_step + pixel * c + w.first, w.cols, 0.0f);
       }

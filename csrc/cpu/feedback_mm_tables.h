@@ -82,8 +82,13 @@ inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackPar
         for (int64_t i = 0; i < count; ++i) {
           some.push_back({i * held * kTableFloats, to + (row + i) * b.cols + column});
         }
+        // Runs of a row are too short for the processor to foresee the next ones.
+        const float* from = x + row * row_stride + k;
+        const float* next = block + held < blocks     ? from + held * kTableDepth
+                            : row + 2 * count <= rows ? x + (row + count) * row_stride
+                                                      : from;
         BK_PICK(form_tables)
-        (x + row * row_stride + k, row_stride, count, std::min(held * kTableDepth, b.rows - k), scale, tables.get());
+        (from, row_stride, count, std::min(held * kTableDepth, b.rows - k), scale, tables.get(), next);
         BK_PICK(sum_tables)
         ({tables.get(),
           {table_steps.data(), place_steps.data(), held},

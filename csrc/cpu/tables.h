@@ -30,7 +30,9 @@ struct TableRun {
 };
 
 // Tables of `rows` rows of `depth` adjacent floats, `stride` apart, times scale; the last block is filled with zeros.
-BK_DECLARE(void form_tables(const float* x, int64_t stride, int64_t rows, int64_t depth, float scale, float* to))
+// `next`: as many rows that are read after these, or x where none are to be fetched ahead.
+BK_DECLARE(void form_tables(const float* x, int64_t stride, int64_t rows, int64_t depth, float scale, float* to,
+                            const float* next))
 
 // Places of `blocks` blocks of rows of σ, and its first kPlaceColumns columns.
 BK_DECLARE(void form_places(const SignColumns& signs, int64_t blocks, int32_t* to))

@@ -218,11 +218,13 @@ void sum_columns(int64_t, const TableSums& s, const TableRow* row, const int32_t
 
 }  // namespace
 
-void form_tables(const float* x, int64_t stride, int64_t rows, int64_t depth, float scale, float* to) {
+void form_tables(const float* x, int64_t stride, int64_t rows, int64_t depth, float scale, float* to,
+                 const float* next) {
   constexpr int64_t kAtOnce = 16;  // entries, of four tables
-  for (int64_t i = 0; i < rows; ++i, x += stride) {
+  for (int64_t i = 0; i < rows; ++i, x += stride, next += stride) {
     for (int64_t k = 0; k < (depth + kTableDepth - 1) / kTableDepth * kTableDepth; k += kAtOnce, to += 4 * kEntries) {
       const int64_t left = depth - k;
+      __builtin_prefetch(next + k);
 #if defined(__AVX512BW__)
       const __mmask16 some = left >= kAtOnce ? 0xFFFF : left <= 0 ? 0 : static_cast<__mmask16>((1 << left) - 1);
       form_four(_mm512_mul_ps(_mm512_maskz_loadu_ps(some, x + k), _mm512_set1_ps(scale)), to);
