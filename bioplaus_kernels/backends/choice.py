@@ -3,7 +3,7 @@
 The ways of dX = dY B:
 
     triton   ±1 as the tensor cores' operand, half types (float32 as three bf16 parts)
-    digits   CUDA C++: float32 rows as four int8 digits times ±1, exact, the CPU's bits; a kernel of its own
+    digits   CUDA C++: float32 rows as four int8 digits times ±1, exact, the bits of the CPU's; a kernel of its own
     int_mm   the same digits and bits by the vendor's int8 product
     formed   B a slab of columns at a time, then the vendor's product
 

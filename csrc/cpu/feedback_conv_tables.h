@@ -24,7 +24,8 @@ namespace {
 
 // Taps at most, as every class has a list of its own.
 constexpr int64_t kTableTaps = 128;
-// Tables of a block that stay in the L2 cache, and the most where bands would otherwise share most of them, in floats.
+// Tables of a block that stay in the L2 cache, and about the most where bands would otherwise share most of them, in
+// floats.
 constexpr int64_t kTablesFloats = int64_t{1} << 17;
 constexpr int64_t kMostFloats = 4 * kTablesFloats;
 
@@ -88,10 +89,11 @@ inline std::optional<Bands> table_bands(const ConvGeometry& g) {
   const int64_t row = static_cast<int64_t>(floats), all = g.out[outer], stride = g.stride[outer];
   const int64_t shared = divide_up((g.kernel[outer] - 1) * g.dilation[outer], stride);
   const int64_t rows = std::max(kTablesFloats / row, std::min(kMostFloats / row, 2 * shared + 1));
-  // As many as there are threads without a sample of their own, too.
-  const int64_t fewest = std::min(divide_up(at::get_num_threads(), g.samples), all / (shared + 1));
+  // As many as there are threads without a sample of their own, too, where that does not decide whether there are any.
+  const int64_t own = divide_up(g.in[outer], stride);
+  const int64_t fewest = std::min(divide_up(at::get_num_threads(), g.samples), own / (shared + 1));
   const int64_t bands = std::max(rows >= all ? 1 : divide_up(all, std::max<int64_t>(rows - shared, 1)), fewest);
-  const int64_t mine = divide_up(divide_up(g.in[outer], stride), bands);
+  const int64_t mine = divide_up(own, bands);
   return bands > 1 && shared > mine ? std::nullopt
                                     : std::optional(Bands{outer, mine * stride, std::min(all, mine + shared)});
 }

@@ -227,7 +227,7 @@ void form_tables(const float* x, int64_t stride, int64_t rows, int64_t depth, fl
       __builtin_prefetch(next + k);
 #if defined(__AVX512BW__)
       const __mmask16 some = left >= kAtOnce ? 0xFFFF : left <= 0 ? 0 : static_cast<__mmask16>((1 << left) - 1);
-      form_four(_mm512_mul_ps(_mm512_maskz_loadu_ps(some, x + k), _mm512_set1_ps(scale)), to);
+      form_four(_mm512_maskz_mul_ps(some, _mm512_maskz_loadu_ps(some, x + k), _mm512_set1_ps(scale)), to);
 #else
       float some[kAtOnce] = {};
       for (int64_t l = 0; l < kAtOnce && l < left; ++l) {
