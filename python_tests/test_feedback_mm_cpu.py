@@ -176,6 +176,22 @@ def test_a_zero_beside_what_is_not_finite_or_large() -> None:
     assert found[2, 0] == found[2, 2] == 2**21 + 78 and abs(found[2, 1] - 78) <= 2**-2
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_zero_that_its_plane_calls_negative(way: str) -> None:
+    """As where a rule flips packed signs."""
+    w = weight(40, 700, False).float()
+    w[7, 650] = 0
+    signs = ops.pack_signs(w)
+    signs[:40] ^= ops.pack_signs(-torch.ones_like(w))[:40]
+    g = grads(5, 40, torch.float32)[0]
+    expected = by(way, g, -w, None, None, None, "constant", 0.37, 700)
+    assert torch.equal(by(way, g, None, signs, None, None, "constant", 0.37, 700), expected)
+    conv = torch.ops.bioplaus.feedback_conv_by
+    rest = ("constant", 0.37, [40, 700, 1], [1], [1], [0], [1], way)
+    expected = conv(g.unsqueeze(2), -w.unsqueeze(2), None, None, None, *rest)
+    assert torch.equal(conv(g.unsqueeze(2), None, signs, None, None, *rest), expected)
+
+
 def test_sums_are_scaled_before_they_overflow() -> None:
     for way in WAYS:
         found = by(way, torch.full((1, 2), 2e38), torch.ones(2, 1), None, None, None, "constant", 0.5, 1)

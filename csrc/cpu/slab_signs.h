@@ -83,6 +83,7 @@ class SlabSigns {
 inline int64_t most_zeros(int64_t rows, int64_t cols) { return rows * cols / 4096 + 1; }
 
 // Calls zero(row, column) for each sign that is 0 of the first `rows` rows and `cols` columns, until it says false.
+// Planes may call it negative, where what flips signs has passed: here it is not, from then on.
 template <typename Zero>
 bool for_zeros(const SignColumns& signs, int64_t rows, int64_t cols, const Zero& zero) {
   for (int64_t word = 0; word * 32 < cols; ++word) {
@@ -91,7 +92,9 @@ bool for_zeros(const SignColumns& signs, int64_t rows, int64_t cols, const Zero&
     for (int64_t tile = 0; tile * kTileRows < rows; ++tile) {
       if (signs.zeros[word * (signs.rows / kTileRows) + tile]) {
         for (int64_t row = tile * kTileRows; row < std::min(rows, (tile + 1) * kTileRows); ++row) {
-          for (uint32_t z = ~static_cast<uint32_t>(signs.nonzero[word * signs.rows + row]) & used; z; z &= z - 1) {
+          const int32_t nonzero = signs.nonzero[word * signs.rows + row];
+          signs.negative[word * signs.rows + row] &= nonzero;
+          for (uint32_t z = ~static_cast<uint32_t>(nonzero) & used; z; z &= z - 1) {
             if (!zero(row, word * 32 + std::countr_zero(z))) {
               return false;
             }
