@@ -32,9 +32,9 @@ from ._common import (
 )
 
 # How ±s are multiplied where that is faster than the vendor's convolution: by digits on tile units, by tables on other
-# AVX-512; the channels (out, in) from which it is, of a 1x1 kernel, channels-last, and of a larger one. Measured by
-# `python -m bench run --op convolution`, but for larger kernels by digits: arithmetic, four products of 1024
-# multiply-adds a cycle against 32.
+# AVX-512; the channels (out, in) from which it is, of a 1x1 kernel (by digits a channels-last product alone) and of a
+# larger one. Measured by `python -m bench run --op convolution`, but for larger kernels by digits: arithmetic, four
+# products of 1024 multiply-adds a cycle against 32.
 _WAYS = {"AMX": "digits", "AVX512": "tables", "AVX512_VNNI": "tables"}
 _POINTWISE = {"digits": (256, 128), "tables": (64, 64)}
 _WINDOW = {"digits": (64, 64), "tables": (32, 32)}

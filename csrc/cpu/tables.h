@@ -16,6 +16,7 @@ constexpr int64_t kTableFloats = kTableDepth / 4 * 16;
 constexpr int64_t kPlaceColumns = 64;
 // Errors grow with the length of a sum: so many blocks at most are added before they are added to the others.
 constexpr int64_t kPassBlocks = 4;
+
 // A row of dX: where its tables begin, in floats.
 struct TableRow {
   int64_t tables;

@@ -1,7 +1,7 @@
 // Tables of tables.h, and the sums of their entries.
 //
 // Roofline: a permutation and an addition for 64 multiply-adds, where a fused multiply-add does 16; tables are written
-// once, 16 bytes an entry of dY, and read from the L2 cache for each kPlaceColumns columns. Every level adds in the
+// once, 16 bytes an entry of dY, and read from the caches for each kPlaceColumns columns. Every level adds in the
 // same order.
 #include "tables.h"
 
@@ -14,6 +14,7 @@ namespace BK_LEVEL {
 namespace {
 
 constexpr int kEntries = 16;
+
 int64_t passes_of(const TableRun& run) { return run.blocks > 0 ? (run.blocks - 1) / kPassBlocks + 1 : 1; }
 
 #if defined(__AVX512BW__)
