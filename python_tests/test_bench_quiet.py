@@ -113,7 +113,7 @@ def test_a_run_has_a_budget_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     out = tmp_path / "cpu.json"
 
     def run(*words: str) -> dict:
-        settings = "--seconds 0.001 --patience 0 --threads 1 --without torch.compile".split()
+        settings = "--seconds=0.001", "--patience=0", "--threads=1", "--without=torch.compile"
         monkeypatch.setattr(sys, "argv", ["bench", "run", *settings, "--out", str(out), *words])
         command.main()
         return json.loads(out.read_text())
