@@ -1,8 +1,8 @@
 """Convolutions whose backward is not the vendor's with a B formed for it: by digits or tables, and a stored B.
 
 In float32 and fed back by ±s. On tile units a large 1x1 one that is channels-last is a feedback_mm, a larger kernel of
-64 channels and more a feedback_conv; on other AVX-512 the same from 64 and 32 channels on, and a feedback_conv also a
-1x1 one that is not channels-last, or is strided or padded.
+64 channels and more a feedback_conv; on other AVX-512 and AVX2 the same from 64 channels on (larger kernels on AVX-512
+from 32 on), and a feedback_conv also a 1x1 one that is not channels-last, or is strided or padded.
 """
 
 import pytest
@@ -14,7 +14,9 @@ import bioplaus_kernels as bk
 from bioplaus_kernels.backends import native
 
 OUT, IN = 256, 128
-WAY = {"AMX": "digits", "AVX512": "tables", "AVX512_VNNI": "tables"}.get(native.product_level(), "")
+LEVEL = native.product_level()
+WAY = "digits" if LEVEL == "AMX" else "tables" if LEVEL.startswith("AVX") else ""
+WINDOW = 32 if LEVEL.startswith("AVX512") else 64
 RULES = ["usf", bk.FeedbackAlignment(entries="constant"), "fa_signed_init"]
 
 
@@ -94,8 +96,8 @@ SMALL = {
     "tables": [
         {"in_channels": 63},
         {"out_channels": 63},
-        {"kernel_size": 3, "in_channels": 31},
-        {"kernel_size": 3, "out_channels": 31},
+        {"kernel_size": 3, "in_channels": WINDOW - 1},
+        {"kernel_size": 3, "out_channels": WINDOW - 1},
     ],
     "digits": [
         {"stride": 2},

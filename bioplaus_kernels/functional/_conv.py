@@ -1,7 +1,7 @@
 """Convolutions and transposed convolutions."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +31,27 @@ from ._common import (
     without_factors,
 )
 
-# How ±s are multiplied where that is faster than the vendor's convolution: by digits on tile units, by tables on other
-# AVX-512; the channels (out, in) from which it is, of a 1x1 kernel (by digits a channels-last product alone) and of a
-# larger one. Measured by `python -m bench run --op convolution`, but for larger kernels by digits: arithmetic, four
-# products of 1024 multiply-adds a cycle against 32.
-_WAYS = {"AMX": "digits", "AVX512": "tables", "AVX512_VNNI": "tables"}
-_POINTWISE = {"digits": (256, 128), "tables": (64, 64)}
-_WINDOW = {"digits": (64, 64), "tables": (32, 32)}
+
+class _Way(NamedTuple):
+    name: str
+    # The channels (out, in) from which it is faster than the vendor's convolution, of a 1x1 kernel (by digits a
+    # channels-last product alone) and of a larger one.
+    pointwise: tuple[int, int]
+    window: tuple[int, int]
+
+
+# How ±s are multiplied: by digits on tile units, else by tables. Measured by `python -m bench run --op convolution`,
+# but for larger kernels by digits: arithmetic, four products of 1024 multiply-adds a cycle against 32.
+_DIGITS = _Way("digits", (256, 128), (64, 64))
+_TABLES = _Way("tables", (64, 64), (32, 32))
+_TABLES_OF_ROWS = _Way("tables", (64, 64), (64, 64))
+_WAYS = {
+    "AMX": _DIGITS,
+    "AVX512_VNNI": _TABLES,
+    "AVX512": _TABLES,
+    "AVX2_VNNI": _TABLES_OF_ROWS,
+    "AVX2": _TABLES_OF_ROWS,
+}
 
 _CONV: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSE: tuple[Any, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -45,12 +59,12 @@ _TRANSPOSE: tuple[Any, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_tr
 
 def _way(ctx: Any, grad_output: Tensor, entries: str, shape: torch.Size) -> str:
     # Of these by a matrix product of the pixels, "product", or as a convolution, "taps", if any.
-    way = _WAYS.get(native.product_level(), "")
+    way = _WAYS.get(native.product_level())
     stride, padding, _, transposed, _, groups = ctx.geometry
-    if not way or entries != "constant" or transposed or groups > 1:
+    if way is None or entries != "constant" or transposed or groups > 1:
         return ""
     pointwise = shape[2:].numel() == 1
-    least_out, least_in = (_POINTWISE if pointwise else _WINDOW)[way]
+    least_out, least_in = way.pointwise if pointwise else way.window
     if (shape[0] < least_out or shape[1] < least_in) or (
         grad_output.dtype != torch.float32 or grad_output.device.type != "cpu"
     ):
@@ -58,7 +72,7 @@ def _way(ctx: Any, grad_output: Tensor, entries: str, shape: torch.Size) -> str:
     moves = any(s > 1 for s in stride) or any(padding)
     if pointwise and not moves and grad_output.movedim(1, -1).is_contiguous():
         return "product"
-    return "taps" if way == "tables" or not pointwise else ""
+    return "taps" if way.name == "tables" or not pointwise else ""
 
 
 class _Conv(torch.autograd.Function):

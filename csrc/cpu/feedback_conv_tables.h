@@ -2,9 +2,10 @@
 //
 //     dX[n, c, x] = s · Σ over taps k and channels o of dY[n, o, (x + padding − k · dilation) / stride] · σ[o, c, k]
 //
-// A block of dY, samples or a band of a large one, becomes tables that stay in the L2 cache. Pixels of dX that see the
-// same taps are a class, which has no padding to multiply. A pixel's sum has one order, by its taps and their channels,
-// so that neither blocks nor threads change its bits. What an entry of σ that is 0 gave as 1 is taken off.
+// A block of dY, samples or a band of a large one, becomes tables that stay in the L2 cache, or stays there itself
+// where a few rows' tables are formed for each tap. Pixels of dX that see the same taps are a class, which has no
+// padding to multiply. A pixel's sum has one order, by its taps and their channels, so that neither blocks nor threads
+// change its bits. What an entry of σ that is 0 gave as 1 is taken off.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -24,8 +25,7 @@ namespace {
 
 // Taps at most, as every class has a list of its own.
 constexpr int64_t kTableTaps = 128;
-// Tables of a block that stay in the L2 cache, and about the most where bands would otherwise share most of them, in
-// floats.
+// What of a block stays in the L2 cache, and about the most where bands would otherwise share most of it, in floats.
 constexpr int64_t kTablesFloats = int64_t{1} << 17;
 constexpr int64_t kMostFloats = 4 * kTablesFloats;
 
@@ -76,10 +76,10 @@ struct Bands {
 
 inline int64_t table_blocks(const ConvGeometry& g) { return divide_up(g.out_channels, kTableDepth); }
 
-// None where a row of dY is too large, or bands would share most of their tables.
-inline std::optional<Bands> table_bands(const ConvGeometry& g) {
+// None where a row of dY, of pixels of so many floats, is too large, or bands would share most of theirs.
+inline std::optional<Bands> bands_of(const ConvGeometry& g, int64_t pixel) {
   const int outer = g.in[0] > 1 || g.out[0] > 1 ? 0 : g.in[1] > 1 || g.out[1] > 1 ? 1 : 2;
-  double floats = static_cast<double>(table_blocks(g)) * kTableFloats;
+  double floats = static_cast<double>(pixel);
   for (int d = 0; d < kConvDims; ++d) {
     floats *= d == outer ? 1.0 : static_cast<double>(g.out[d]);
   }
@@ -96,6 +96,12 @@ inline std::optional<Bands> table_bands(const ConvGeometry& g) {
   const int64_t mine = divide_up(own, bands);
   return bands > 1 && shared > mine ? std::nullopt
                                     : std::optional(Bands{outer, mine * stride, std::min(all, mine + shared)});
+}
+
+// Whether there are any does not depend on how they are multiplied.
+inline std::optional<Bands> table_bands(const ConvGeometry& g) {
+  const std::optional<Bands> of_tables = bands_of(g, table_blocks(g) * kTableFloats);
+  return of_tables && !tables_fill_registers() ? bands_of(g, g.out_channels) : of_tables;
 }
 
 struct ZeroSign {
@@ -129,7 +135,8 @@ class TableProduct {
         panels_(divide_up(g.in_channels, kPlaceColumns)),
         panel_(g.taps() * table_blocks(g) * kPlaceColumns),
         places_(panels_ * panel_),
-        pixel_(table_blocks(g) * kTableFloats),
+        lanes_(!tables_fill_registers()),
+        pixel_(lanes_ ? g.out_channels : table_blocks(g) * kTableFloats),
         inner_(g.out[0] * g.out[1] * g.out[2] / g.out[bands.outer]),
         scale_(static_cast<float>(scale)),
         planes_(planes),
@@ -164,9 +171,9 @@ class TableProduct {
   void run() const {
     const int64_t bands = divide_up(g_.in[bands_.outer], bands_.length), threads = at::get_num_threads();
     const int64_t floats = bands_.rows * inner_ * pixel_ + pixels_of(bands_.length) * g_.in_channels;
-    // Small samples share a pass over the places.
-    const int64_t group =
-        bands > 1 ? 1 : std::clamp<int64_t>(kTablesFloats / floats, 1, divide_up(g_.samples, threads));
+    // Small samples share a pass over the places, and fill lanes.
+    const int64_t most = lanes_ ? kMostFloats : kTablesFloats;
+    const int64_t group = bands > 1 ? 1 : std::clamp<int64_t>(most / floats, 1, divide_up(g_.samples, threads));
     const int64_t blocks = divide_up(g_.samples, group) * bands;
     // Where there are too few blocks, parts of the columns, which each form the tables.
     const int64_t parts = std::clamp<int64_t>(threads / blocks, 1, panels_);
@@ -184,7 +191,7 @@ class TableProduct {
  private:
   struct Workspace {
     Workspace(const TableProduct& p, int64_t group)
-        : tables(group * p.bands_.rows * p.inner_ * p.pixel_),
+        : tables(p.lanes_ ? BK_PICK(lanes_scratch)() : group * p.bands_.rows * p.inner_ * p.pixel_),
           grad(p.planes_ ? group * p.bands_.rows * p.inner_ * p.g_.out_channels : 0),
           out(p.planes_ ? group * p.pixels_of(p.bands_.length) * p.g_.in_channels : 0) {}
 
@@ -195,15 +202,16 @@ class TableProduct {
     int64_t first, cols;       // of dX
   };
 
-  // A class in every dimension, and a TableRun's offsets.
+  // A class in every dimension, and a TableRun's offsets, or blocks where lanes are rows.
   struct PixelClass {
     std::array<const ReachClass*, kConvDims> of;
     std::vector<int64_t> tables, places;
+    std::vector<LaneBlock> blocks;
     std::vector<std::pair<int64_t, ZeroSign>> zeros;  // and entries of dY to the one it meets
   };
 
   void add_class(const ReachClass& a, const ReachClass& b, const ReachClass& c) {
-    PixelClass mine{{&a, &b, &c}, {}, {}, {}};
+    PixelClass mine{{&a, &b, &c}, {}, {}, {}, {}};
     std::vector<int64_t> shift_of(g_.taps(), kUnseen);
     // Neighbours along the width read each other's tables: their taps are together.
     for (const auto& [ka, ja] : a.taps) {
@@ -212,8 +220,11 @@ class TableProduct {
           for (const auto& [kc, jc] : c.taps) {
             const int64_t tap = (ka * g_.kernel[1] + kb) * g_.kernel[2] + kc;
             shift_of[tap] = (ja * g_.out[1] + jb) * g_.out[2] + jc;
+            const int64_t places = (tap * table_blocks(g_) + block) * kPlaceColumns, entry = block * kTableDepth;
             mine.tables.push_back(shift_of[tap] * pixel_ + block * kTableFloats);
-            mine.places.push_back((tap * table_blocks(g_) + block) * kPlaceColumns);
+            mine.places.push_back(places);
+            mine.blocks.push_back(
+                {shift_of[tap] * g_.out_channels + entry, std::min(kTableDepth, g_.out_channels - entry), places});
           }
         }
       }
@@ -251,7 +262,9 @@ class TableProduct {
         BK_PICK(lc_copy)({w.grad.get() + s * grad_step, planes, kFloat, kFloat, {1, o, held}, {0, 1, o}, {0, all, 1}});
       }
       const float* x = grad + s * grad_step;
-      BK_PICK(form_tables)(x, o, held, o, scale_, w.tables.get() + s * held * pixel_, x);
+      if (!lanes_) {
+        BK_PICK(form_tables)(x, o, held, o, scale_, w.tables.get() + s * held * pixel_, x);
+      }
       for (int64_t pixel = 0; !whole_ && pixel < mine; ++pixel) {
         std::fill_n(out + s * out_step + pixel * c + w.first, w.cols, 0.0f);
       }
@@ -277,20 +290,31 @@ class TableProduct {
                 pixel = pixel * g_.in[d] + pixel_class.of[d]->first + j[d] * g_.stride[d];
               }
               pixel -= pixels_of(from);
-              w.pixels.push_back({(s * held + at) * pixel_, out + s * out_step + pixel * c + w.first});
               w.met.push_back(s * grad_step + at * o);
+              w.pixels.push_back(
+                  {lanes_ ? w.met.back() : (s * held + at) * pixel_, out + s * out_step + pixel * c + w.first});
             }
           }
         }
       }
       const int64_t count = static_cast<int64_t>(w.pixels.size());
-      BK_PICK(sum_tables)
-      ({w.tables.get(),
-        {pixel_class.tables.data(), pixel_class.places.data(), static_cast<int64_t>(pixel_class.tables.size())},
-        places_.get() + w.first / kPlaceColumns * panel_,
-        panel_,
-        false},
-       w.pixels.data(), count, w.cols);
+      const int32_t* places = places_.get() + w.first / kPlaceColumns * panel_;
+      const int64_t depth = static_cast<int64_t>(pixel_class.blocks.size());
+      if (lanes_) {
+        // Of nearly the same number of pixels.
+        const int64_t parts = divide_up(count, kLanes);
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t begin = count * part / parts;
+          BK_PICK(sum_lanes)
+          ({grad, scale_, w.pixels.data() + begin, count * (part + 1) / parts - begin, pixel_class.blocks.data(), depth,
+            places, panel_, w.cols},
+           w.tables.get());
+        }
+      } else {
+        BK_PICK(sum_tables)
+        ({w.tables.get(), {pixel_class.tables.data(), pixel_class.places.data(), depth}, places, panel_, false},
+         w.pixels.data(), count, w.cols);
+      }
       for (const auto& [entry, zero] : pixel_class.zeros) {
         if (zero.in_channel >= w.first && zero.in_channel < w.first + w.cols) {
           BK_PICK(take_off)(grad + entry, w.met.data(), scale_, w.pixels.data(), count, zero.in_channel - w.first);
@@ -311,7 +335,8 @@ class TableProduct {
   std::vector<ZeroSign> zeros_;
   int64_t panels_, panel_;
   Buffer<int32_t> places_;
-  int64_t pixel_, inner_;
+  bool lanes_;
+  int64_t pixel_, inner_;  // floats kept of a pixel of dY
   float scale_;
   bool planes_;
   const float* grad_;

@@ -1,6 +1,6 @@
 // dX = s · (dY · σ) in float32 as sums of table entries: tables.h.
 //
-// Places of all columns are formed once. A few rows of dY at a time, and of them a few blocks of entries, become tables
+// Places of all columns are formed once. Some rows of dY at a time, and of them a few blocks of entries, become tables
 // that stay in the L1 cache. What an entry of σ that is 0 gave as 1 is taken off.
 #pragma once
 
@@ -63,10 +63,17 @@ inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackPar
   float* to = out.mutable_data_ptr<float>();
   const std::vector<int64_t> table_steps = steps(kHeldBlocks, kTableFloats);
   const std::vector<int64_t> place_steps = steps(kHeldBlocks, kPlaceColumns);
-  const int64_t groups = divide_up(rows, kTableRows);
+  const bool lanes = !tables_fill_registers();
+  std::vector<LaneBlock> lane_blocks;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t k = i * kTableDepth;
+    lane_blocks.push_back({k, std::min(kTableDepth, b.rows - k), i * kPlaceColumns});
+  }
+  const int64_t groups = divide_up(rows, lanes ? kLanes : kTableRows);
   const int64_t parts = std::clamp<int64_t>(divide_up(2 * threads, groups), 1, divide_up(b.cols, kUnitColumns));
   at::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
-    const Buffer<float> tables(std::min(kTableRows, rows) * std::min(blocks, kHeldBlocks) * kTableFloats);
+    const Buffer<float> tables(lanes ? BK_PICK(lanes_scratch)()
+                                     : std::min(kTableRows, rows) * std::min(blocks, kHeldBlocks) * kTableFloats);
     std::vector<TableRow> some;
     std::vector<int64_t> met;
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -76,11 +83,21 @@ inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackPar
       const int64_t panel_begin = panels * (unit % parts) / parts, panel_end = panels * (unit % parts + 1) / parts;
       const int64_t column = panel_begin * kPlaceColumns;
       const int64_t columns = std::min(panel_end * kPlaceColumns, b.cols) - column;
-      for (int64_t block = 0; block < blocks; block += kHeldBlocks) {
+      met.clear();
+      some.clear();
+      for (int64_t i = 0; i < count; ++i) {
+        met.push_back((row + i) * row_stride);
+        some.push_back({met.back(), to + (row + i) * b.cols + column});
+      }
+      if (lanes) {
+        BK_PICK(sum_lanes)
+        ({x, scale, some.data(), count, lane_blocks.data(), blocks, places.get() + panel_begin * panel, panel, columns},
+         tables.get());
+      }
+      for (int64_t block = 0; !lanes && block < blocks; block += kHeldBlocks) {
         const int64_t held = std::min(kHeldBlocks, blocks - block), k = block * kTableDepth;
-        some.clear();
         for (int64_t i = 0; i < count; ++i) {
-          some.push_back({i * held * kTableFloats, to + (row + i) * b.cols + column});
+          some[i].from = i * held * kTableFloats;
         }
         // Runs of a row are too short for the processor to foresee the next ones.
         const float* from = x + row * row_stride + k;
@@ -96,10 +113,6 @@ inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackPar
           panel,
           block > 0},
          some.data(), count, columns);
-      }
-      met.clear();
-      for (int64_t i = 0; i < count; ++i) {
-        met.push_back((row + i) * row_stride);
       }
       for (const auto& zeros : zeros_of) {
         for (const ZeroSign& zero : zeros) {

@@ -6,9 +6,7 @@
 #include "convert.h"
 #include "lc.h"
 #include "strided.h"
-
-// Vectors are passed between inlined functions alone.
-#pragma GCC diagnostic ignored "-Wpsabi"
+#include "transpose.h"
 
 namespace bioplaus {
 namespace BK_LEVEL {
@@ -42,15 +40,6 @@ void transpose_edge(const From* from, int64_t ld_from, To* to, int64_t ld_to, in
   }
 }
 
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define BK_TRANSPOSE
-#endif
-#endif
-
-#if defined(BK_TRANSPOSE)
-typedef float F8 __attribute__((vector_size(32)));
-
 template <typename From>
 BK_INLINE void load8(const From* from, F8& v) {
   float x[8];
@@ -69,25 +58,6 @@ BK_INLINE void store8(const F8& v, To* to) {
   }
 }
 
-// Pairs of rows are interleaved by 1, 2 and 4 elements.
-BK_INLINE void transpose8(F8* r) {
-  F8 a[8], b[8];
-  for (int i = 0; i < 8; i += 2) {
-    a[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    a[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    b[i] = __builtin_shufflevector(a[i], a[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-    b[i + 1] = __builtin_shufflevector(a[i], a[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    b[i + 2] = __builtin_shufflevector(a[i + 1], a[i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
-    b[i + 3] = __builtin_shufflevector(a[i + 1], a[i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = __builtin_shufflevector(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    r[i + 4] = __builtin_shufflevector(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-}
-
 template <typename From, typename To>
 BK_INLINE void transpose_block(const From* from, int64_t ld_from, To* to, int64_t ld_to) {
   F8 r[8];
@@ -103,12 +73,6 @@ BK_INLINE void transpose_block(const From* from, int64_t ld_from, To* to, int64_
 BK_INLINE void transpose_block(const double* from, int64_t ld_from, double* to, int64_t ld_to) {
   transpose_edge(from, ld_from, to, ld_to, 8, 8);
 }
-#else
-template <typename From, typename To>
-BK_INLINE void transpose_block(const From* from, int64_t ld_from, To* to, int64_t ld_to) {
-  transpose_edge(from, ld_from, to, ld_to, 8, 8);
-}
-#endif
 
 // Blocks of 8 rows of `to`, along which lines are filled one after the other. `ahead` is the distance to what is read
 // next: pieces of activations lie too far apart for the processor to foresee them.

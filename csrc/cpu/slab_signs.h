@@ -17,8 +17,10 @@ constexpr int64_t kSlab = 1024;
 // Whether sums of table entries (tables.h) beat integer digits, and convolutions of the vendor's: by level alone, as
 // the two differ in their bits.
 inline bool tables_are_faster() {
-  return product_level() == ProductLevel::AVX512 || product_level() == ProductLevel::AVX512_VNNI;
+  return product_level() != ProductLevel::DEFAULT && product_level() != ProductLevel::AMX;
 }
+// Whether a table fills a vector register.
+inline bool tables_fill_registers() { return cpu_level() == Level::AVX512; }
 
 inline void check_way(c10::string_view way, c10::string_view entries, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(way == "digits" || way == "tables", "way: expected one of ('digits', 'tables'), got '", way, "'");

@@ -1,8 +1,10 @@
 // Products by ±1 in float32 as sums of table entries.
 //
-// Four entries of a row of dY have 16 signed sums ±a ± b ± c ± d, a table that fills one vector register. The signs
-// that four rows of σ have in a column are a place in it: one permutation and one addition bring 16 columns what would
-// be four fused multiply-adds. An entry of σ that is 0 counts as 1 here.
+// Four entries of a row of dY have 16 signed sums ±a ± b ± c ± d, a table. The signs that four rows of σ have in a
+// column are a place in it. Where a table fills one vector register, one permutation and one addition bring 16 columns
+// what would be four fused multiply-adds (tables_kernel.cpp); where registers are shorter, tables of many rows lie side
+// by side, and one addition from memory does so for a vector of rows (tables_lanes_kernel.cpp). Both add in the same
+// order. An entry of σ that is 0 counts as 1 here.
 #pragma once
 
 #include "feedback_mm.h"
@@ -14,12 +16,14 @@ namespace bioplaus {
 constexpr int64_t kTableDepth = 32;
 constexpr int64_t kTableFloats = kTableDepth / 4 * 16;
 constexpr int64_t kPlaceColumns = 64;
-// Errors grow with the length of a sum: so many blocks at most are added before they are added to the others.
+// Errors grow with the length of a sum: so many blocks are a pass, added before they are added to the others.
 constexpr int64_t kPassBlocks = 4;
+// Rows at once where lanes are rows.
+constexpr int64_t kLanes = 32;
 
-// A row of dX: where its tables begin, in floats.
+// A row of dX: where its tables, or its row of dY, begin, in floats.
 struct TableRow {
-  int64_t tables;
+  int64_t from;
   float* out;
 };
 
@@ -49,6 +53,29 @@ struct TableSums {
 };
 
 BK_DECLARE(void sum_tables(const TableSums& s, const TableRow* rows, int64_t count, int64_t cols))
+
+// A block of a run where lanes are rows: floats from where a row of dY begins to its entries, how many there are, and
+// words from a panel's first place.
+struct LaneBlock {
+  int64_t entries, depth, places;
+};
+
+// dX of at most kLanes rows, of dY times scale.
+struct LaneSums {
+  const float* grad;
+  float scale;
+  const TableRow* rows;
+  int64_t count;
+  const LaneBlock* blocks;
+  int64_t depth;  // how many
+  const int32_t* places;
+  int64_t panel;
+  int64_t cols;
+};
+
+// `scratch`: lanes_scratch() floats.
+BK_DECLARE(int64_t lanes_scratch())
+BK_DECLARE(void sum_lanes(const LaneSums& s, float* scratch))
 
 // From one column of the rows what x[at[i]], times scale, gave to row i.
 BK_DECLARE(void take_off(const float* x, const int64_t* at, float scale, const TableRow* rows, int64_t count,

@@ -1,11 +1,11 @@
-// Tables of tables.h, and the sums of their entries.
+// Tables of tables.h that fill a register, and the sums of their entries.
 //
 // Roofline: a permutation and an addition for 64 multiply-adds, where a fused multiply-add does 16; tables are written
 // once, 16 bytes an entry of dY, and read from the caches for each kPlaceColumns columns. Every level adds in the
 // same order.
 #include "tables.h"
 
-#if defined(__AVX512BW__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -14,8 +14,6 @@ namespace BK_LEVEL {
 namespace {
 
 constexpr int kEntries = 16;
-
-int64_t passes_of(const TableRun& run) { return run.blocks > 0 ? (run.blocks - 1) / kPassBlocks + 1 : 1; }
 
 #if defined(__AVX512BW__)
 // Four tables of 16 entries. Entry i of one is (±a ± b) + (±c ± d): the first sum by i % 4, the second by i / 4.
@@ -82,11 +80,16 @@ struct Sums {
     _mm512_storeu_ps(running, x);
     more.pass(running + 16, first);
   }
-  BK_MEMBER void finish(float* out, int64_t cols, bool add) const {
-    const __mmask16 some = cols >= 16 ? 0xFFFF : static_cast<__mmask16>((1 << cols) - 1);
-    const __m512 sum = add ? _mm512_add_ps(_mm512_maskz_loadu_ps(some, out), x) : x;
-    _mm512_mask_storeu_ps(out, some, sum);
-    more.finish(out + 16, cols - 16, add);
+  BK_MEMBER void get(const float* out, int64_t cols) {
+    x = _mm512_maskz_loadu_ps(lanes(cols), out);
+    more.get(out + 16, cols - 16);
+  }
+  BK_MEMBER void put(float* out, int64_t cols) const {
+    _mm512_mask_storeu_ps(out, lanes(cols), x);
+    more.put(out + 16, cols - 16);
+  }
+  static BK_MEMBER __mmask16 lanes(int64_t cols) {
+    return cols >= 16 ? 0xFFFF : cols <= 0 ? 0 : static_cast<__mmask16>((1 << cols) - 1);
   }
 };
 
@@ -95,7 +98,8 @@ struct Sums<0> {
   BK_MEMBER void clear() {}
   BK_MEMBER void add(__m512, const Places<0>&) {}
   BK_MEMBER void pass(float*, bool) {}
-  BK_MEMBER void finish(float*, int64_t, bool) const {}
+  BK_MEMBER void get(const float*, int64_t) {}
+  BK_MEMBER void put(float*, int64_t) const {}
 };
 
 template <int ROWS, int VECTORS>
@@ -109,7 +113,7 @@ struct Block {
     below.clear();
   }
   BK_MEMBER void start(const float* tables, const TableRow* rows) {
-    from = tables + rows->tables;
+    from = tables + rows->from;
     below.start(tables, rows + 1);
   }
   BK_MEMBER void add(int64_t t, const Places<VECTORS>& at) {
@@ -120,9 +124,13 @@ struct Block {
     sums.pass(running, first);
     below.pass(running + kPlaceColumns, first);
   }
-  BK_MEMBER void finish(const TableRow* rows, int64_t first, int64_t cols, bool add) const {
-    sums.finish(rows->out + first, cols, add);
-    below.finish(rows + 1, first, cols, add);
+  BK_MEMBER void get(const TableRow* rows, int64_t first, int64_t cols) {
+    sums.get(rows->out + first, cols);
+    below.get(rows + 1, first, cols);
+  }
+  BK_MEMBER void put(const TableRow* rows, int64_t first, int64_t cols) const {
+    sums.put(rows->out + first, cols);
+    below.put(rows + 1, first, cols);
   }
 };
 
@@ -132,7 +140,8 @@ struct Block<0, VECTORS> {
   BK_MEMBER void start(const float*, const TableRow*) {}
   BK_MEMBER void add(int64_t, const Places<VECTORS>&) {}
   BK_MEMBER void pass(float*, bool) {}
-  BK_MEMBER void finish(const TableRow*, int64_t, int64_t, bool) const {}
+  BK_MEMBER void get(const TableRow*, int64_t, int64_t) {}
+  BK_MEMBER void put(const TableRow*, int64_t, int64_t) const {}
 };
 
 // Columns first … first + cols − 1 of ROWS rows.
@@ -140,11 +149,17 @@ template <int ROWS, int VECTORS>
 __attribute__((noinline)) void sum_some(const TableSums& s, const TableRow* rows, const int32_t* places, int64_t first,
                                         int64_t cols) {
   alignas(64) float running[ROWS * kPlaceColumns];
-  const int64_t passes = passes_of(s.run);
   Block<ROWS, VECTORS> block;
-  for (int64_t pass = 0, i = 0; pass < passes; ++pass) {
+  block.clear();
+  if (s.add) {
+    block.get(rows, first, cols);
+    block.pass(running, true);
+  }
+  for (int64_t i = 0; i < s.run.blocks;) {
+    const bool begins = !s.add && i == 0;
     block.clear();
-    for (; i < s.run.blocks * (pass + 1) / passes; ++i) {
+    const int64_t end = s.run.blocks - i > kPassBlocks ? i + kPassBlocks : s.run.blocks;
+    for (; i < end; ++i) {
       block.start(s.tables + s.run.tables[i], rows);
       Places<VECTORS> at;
       at.load(places + s.run.places[i]);
@@ -154,11 +169,11 @@ __attribute__((noinline)) void sum_some(const TableSums& s, const TableRow* rows
         at.next();
       }
     }
-    if (passes > 1) {
-      block.pass(running, pass == 0);
+    if (!begins || i < s.run.blocks) {
+      block.pass(running, begins);
     }
   }
-  block.finish(rows, first, cols, s.add);
+  block.put(rows, first, cols);
 }
 
 template <int ROWS, int VECTORS>
@@ -193,13 +208,12 @@ void form_four(const float* x, float* to) {
 int64_t most_rows(int64_t) { return 1; }
 
 void sum_columns(int64_t, const TableSums& s, const TableRow* row, const int32_t* places, int64_t first, int64_t cols) {
-  float running[kPlaceColumns] = {};
-  const int64_t passes = passes_of(s.run);
-  for (int64_t pass = 0, i = 0; pass < passes; ++pass) {
+  float* out = row->out + first;
+  for (int64_t i = 0; i < s.run.blocks; i += kPassBlocks) {
     float sums[kPlaceColumns] = {};
-    for (; i < s.run.blocks * (pass + 1) / passes; ++i) {
-      const float* from = s.tables + row->tables + s.run.tables[i];
-      const int32_t* at = places + s.run.places[i];
+    for (int64_t j = i; j < s.run.blocks && j < i + kPassBlocks; ++j) {
+      const float* from = s.tables + row->from + s.run.tables[j];
+      const int32_t* at = places + s.run.places[j];
       for (int t = 0; t < kTableFloats / kEntries; ++t) {
         for (int64_t c = 0; c < cols; ++c) {
           sums[c] += from[t * kEntries + (static_cast<uint32_t>(at[c]) >> 4 * t) % kEntries];
@@ -207,12 +221,8 @@ void sum_columns(int64_t, const TableSums& s, const TableRow* row, const int32_t
       }
     }
     for (int64_t c = 0; c < cols; ++c) {
-      running[c] = pass > 0 ? running[c] + sums[c] : sums[c];
+      out[c] = s.add || i > 0 ? out[c] + sums[c] : sums[c];
     }
-  }
-  for (int64_t c = 0; c < cols; ++c) {
-    float& out = row->out[first + c];
-    out = s.add ? out + running[c] : running[c];
   }
 }
 #endif
@@ -254,6 +264,26 @@ void form_places(const SignColumns& signs, int64_t blocks, int32_t* to) {
       }
       _mm512_storeu_si512(places, left);
       _mm512_storeu_si512(places + 16, right);
+#elif defined(__AVX2__)
+      // Byte b of all rows in one vector; the top bit of each byte is a column's.
+      const auto load = [&](int r) {
+        const __m256i x =
+            _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + r))),
+                                    _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + 16 + r)), 1);
+        return _mm256_shuffle_epi8(
+            x, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+      };
+      const __m256i r0 = load(0), r4 = load(4), r8 = load(8), r12 = load(12);
+      const __m256i low = _mm256_unpacklo_epi32(r0, r4), low8 = _mm256_unpacklo_epi32(r8, r12);
+      const __m256i high = _mm256_unpackhi_epi32(r0, r4), high8 = _mm256_unpackhi_epi32(r8, r12);
+      __m256i bytes[] = {_mm256_unpacklo_epi64(low, low8), _mm256_unpackhi_epi64(low, low8),
+                         _mm256_unpacklo_epi64(high, high8), _mm256_unpackhi_epi64(high, high8)};
+      for (int b = 0; b < 4; ++b) {
+        for (int c = 7; c >= 0; --c) {
+          places[8 * b + c] = _mm256_movemask_epi8(bytes[b]);
+          bytes[b] = _mm256_add_epi8(bytes[b], bytes[b]);
+        }
+      }
 #else
       uint32_t of_columns[32] = {};
       for (int r = 0; r < kTableDepth; ++r) {

@@ -1,0 +1,183 @@
+// Sums of entries of tables.h where a register is too short for a table: lanes are rows.
+//
+// Roofline: a vector of rows is read from the L1 cache and added for four multiply-adds a lane, where a fused
+// multiply-add does one. Tables of a block along K are formed in 16 KB, once for all columns of a slab.
+#include "tables.h"
+#include "transpose.h"
+
+namespace bioplaus {
+namespace BK_LEVEL {
+namespace {
+
+#define BK_MEMBER __attribute__((always_inline))
+
+constexpr int kEntries = 16;
+constexpr int kTables = kTableDepth / 4;  // of a block
+// Columns whose sums stay in the L2 cache.
+constexpr int64_t kSlabColumns = 512;
+
+BK_INLINE const F8& at(const float* x) { return *reinterpret_cast<const F8*>(x); }
+BK_INLINE F8& at(float* x) { return *reinterpret_cast<F8*>(x); }
+
+// LANES floats. A struct of structs, as compilers keep arrays in memory.
+template <int LANES>
+struct Lanes {
+  F8 x;
+  Lanes<LANES - 8> more;
+
+  BK_MEMBER void clear() {
+    x = F8{};
+    more.clear();
+  }
+  BK_MEMBER void get(const float* from) {
+    x = at(from);
+    more.get(from + 8);
+  }
+  BK_MEMBER void add(const float* from) {
+    x += at(from);
+    more.add(from + 8);
+  }
+  BK_MEMBER void put(float* to) const {
+    at(to) = x;
+    more.put(to + 8);
+  }
+};
+
+template <>
+struct Lanes<0> {
+  BK_MEMBER void clear() {}
+  BK_MEMBER void get(const float*) {}
+  BK_MEMBER void add(const float*) {}
+  BK_MEMBER void put(float*) const {}
+};
+
+// Tables of a block whose entries k are at x + k · LANES. Entry i of one is (±a ± b) + (±c ± d), signs by i's bits.
+template <int LANES>
+void form(const float* x, int64_t count, float* to) {
+  for (int64_t t = 0; t < count; ++t, x += 4 * LANES, to += kEntries * LANES) {
+    for (int l = 0; l < LANES; l += 8) {
+      const F8 a = at(x + l), b = at(x + LANES + l), c = at(x + 2 * LANES + l), d = at(x + 3 * LANES + l);
+      const F8 low[] = {a + b, b - a, a - b, -(a + b)}, high[] = {c + d, d - c, c - d, -(c + d)};
+#pragma GCC unroll 16
+      for (int i = 0; i < kEntries; ++i) {
+        at(to + i * LANES + l) = low[i % 4] + high[i / 4];
+      }
+    }
+  }
+}
+
+// What a block brings to each of some columns: `part` is a pass's sum so far, `sums` that of the passes before.
+template <int LANES>
+struct BlockSums {
+  const float* tables;
+  int64_t count;             // of tables
+  bool begins, ends, first;  // the pass, and the first one
+
+  template <bool WHOLE>
+  void add(const int32_t* places, int64_t cols, float* part, float* sums) const {
+    for (int64_t c = 0; c < cols; ++c, part += LANES, sums += LANES) {
+      Lanes<LANES> sum;
+      begins ? sum.clear() : sum.get(part);
+      const uint64_t place = static_cast<uint32_t>(places[c]);
+#pragma GCC unroll 8
+      for (int64_t t = 0; t < (WHOLE ? kTables : count); ++t) {
+        sum.add(tables + (t * kEntries + (place >> 4 * t) % kEntries) * LANES);
+      }
+      if (ends && !first) {
+        sum.add(sums);
+      }
+      sum.put(ends ? sums : part);
+    }
+  }
+};
+
+// Entry k of lane l, times scale, to to[k · LANES + l]: 0 beyond the block's, and beyond the last row.
+template <int LANES>
+void take_entries(const LaneSums& s, const LaneBlock& block, float* to) {
+  float padded[LANES][kTableDepth];
+  const float* of[LANES];
+  for (int64_t l = 0; l < LANES; ++l) {
+    const int64_t depth = l < s.count ? block.depth : 0;
+    const float* x = l < s.count ? s.grad + s.rows[l].from + block.entries : nullptr;
+    for (int64_t k = 0; depth < kTableDepth && k < kTableDepth; ++k) {
+      padded[l][k] = k < depth ? x[k] : 0.0f;
+    }
+    of[l] = depth < kTableDepth ? padded[l] : x;
+  }
+  for (int64_t l = 0; l < LANES; l += 8) {
+    for (int64_t k = 0; k < kTableDepth; k += 8) {
+      F8 x[8];
+      for (int64_t i = 0; i < 8; ++i) {
+        x[i] = at(of[l + i] + k) * s.scale;
+      }
+      transpose8(x);
+      for (int64_t i = 0; i < 8; ++i) {
+        at(to + (k + i) * LANES + l) = x[i];
+      }
+    }
+  }
+}
+
+// sums[c · LANES + l] to column c of lane l.
+template <int LANES>
+void put_rows(const LaneSums& s, int64_t first, int64_t cols, const float* sums) {
+  for (int64_t l = 0; l < s.count; l += 8) {
+    int64_t c = 0;
+    for (; c + 8 <= cols; c += 8) {
+      F8 x[8];
+      for (int64_t i = 0; i < 8; ++i) {
+        x[i] = at(sums + (c + i) * LANES + l);
+      }
+      transpose8(x);
+      for (int64_t i = 0; i < 8 && l + i < s.count; ++i) {
+        at(s.rows[l + i].out + first + c) = x[i];
+      }
+    }
+    for (; c < cols; ++c) {
+      for (int64_t i = 0; i < 8 && l + i < s.count; ++i) {
+        s.rows[l + i].out[first + c] = sums[c * LANES + l + i];
+      }
+    }
+  }
+}
+
+template <int LANES>
+void sum_slab(const LaneSums& s, const int32_t* places, int64_t first, int64_t cols, float* scratch) {
+  float* const tables = scratch;
+  float* const entries = tables + kTables * kEntries * LANES;
+  float* const part = entries + LANES * kTableDepth;
+  float* const sums = part + LANES * kSlabColumns;
+  for (int64_t i = 0; i < s.depth; ++i) {
+    const LaneBlock& block = s.blocks[i];
+    const int64_t count = (block.depth + 3) / 4;
+    take_entries<LANES>(s, block, entries);
+    form<LANES>(entries, count, tables);
+    const BlockSums<LANES> add{tables, count, i % kPassBlocks == 0, (i + 1) % kPassBlocks == 0 || i + 1 == s.depth,
+                               i < kPassBlocks};
+    const int32_t* panel = places + block.places;
+    for (int64_t c = 0; c < cols; c += kPlaceColumns, panel += s.panel) {
+      const int64_t width = cols - c < kPlaceColumns ? cols - c : kPlaceColumns;
+      float *const to = part + c * LANES, *const of_passes = sums + c * LANES;
+      count == kTables ? add.template add<true>(panel, width, to, of_passes)
+                       : add.template add<false>(panel, width, to, of_passes);
+    }
+  }
+  put_rows<LANES>(s, first, cols, sums);
+}
+
+}  // namespace
+
+int64_t lanes_scratch() { return kLanes * (kTables * kEntries + kTableDepth + 2 * kSlabColumns); }
+
+void sum_lanes(const LaneSums& s, float* scratch) {
+  const auto sum = s.count <= kLanes / 4   ? sum_slab<kLanes / 4>
+                   : s.count <= kLanes / 2 ? sum_slab<kLanes / 2>
+                                           : sum_slab<kLanes>;
+  const int32_t* places = s.places;
+  for (int64_t first = 0; first < s.cols; first += kSlabColumns, places += kSlabColumns / kPlaceColumns * s.panel) {
+    sum(s, places, first, s.cols - first < kSlabColumns ? s.cols - first : kSlabColumns, scratch);
+  }
+}
+
+}  // namespace BK_LEVEL
+}  // namespace bioplaus
