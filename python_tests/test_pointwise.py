@@ -5,6 +5,9 @@ In float32 and fed back by ±s. On tile units a large 1x1 one that is channels-l
 from 32 on), and a feedback_conv also a 1x1 one that is not channels-last, or is strided or padded.
 """
 
+import os
+
+import fresh
 import pytest
 import torch
 from torch import Tensor
@@ -155,3 +158,18 @@ def test_stored_feedback_is_not_copied() -> None:
     b = layer.feedback_matrix()
     exact = torch.nn.grad.conv2d_input(x.shape, b, found["output"])
     torch.testing.assert_close(found["input"], exact)
+
+
+@pytest.mark.skipif(not LEVEL.startswith("AVX512") and LEVEL != "AMX", reason="no level between")
+@pytest.mark.parametrize("level", ["AVX2", "AVX512"])
+def test_lower_levels(level: str) -> None:
+    program = (
+        "import pytest, sys\n"
+        "from bioplaus_kernels import _C\n"
+        f"assert _C.active_product_level() == {level!r}, _C.active_product_level()\n"
+        "chosen = 'input_gradient or others or windows'\n"
+        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {__file__!r}, '-k', chosen]))\n"
+    )
+    isa = {"AVX2": "AVX2", "AVX512": "AVX512_CORE"}[level]
+    done = fresh.run(program, environment=os.environ | {"ATEN_CPU_CAPABILITY": level, "ONEDNN_MAX_CPU_ISA": isa})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
