@@ -1,7 +1,7 @@
 // The input gradient of a convolution of one group on the CPU: checks, and which way it is computed.
 //
-// By ±s in float32 there are two ways, feedback_conv_digits.h for tile units and feedback_conv_tables.h for AVX-512;
-// else B is formed and the product is the vendor's.
+// By ±s in float32 there are two ways, feedback_conv_digits.h for tile units and feedback_conv_tables.h for AVX2 and
+// other AVX-512; else B is formed and the product is the vendor's.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>

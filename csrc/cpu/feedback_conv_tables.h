@@ -25,7 +25,8 @@ namespace {
 
 // Taps at most, as every class has a list of its own.
 constexpr int64_t kTableTaps = 128;
-// What of a block stays in the L2 cache, and about the most where bands would otherwise share most of it, in floats.
+// What of a block stays in the L2 cache, and about the most where bands would otherwise share most of it, or samples
+// would leave lanes empty, in floats.
 constexpr int64_t kTablesFloats = int64_t{1} << 17;
 constexpr int64_t kMostFloats = 4 * kTablesFloats;
 
@@ -98,10 +99,18 @@ inline std::optional<Bands> bands_of(const ConvGeometry& g, int64_t pixel) {
                                     : std::optional(Bands{outer, mine * stride, std::min(all, mine + shared)});
 }
 
-// Whether there are any does not depend on how they are multiplied.
+// Whether there are any does not depend on how they are multiplied. Where lanes are rows a pixel of dY and those of dX
+// are kept instead of tables.
 inline std::optional<Bands> table_bands(const ConvGeometry& g) {
-  const std::optional<Bands> of_tables = bands_of(g, table_blocks(g) * kTableFloats);
-  return of_tables && !tables_fill_registers() ? bands_of(g, g.out_channels) : of_tables;
+  const int64_t tables = table_blocks(g) * kTableFloats;
+  const std::optional<Bands> bands = bands_of(g, tables);
+  if (!bands || !lanes_are_rows()) {
+    return bands;
+  }
+  const double kept =
+      static_cast<double>(g.out_channels) + static_cast<double>(g.in_channels) * static_cast<double>(g.stride[0]) *
+                                                static_cast<double>(g.stride[1]) * static_cast<double>(g.stride[2]);
+  return kept < static_cast<double>(tables) ? bands_of(g, static_cast<int64_t>(kept)) : bands;
 }
 
 struct ZeroSign {
@@ -135,7 +144,7 @@ class TableProduct {
         panels_(divide_up(g.in_channels, kPlaceColumns)),
         panel_(g.taps() * table_blocks(g) * kPlaceColumns),
         places_(panels_ * panel_),
-        lanes_(!tables_fill_registers()),
+        lanes_(lanes_are_rows()),
         pixel_(lanes_ ? g.out_channels : table_blocks(g) * kTableFloats),
         inner_(g.out[0] * g.out[1] * g.out[2] / g.out[bands.outer]),
         scale_(static_cast<float>(scale)),
@@ -202,7 +211,7 @@ class TableProduct {
     int64_t first, cols;       // of dX
   };
 
-  // A class in every dimension, and a TableRun's offsets, or blocks where lanes are rows.
+  // A class in every dimension, and a TableRun's offsets, or where lanes are rows blocks.
   struct PixelClass {
     std::array<const ReachClass*, kConvDims> of;
     std::vector<int64_t> tables, places;
@@ -221,10 +230,13 @@ class TableProduct {
             const int64_t tap = (ka * g_.kernel[1] + kb) * g_.kernel[2] + kc;
             shift_of[tap] = (ja * g_.out[1] + jb) * g_.out[2] + jc;
             const int64_t places = (tap * table_blocks(g_) + block) * kPlaceColumns, entry = block * kTableDepth;
-            mine.tables.push_back(shift_of[tap] * pixel_ + block * kTableFloats);
-            mine.places.push_back(places);
-            mine.blocks.push_back(
-                {shift_of[tap] * g_.out_channels + entry, std::min(kTableDepth, g_.out_channels - entry), places});
+            if (lanes_) {
+              mine.blocks.push_back(
+                  {shift_of[tap] * g_.out_channels + entry, std::min(kTableDepth, g_.out_channels - entry), places});
+            } else {
+              mine.tables.push_back(shift_of[tap] * pixel_ + block * kTableFloats);
+              mine.places.push_back(places);
+            }
           }
         }
       }
@@ -299,8 +311,8 @@ class TableProduct {
       }
       const int64_t count = static_cast<int64_t>(w.pixels.size());
       const int32_t* places = places_.get() + w.first / kPlaceColumns * panel_;
-      const int64_t depth = static_cast<int64_t>(pixel_class.blocks.size());
       if (lanes_) {
+        const int64_t depth = static_cast<int64_t>(pixel_class.blocks.size());
         // Of nearly the same number of pixels.
         const int64_t parts = divide_up(count, kLanes);
         for (int64_t part = 0; part < parts; ++part) {
@@ -311,6 +323,7 @@ class TableProduct {
            w.tables.get());
         }
       } else {
+        const int64_t depth = static_cast<int64_t>(pixel_class.tables.size());
         BK_PICK(sum_tables)
         ({w.tables.get(), {pixel_class.tables.data(), pixel_class.places.data(), depth}, places, panel_, false},
          w.pixels.data(), count, w.cols);
@@ -336,7 +349,8 @@ class TableProduct {
   int64_t panels_, panel_;
   Buffer<int32_t> places_;
   bool lanes_;
-  int64_t pixel_, inner_;  // floats kept of a pixel of dY
+  int64_t pixel_;  // floats kept of a pixel of dY
+  int64_t inner_;
   float scale_;
   bool planes_;
   const float* grad_;

@@ -63,14 +63,18 @@ inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackPar
   float* to = out.mutable_data_ptr<float>();
   const std::vector<int64_t> table_steps = steps(kHeldBlocks, kTableFloats);
   const std::vector<int64_t> place_steps = steps(kHeldBlocks, kPlaceColumns);
-  const bool lanes = !tables_fill_registers();
+  const bool lanes = lanes_are_rows();
   std::vector<LaneBlock> lane_blocks;
-  for (int64_t i = 0; i < blocks; ++i) {
+  for (int64_t i = 0; lanes && i < blocks; ++i) {
     const int64_t k = i * kTableDepth;
     lane_blocks.push_back({k, std::min(kTableDepth, b.rows - k), i * kPlaceColumns});
   }
-  const int64_t groups = divide_up(rows, lanes ? kLanes : kTableRows);
+  int64_t groups = divide_up(rows, lanes ? kLanes : kTableRows);
   const int64_t parts = std::clamp<int64_t>(divide_up(2 * threads, groups), 1, divide_up(b.cols, kUnitColumns));
+  if (lanes) {
+    // Fewer rows at once rather than threads without any.
+    groups = std::clamp(divide_up(threads, parts), groups, divide_up(rows, kLanes / 4));
+  }
   at::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
     const Buffer<float> tables(lanes ? BK_PICK(lanes_scratch)()
                                      : std::min(kTableRows, rows) * std::min(blocks, kHeldBlocks) * kTableFloats);

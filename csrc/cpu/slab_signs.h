@@ -19,8 +19,8 @@ constexpr int64_t kSlab = 1024;
 inline bool tables_are_faster() {
   return product_level() != ProductLevel::DEFAULT && product_level() != ProductLevel::AMX;
 }
-// Whether a table fills a vector register.
-inline bool tables_fill_registers() { return cpu_level() == Level::AVX512; }
+// Whether lanes of vectors are rows, as registers are too short for a table.
+inline bool lanes_are_rows() { return cpu_level() == Level::AVX2; }
 
 inline void check_way(c10::string_view way, c10::string_view entries, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(way == "digits" || way == "tables", "way: expected one of ('digits', 'tables'), got '", way, "'");

@@ -1,10 +1,10 @@
 // Products by ±1 in float32 as sums of table entries.
 //
 // Four entries of a row of dY have 16 signed sums ±a ± b ± c ± d, a table. The signs that four rows of σ have in a
-// column are a place in it. Where a table fills one vector register, one permutation and one addition bring 16 columns
-// what would be four fused multiply-adds (tables_kernel.cpp); where registers are shorter, tables of many rows lie side
-// by side, and one addition from memory does so for a vector of rows (tables_lanes_kernel.cpp). Both add in the same
-// order. An entry of σ that is 0 counts as 1 here.
+// column are a place in it. On AVX-512 a table fills one vector register: one permutation and one addition bring 16
+// columns what would be four fused multiply-adds (tables_kernel.cpp, and its plain loops). Registers of AVX2 are
+// shorter: tables of many rows lie side by side, and one addition from memory does so for a vector of rows
+// (tables_lanes_kernel.cpp). All add in the same order. An entry of σ that is 0 counts as 1 here.
 #pragma once
 
 #include "feedback_mm.h"

@@ -1,4 +1,4 @@
-// Tables of tables.h that fill a register, and the sums of their entries.
+// Tables of tables.h, each by itself, and the sums of their entries.
 //
 // Roofline: a permutation and an addition for 64 multiply-adds, where a fused multiply-add does 16; tables are written
 // once, 16 bytes an entry of dY, and read from the caches for each kPlaceColumns columns. Every level adds in the

@@ -91,7 +91,7 @@ struct BlockSums {
   }
 };
 
-// Entry k of lane l, times scale, to to[k · LANES + l]: 0 beyond the block's, and beyond the last row.
+// Entry k of lane l, times scale, to to[k · LANES + l]: 0 beyond the block's. Lanes beyond the last row hold anything.
 template <int LANES>
 void take_entries(const LaneSums& s, const LaneBlock& block, float* to) {
   float padded[LANES][kTableDepth];
@@ -100,15 +100,16 @@ void take_entries(const LaneSums& s, const LaneBlock& block, float* to) {
     const int64_t depth = l < s.count ? block.depth : 0;
     const float* x = l < s.count ? s.grad + s.rows[l].from + block.entries : nullptr;
     for (int64_t k = 0; depth < kTableDepth && k < kTableDepth; ++k) {
-      padded[l][k] = k < depth ? x[k] : 0.0f;
+      padded[l][k] = k < depth ? s.scale * x[k] : 0.0f;
     }
     of[l] = depth < kTableDepth ? padded[l] : x;
   }
+  const float scale = block.depth < kTableDepth ? 1.0f : s.scale;
   for (int64_t l = 0; l < LANES; l += 8) {
     for (int64_t k = 0; k < kTableDepth; k += 8) {
       F8 x[8];
       for (int64_t i = 0; i < 8; ++i) {
-        x[i] = at(of[l + i] + k) * s.scale;
+        x[i] = at(of[l + i] + k) * scale;
       }
       transpose8(x);
       for (int64_t i = 0; i < 8; ++i) {
