@@ -78,9 +78,8 @@ struct Bands {
 inline int64_t table_blocks(const ConvGeometry& g) { return divide_up(g.out_channels, kTableDepth); }
 
 // None where a row of dY, of pixels of so many floats, is too large, or bands would share most of theirs.
-inline std::optional<Bands> bands_of(const ConvGeometry& g, int64_t pixel) {
+inline std::optional<Bands> bands_of(const ConvGeometry& g, double floats) {
   const int outer = g.in[0] > 1 || g.out[0] > 1 ? 0 : g.in[1] > 1 || g.out[1] > 1 ? 1 : 2;
-  double floats = static_cast<double>(pixel);
   for (int d = 0; d < kConvDims; ++d) {
     floats *= d == outer ? 1.0 : static_cast<double>(g.out[d]);
   }
@@ -102,15 +101,13 @@ inline std::optional<Bands> bands_of(const ConvGeometry& g, int64_t pixel) {
 // Whether there are any does not depend on how they are multiplied. Where lanes are rows a pixel of dY and those of dX
 // are kept instead of tables.
 inline std::optional<Bands> table_bands(const ConvGeometry& g) {
-  const int64_t tables = table_blocks(g) * kTableFloats;
+  const double tables = static_cast<double>(table_blocks(g)) * kTableFloats;
   const std::optional<Bands> bands = bands_of(g, tables);
-  if (!bands || !lanes_are_rows()) {
-    return bands;
+  double of_dx = static_cast<double>(g.in_channels);
+  for (const int64_t stride : g.stride) {
+    of_dx *= static_cast<double>(stride);
   }
-  const double kept =
-      static_cast<double>(g.out_channels) + static_cast<double>(g.in_channels) * static_cast<double>(g.stride[0]) *
-                                                static_cast<double>(g.stride[1]) * static_cast<double>(g.stride[2]);
-  return kept < static_cast<double>(tables) ? bands_of(g, static_cast<int64_t>(kept)) : bands;
+  return bands && lanes_are_rows() ? bands_of(g, std::min(tables, static_cast<double>(g.out_channels) + of_dx)) : bands;
 }
 
 struct ZeroSign {
@@ -200,7 +197,7 @@ class TableProduct {
  private:
   struct Workspace {
     Workspace(const TableProduct& p, int64_t group)
-        : tables(p.lanes_ ? BK_PICK(lanes_scratch)() : group * p.bands_.rows * p.inner_ * p.pixel_),
+        : tables(p.lanes_ ? kLanesScratch : group * p.bands_.rows * p.inner_ * p.pixel_),
           grad(p.planes_ ? group * p.bands_.rows * p.inner_ * p.g_.out_channels : 0),
           out(p.planes_ ? group * p.pixels_of(p.bands_.length) * p.g_.in_channels : 0) {}
 

@@ -76,7 +76,7 @@ inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackPar
     groups = std::clamp(divide_up(threads, parts), groups, divide_up(rows, kLanes / 4));
   }
   at::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
-    const Buffer<float> tables(lanes ? BK_PICK(lanes_scratch)()
+    const Buffer<float> tables(lanes ? kLanesScratch
                                      : std::min(kTableRows, rows) * std::min(blocks, kHeldBlocks) * kTableFloats);
     std::vector<TableRow> some;
     std::vector<int64_t> met;
@@ -97,26 +97,27 @@ inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackPar
         BK_PICK(sum_lanes)
         ({x, scale, some.data(), count, lane_blocks.data(), blocks, places.get() + panel_begin * panel, panel, columns},
          tables.get());
-      }
-      for (int64_t block = 0; !lanes && block < blocks; block += kHeldBlocks) {
-        const int64_t held = std::min(kHeldBlocks, blocks - block), k = block * kTableDepth;
-        for (int64_t i = 0; i < count; ++i) {
-          some[i].from = i * held * kTableFloats;
+      } else {
+        for (int64_t block = 0; block < blocks; block += kHeldBlocks) {
+          const int64_t held = std::min(kHeldBlocks, blocks - block), k = block * kTableDepth;
+          for (int64_t i = 0; i < count; ++i) {
+            some[i].from = i * held * kTableFloats;
+          }
+          // Runs of a row are too short for the processor to foresee the next ones.
+          const float* from = x + row * row_stride + k;
+          const float* next = block + held < blocks     ? from + held * kTableDepth
+                              : row + 2 * count <= rows ? x + (row + count) * row_stride
+                                                        : from;
+          BK_PICK(form_tables)
+          (from, row_stride, count, std::min(held * kTableDepth, b.rows - k), scale, tables.get(), next);
+          BK_PICK(sum_tables)
+          ({tables.get(),
+            {table_steps.data(), place_steps.data(), held},
+            places.get() + panel_begin * panel + block * kPlaceColumns,
+            panel,
+            block > 0},
+           some.data(), count, columns);
         }
-        // Runs of a row are too short for the processor to foresee the next ones.
-        const float* from = x + row * row_stride + k;
-        const float* next = block + held < blocks     ? from + held * kTableDepth
-                            : row + 2 * count <= rows ? x + (row + count) * row_stride
-                                                      : from;
-        BK_PICK(form_tables)
-        (from, row_stride, count, std::min(held * kTableDepth, b.rows - k), scale, tables.get(), next);
-        BK_PICK(sum_tables)
-        ({tables.get(),
-          {table_steps.data(), place_steps.data(), held},
-          places.get() + panel_begin * panel + block * kPlaceColumns,
-          panel,
-          block > 0},
-         some.data(), count, columns);
       }
       for (const auto& zeros : zeros_of) {
         for (const ZeroSign& zero : zeros) {

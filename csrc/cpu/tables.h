@@ -14,12 +14,16 @@ namespace bioplaus {
 // Of so many entries along K the places in a column are one word, 4 bits each from the lowest: bit b of a place is set
 // where the sign of entry b is negative.
 constexpr int64_t kTableDepth = 32;
-constexpr int64_t kTableFloats = kTableDepth / 4 * 16;
+constexpr int kEntries = 16;  // of a table
+constexpr int64_t kTableFloats = kTableDepth / 4 * kEntries;
 constexpr int64_t kPlaceColumns = 64;
 // Errors grow with the length of a sum: so many blocks are a pass, added before they are added to the others.
 constexpr int64_t kPassBlocks = 4;
-// Rows at once where lanes are rows.
+// Where lanes are rows: rows at once, columns whose sums stay in the L2 cache, and floats of memory for those, and for
+// the entries and tables of a block.
 constexpr int64_t kLanes = 32;
+constexpr int64_t kSlabColumns = 512;
+constexpr int64_t kLanesScratch = kLanes * (kTableFloats + kTableDepth + 2 * kSlabColumns);
 
 // A row of dX: where its tables, or its row of dY, begin, in floats.
 struct TableRow {
@@ -73,8 +77,7 @@ struct LaneSums {
   int64_t cols;
 };
 
-// `scratch`: lanes_scratch() floats.
-BK_DECLARE(int64_t lanes_scratch())
+// `scratch`: kLanesScratch floats.
 BK_DECLARE(void sum_lanes(const LaneSums& s, float* scratch))
 
 // From one column of the rows what x[at[i]], times scale, gave to row i.

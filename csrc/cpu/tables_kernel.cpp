@@ -13,8 +13,6 @@ namespace bioplaus {
 namespace BK_LEVEL {
 namespace {
 
-constexpr int kEntries = 16;
-
 #if defined(__AVX512BW__)
 // Four tables of 16 entries. Entry i of one is (±a ± b) + (±c ± d): the first sum by i % 4, the second by i / 4.
 void form_four(__m512 x, float* to) {

@@ -11,10 +11,7 @@ namespace {
 
 #define BK_MEMBER __attribute__((always_inline))
 
-constexpr int kEntries = 16;
 constexpr int kTables = kTableDepth / 4;  // of a block
-// Columns whose sums stay in the L2 cache.
-constexpr int64_t kSlabColumns = 512;
 
 BK_INLINE const F8& at(const float* x) { return *reinterpret_cast<const F8*>(x); }
 BK_INLINE F8& at(float* x) { return *reinterpret_cast<F8*>(x); }
@@ -167,8 +164,6 @@ void sum_slab(const LaneSums& s, const int32_t* places, int64_t first, int64_t c
 }
 
 }  // namespace
-
-int64_t lanes_scratch() { return kLanes * (kTables * kEntries + kTableDepth + 2 * kSlabColumns); }
 
 void sum_lanes(const LaneSums& s, float* scratch) {
   const auto sum = s.count <= kLanes / 4   ? sum_slab<kLanes / 4>

@@ -14,7 +14,7 @@
 
 namespace bioplaus {
 
-// At any address: a copy of such memory by __builtin_memcpy is split in halves.
+// At any address. GCC 12 splits a load of it by __builtin_memcpy in halves.
 typedef float F8 __attribute__((vector_size(32), aligned(4), may_alias));
 
 BK_INLINE void transpose8(F8* r) {
