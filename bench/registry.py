@@ -95,6 +95,7 @@ def cases(ops: list[str] | None = None, quick: bool = False, headline: bool = Fa
         recurrent,
         steps,
         untied_nets,
+        weight_gradient,
     )
 
     if unknown := set(ops or ()) - set(_REGISTRY):

@@ -17,6 +17,7 @@ from .quiet import LEAST
 AGAINST = {
     "feedback_mm": "input gradient of a linear layer",
     "convolution": "input gradient of a convolution",
+    "weight_gradient": "weight gradient of a convolution of few pixels",
     "low_rank": "low-rank feedback, a linear layer",
     "recurrent": "recurrent layers",
     "locally_connected": "locally-connected layers",

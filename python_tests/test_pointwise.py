@@ -1,4 +1,4 @@
-"""Convolutions whose backward is not the vendor's with a B formed for it: by digits or tables, and a stored B.
+"""Convolutions whose backward is not the vendor's with a B formed for it: digits, tables, a stored B, few pixels.
 
 In float32 and fed back by ±s. On tile units a large 1x1 one that is channels-last is a feedback_mm, a larger kernel of
 64 channels and more a feedback_conv; on other AVX-512 and AVX2 the same from 64 channels on (larger kernels on AVX-512
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bioplaus_kernels as bk
 from bioplaus_kernels.backends import native
+from bioplaus_kernels.functional import _conv
 
 OUT, IN = 256, 128
 LEVEL = native.product_level()
@@ -179,3 +180,42 @@ def test_lower_levels(level: str) -> None:
     forced = {"ATEN_CPU_CAPABILITY": level.lower(), "ONEDNN_MAX_CPU_ISA": LEVELS[level]}
     done = fresh.run(program, environment=os.environ | forced)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+FEW_PIXELS = [
+    (1, (5,), {"kernel_size": 3, "stride": 2, "padding": 1}),
+    (2, (4, 5), {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}),
+    (2, (2, 2), {"kernel_size": 1, "bias": False}),
+    (3, (3, 2, 3), {"kernel_size": 2, "padding": "same"}),
+]
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("d", "size", "arguments"), FEW_PIXELS)
+def test_weight_gradient_of_few_pixels(
+    d: int, size: tuple[int, ...], arguments: dict, dtype: torch.dtype, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, small = [], _conv._small_weight_gradient
+    monkeypatch.setattr(_conv, "_small_weight_gradient", lambda *args: made.append(small(*args)) or made[-1])
+    layer = getattr(bk.nn, f"Conv{d}d")(6, 128, **arguments, feedback="fa").to(dtype)
+    twin = getattr(torch.nn, f"Conv{d}d")(6, 128, **arguments).to(dtype)
+    x = torch.randn(2, 6, *size).to(dtype)
+    x = (channels_last(x) if last else x).requires_grad_()
+    found, _ = backward(layer, x)
+    assert len(made) == (dtype != torch.bfloat16)
+    if d == 2 and arguments["kernel_size"] != 1:
+        assert found["weight"].stride() == backward(twin, x)[0]["weight"].stride()
+    exact = torch.autograd.grad(twin.double()(x.double()), list(twin.parameters()), found["output"].double())
+    for (name, p), wanted in zip(twin.named_parameters(), exact, strict=True):
+        assert found[name].shape == p.shape
+        assert (found[name] - wanted).abs().max() <= TOLERANCE[dtype] * wanted.abs().max(), name
+
+
+def test_weight_gradient_of_few_pixels_leaves_a_frozen_part() -> None:
+    layer, x = bk.nn.Conv2d(6, 128, 3, feedback="usf"), torch.randn(2, 6, 4, 4, requires_grad=True)
+    for name in ("weight", "bias"):
+        layer.requires_grad_(False).get_parameter(name).requires_grad_()
+        assert backward(layer, x)[0].keys() == {"input", name, "output"}
+    assert backward(layer, x[:0].detach().requires_grad_())[0]["bias"].tolist() == [0.0] * 128

@@ -98,6 +98,11 @@ class _Conv(torch.autograd.Function):
             x = ops.feedback_conv(grad_output, *feedback, shape, ctx.input_shape[2:], *ctx.geometry[:3])
         if way:
             mask = (False, *mask[1:])
+        if mask[1] and _is_small(ctx, grad_output, shape):
+            assert input is not None
+            w = _small_weight_gradient(grad_output, input, shape, *ctx.geometry[:3])
+            c = grad_output.sum((0, *range(2, grad_output.dim()))) if mask[2] else None
+            mask = (mask[0], False, False)
         if any(mask):
             # The vendor's backward reads only the shape and the layout of an operand that no wanted gradient needs.
             if input is None:
@@ -108,11 +113,43 @@ class _Conv(torch.autograd.Function):
                 else _unread(grad_output, shape)
             )
             bias_sizes = [grad_output.shape[1]] if mask[2] else None
-            first, w, c = torch.ops.aten.convolution_backward.default(
+            grads = torch.ops.aten.convolution_backward.default(
                 grad_output, input, b, bias_sizes, *ctx.geometry, mask
             )
-            x = first if x is None else x
+            x, w, c = (mine if theirs is None else theirs for mine, theirs in zip((x, w, c), grads, strict=True))
         return finish(ctx, saved, x, w, c)
+
+
+def _is_small(ctx: Any, grad_output: Tensor, shape: torch.Size) -> bool:
+    # Whether a weight gradient sums fewer pixels than there are channels of them. There the vendor's convolution takes
+    # several times as long as one product of the input's patches, which are fewer than weights. A compiled graph is for
+    # any batch.
+    *_, transposed, _, groups = ctx.geometry
+    return (
+        (not transposed and groups == 1 and grad_output.device.type == "cpu")
+        and grad_output.dtype in (torch.float32, torch.float64)
+        and not torch.compiler.is_compiling()
+        and grad_output.numel() < shape[0] ** 2
+    )
+
+
+def _small_weight_gradient(
+    grad_output: Tensor,
+    input: Tensor,
+    shape: torch.Size,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    # In the memory format of the input, as the vendor's.
+    patches = F.pad(input, [p for pad in reversed(padding) for p in (pad, pad)])
+    for i, (k, s, dil) in enumerate(zip(shape[2:], stride, dilation, strict=True)):
+        patches = patches.unfold(2 + i, dil * (k - 1) + 1, s)[..., ::dil]
+    last = not input.is_contiguous() and input.movedim(1, -1).is_contiguous()
+    patches = patches.movedim(1, -1 if last else input.dim() - 1)
+    rows = grad_output.movedim(1, 0).flatten(1)
+    w = rows @ patches.flatten(0, len(stride)).flatten(1)
+    return w.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if last else w.view(shape)
 
 
 def _formed(feedback: Arguments, shape: torch.Size, dtype: torch.dtype) -> Tensor:
