@@ -100,7 +100,7 @@ class _Conv(torch.autograd.Function):
             mask = (False, *mask[1:])
         if mask[1] and _is_small(ctx, grad_output, shape):
             assert input is not None
-            w = _small_weight_gradient(grad_output, input, shape, *ctx.geometry[:3])
+            w = small_weight_gradient(grad_output, input, shape, *ctx.geometry[:3])
             c = grad_output.sum((0, *range(2, grad_output.dim()))) if mask[2] else None
             mask = (mask[0], False, False)
         if any(mask):
@@ -120,20 +120,25 @@ class _Conv(torch.autograd.Function):
         return finish(ctx, saved, x, w, c)
 
 
+# Of a weight gradient's sum, as longer sums have larger errors than the vendor's.
+_TERMS = 32
+
+
 def _is_small(ctx: Any, grad_output: Tensor, shape: torch.Size) -> bool:
-    # Whether a weight gradient sums fewer pixels than there are channels of them. There the vendor's convolution takes
-    # several times as long as one product of the input's patches, which are fewer than weights. A compiled graph is for
-    # any batch.
+    # Whether a weight gradient sums fewer pixels than there are channels of them. There the vendor's convolution by a
+    # kernel of several taps takes several times as long as a product of the input's patches, which are fewer than
+    # weights. A compiled graph is for any batch.
     *_, transposed, _, groups = ctx.geometry
     return (
         (not transposed and groups == 1 and grad_output.device.type == "cpu")
         and grad_output.dtype in (torch.float32, torch.float64)
         and not torch.compiler.is_compiling()
+        and shape[2:].numel() > 1
         and grad_output.numel() < shape[0] ** 2
     )
 
 
-def _small_weight_gradient(
+def small_weight_gradient(
     grad_output: Tensor,
     input: Tensor,
     shape: torch.Size,
@@ -147,8 +152,10 @@ def _small_weight_gradient(
         patches = patches.unfold(2 + i, dil * (k - 1) + 1, s)[..., ::dil]
     last = not input.is_contiguous() and input.movedim(1, -1).is_contiguous()
     patches = patches.movedim(1, -1 if last else input.dim() - 1)
-    rows = grad_output.movedim(1, 0).flatten(1)
-    w = rows @ patches.flatten(0, len(stride)).flatten(1)
+    rows, patches = grad_output.movedim(1, 0).flatten(1), patches.flatten(0, len(stride)).flatten(1)
+    w = rows[:, :_TERMS] @ patches[:_TERMS]
+    for p in range(_TERMS, rows.shape[1], _TERMS):
+        w.addmm_(rows[:, p : p + _TERMS], patches[p : p + _TERMS])
     return w.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if last else w.view(shape)
 
 
