@@ -113,9 +113,7 @@ class _Conv(torch.autograd.Function):
                 else _unread(grad_output, shape)
             )
             bias_sizes = [grad_output.shape[1]] if mask[2] else None
-            grads = torch.ops.aten.convolution_backward.default(
-                grad_output, input, b, bias_sizes, *ctx.geometry, mask
-            )
+            grads = torch.ops.aten.convolution_backward.default(grad_output, input, b, bias_sizes, *ctx.geometry, mask)
             x, w, c = (mine if theirs is None else theirs for mine, theirs in zip((x, w, c), grads, strict=True))
         return finish(ctx, saved, x, w, c)
 
