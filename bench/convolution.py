@@ -39,19 +39,19 @@ LAYERS = (
 )
 
 
+def label(c: int, o: int, size: int, kernel: int, stride: int, last: bool) -> str:
+    """A layer's name: kernel, channels, image, batch, and the memory format where it is not channels-last."""
+    strided = f", stride {stride}" if stride > 1 else ""
+    return f"{kernel}x{kernel} {c} to {o}, {size}x{size}{strided}, N=16{'' if last else ', contiguous'}"
+
+
 @register("convolution")
 def cases() -> Iterator[Case]:
     """Batch 16; --quick keeps a small one."""
     for last in (True, False):
-        for c, o, size, kernel, stride in LAYERS if last else [layer for layer in LAYERS if layer[3] > 1]:
-            strided = f", stride {stride}" if stride > 1 else ""
-            label = f"{kernel}x{kernel} {c} to {o}, {size}x{size}{strided}, N=16{'' if last else ', contiguous'}"
-            yield Case(
-                "convolution",
-                label,
-                lambda device, a=(c, o, size, kernel, stride, last): build(device, 16, *a),
-                quick=size == 2,
-            )
+        for layer in LAYERS if last else [layer for layer in LAYERS if layer[3] > 1]:
+            a = (*layer, last)
+            yield Case("convolution", label(*a), lambda device, a=a: build(device, 16, *a), quick=layer[2] == 2)
 
 
 def build(device: Device, n: int, c: int, o: int, size: int, kernel: int, stride: int, last: bool) -> Bench:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bioplaus_kernels.functional._conv import small_weight_gradient
 
+from .convolution import label
 from .device import Device
 from .gate import relative_gate
 from .registry import Bench, Case, Work, register
@@ -19,15 +20,10 @@ LAYERS = ((256, 512, 4, 3, 2), (512, 512, 2, 3, 1), (512, 512, 1, 3, 1))
 def cases() -> Iterator[Case]:
     """Batch 16, in both memory formats; --quick keeps one."""
     for last in (True, False):
-        for c, o, size, kernel, stride in LAYERS:
-            strided = f", stride {stride}" if stride > 1 else ""
-            label = f"{kernel}x{kernel} {c} to {o}, {size}x{size}{strided}, N=16{'' if last else ', contiguous'}"
-            yield Case(
-                "weight_gradient",
-                label,
-                lambda device, a=(c, o, size, kernel, stride, last): build(device, 16, *a),
-                quick=size == 1 and last,
-            )
+        for layer in LAYERS:
+            a = (*layer, last)
+            quick = layer[2] == 1 and last
+            yield Case("weight_gradient", label(*a), lambda device, a=a: build(device, 16, *a), quick=quick)
 
 
 def build(device: Device, n: int, c: int, o: int, size: int, kernel: int, stride: int, last: bool) -> Bench:
