@@ -29,6 +29,8 @@ constexpr int64_t kTableTaps = 128;
 // would leave lanes empty, in floats.
 constexpr int64_t kTablesFloats = int64_t{1} << 17;
 constexpr int64_t kMostFloats = 4 * kTablesFloats;
+// Floats of dY that are fetched ahead of those that become tables.
+constexpr int64_t kAhead = 1024;
 
 // Coordinates x = first + stride · j of dX, j in [begin, end), that see the same taps: pixels j + shift of dY.
 struct ReachClass {
@@ -268,11 +270,11 @@ class TableProduct {
     for (int64_t s = 0; s < samples; ++s) {
       if (planes_) {
         const float* planes = grad_ + (sample + s) * all * o + low * inner_;
-        BK_PICK(lc_copy)({w.grad.get() + s * grad_step, planes, kFloat, kFloat, {1, o, held}, {0, 1, o}, {0, all, 1}});
+        BK_PICK(lc_copy)({w.grad.get() + s * grad_step, planes, kFloat, kFloat, {1, o, held}, {0, 1, o}, {64, all, 1}});
       }
       const float* x = grad + s * grad_step;
       if (!lanes_) {
-        BK_PICK(form_tables)(x, o, held, o, scale_, w.tables.get() + s * held * pixel_, x);
+        BK_PICK(form_tables)(x, o, held, o, scale_, w.tables.get() + s * held * pixel_, x + kAhead);
       }
       for (int64_t pixel = 0; !whole_ && pixel < mine; ++pixel) {
         std::fill_n(out + s * out_step + pixel * c + w.first, w.cols, 0.0f);

@@ -68,9 +68,10 @@ struct Sums {
     x = _mm512_setzero_ps();
     more.clear();
   }
-  BK_MEMBER void add(__m512 table, const Places<VECTORS>& at) {
-    x = _mm512_add_ps(x, _mm512_permutexvar_ps(at.x, table));
-    more.add(table, at.more);
+  BK_MEMBER void add(__m512 table, const Places<VECTORS>& at, __m512 one) {
+    const __m512 entry = _mm512_permutexvar_ps(at.x, table);
+    x = VECTORS % 2 ? _mm512_add_ps(x, entry) : _mm512_fmadd_ps(entry, one, x);
+    more.add(table, at.more, one);
   }
   // Adds what passes before have left in `running`.
   BK_MEMBER void pass(float* running, bool first) {
@@ -94,7 +95,7 @@ struct Sums {
 template <>
 struct Sums<0> {
   BK_MEMBER void clear() {}
-  BK_MEMBER void add(__m512, const Places<0>&) {}
+  BK_MEMBER void add(__m512, const Places<0>&, __m512) {}
   BK_MEMBER void pass(float*, bool) {}
   BK_MEMBER void get(const float*, int64_t) {}
   BK_MEMBER void put(float*, int64_t) const {}
@@ -114,9 +115,9 @@ struct Block {
     from = tables + rows->from;
     below.start(tables, rows + 1);
   }
-  BK_MEMBER void add(int64_t t, const Places<VECTORS>& at) {
-    sums.add(_mm512_loadu_ps(from + t), at);
-    below.add(t, at);
+  BK_MEMBER void add(int64_t t, const Places<VECTORS>& at, __m512 one) {
+    sums.add(_mm512_loadu_ps(from + t), at, one);
+    below.add(t, at, one);
   }
   BK_MEMBER void pass(float* running, bool first) {
     sums.pass(running, first);
@@ -136,7 +137,7 @@ template <int VECTORS>
 struct Block<0, VECTORS> {
   BK_MEMBER void clear() {}
   BK_MEMBER void start(const float*, const TableRow*) {}
-  BK_MEMBER void add(int64_t, const Places<VECTORS>&) {}
+  BK_MEMBER void add(int64_t, const Places<VECTORS>&, __m512) {}
   BK_MEMBER void pass(float*, bool) {}
   BK_MEMBER void get(const TableRow*, int64_t, int64_t) {}
   BK_MEMBER void put(const TableRow*, int64_t, int64_t) const {}
@@ -148,6 +149,8 @@ __attribute__((noinline)) void sum_some(const TableSums& s, const TableRow* rows
                                         int64_t cols) {
   alignas(64) float running[ROWS * kPlaceColumns];
   Block<ROWS, VECTORS> block;
+  __m512 one = _mm512_set1_ps(1.0f);
+  asm("" : "+v"(one));
   block.clear();
   if (s.add) {
     block.get(rows, first, cols);
@@ -163,7 +166,7 @@ __attribute__((noinline)) void sum_some(const TableSums& s, const TableRow* rows
       at.load(places + s.run.places[i]);
 #pragma GCC unroll 1
       for (int64_t t = 0; t < kTableFloats; t += kEntries) {
-        block.add(t, at);
+        block.add(t, at, one);
         at.next();
       }
     }
