@@ -130,13 +130,16 @@ def locally_connected() -> Iterator[Call]:
 
 
 def convolutions() -> Iterator[Call]:
-    """Their input gradient with any B."""
+    """Their input gradient with any B, and their weight gradient."""
     for dtype in DTYPES:
         w, g = torch.randn(16, 8, 3, 3).to(dtype), torch.randn(3, 16, 4, 5).to(dtype)
         for name, cell in _cells(w, torch.rand(w.shape).to(dtype)).items():
             arguments = (g, *cell, list(w.shape), [8, 9], [2, 2], [1, 1], [1, 1])
             run = partial(ops.feedback_conv, *arguments)
             yield Call(f"feedback_conv {str(dtype)[6:]} {name}", run, partial(_sum_error, "feedback_conv", arguments))
+        rest = (g, torch.randn(3, 8, 8, 9).to(dtype), [3, 3], [2, 2], [1, 1], [1, 1])
+        run, error = partial(ops.conv_backward_weight, *rest), partial(_sum_error, "conv_backward_weight", rest)
+        yield Call(f"conv_backward_weight {str(dtype)[6:]}", run, error)
 
 
 def _sum_error(op: str, arguments: tuple[Any, ...], result: Tensor) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bioplaus_kernels.functional._conv import small_weight_gradient
+from bioplaus_kernels import ops
 
 from .convolution import label
 from .device import Device
@@ -40,7 +40,7 @@ def build(device: Device, n: int, c: int, o: int, size: int, kernel: int, stride
         return torch.ops.aten.convolution_backward(g, x, w, None, *geometry, False, [0, 0], 1, mask)[1]
 
     def ours() -> Tensor:
-        return small_weight_gradient(g, x, w.shape, *geometry)
+        return ops.conv_backward_weight(g, x, w.shape[2:], *geometry)
 
     def error() -> float:
         exact = torch.nn.grad.conv2d_weight(x.double(), w.shape, g.double(), *geometry)

@@ -26,6 +26,10 @@ def _feedback_conv(grad_output: Shape, *rest: Any, **_: Any) -> int:
     return 2 * math.prod(grad_output) * math.prod(rest[6][1:])
 
 
+def _conv_backward_weight(grad_output: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
+    return 2 * math.prod(grad_output) * math.prod(out_shape[1:])
+
+
 def _recurrent_forward(input: Shape, hidden: Shape, *rest: Any, **_: Any) -> int:
     projection: Shape | None = rest[3]
     return 2 * math.prod(input) * hidden[1] + (
@@ -58,6 +62,7 @@ FORMULAS = {
     "feedback_mm_by": _feedback_mm,
     "feedback_conv": _feedback_conv,
     "feedback_conv_by": _feedback_conv,
+    "conv_backward_weight": _conv_backward_weight,
     "recurrent_forward": _recurrent_forward,
     "recurrent_backward": _recurrent_backward,
     "lc_forward": _lc_forward,

@@ -40,6 +40,7 @@ redraw_key = _bind(reference.redraw_key)
 feedback_weight = _bind(reference.feedback_weight)
 feedback_mm = _bind(reference.feedback_mm)
 feedback_conv = _bind(reference.feedback_conv)
+conv_backward_weight = _bind(reference.conv_backward_weight)
 lc_forward = _bind(reference.lc_forward)
 lc_backward_input = _bind(reference.lc_backward_input)
 lc_backward_weight = _bind(reference.lc_backward_weight)
@@ -77,6 +78,10 @@ def _fake_feedback_mm(grad_output: Tensor, *feedback: Any) -> Tensor:
 def _fake_feedback_conv(grad_output: Tensor, *rest: Any) -> Tensor:
     weight_size, input_size = rest[6], rest[7]
     return _like(grad_output, (grad_output.shape[0], weight_size[1], *input_size))
+
+
+def _fake_conv_backward_weight(grad_output: Tensor, input: Tensor, kernel_size: Sequence[int], *_: Any) -> Tensor:
+    return _like(input, (grad_output.shape[1], input.shape[1], *kernel_size))
 
 
 def _fake_lc_forward(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:

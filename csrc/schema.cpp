@@ -37,6 +37,11 @@ TORCH_LIBRARY(bioplaus, m) {
       "str entries, float scale, SymInt[] weight_size, SymInt[] input_size, SymInt[] stride, SymInt[] padding, "
       "SymInt[] dilation, str way) -> Tensor",
       {at::Tag::pt2_compliant_tag});
+  // dW of a convolution in one group.
+  m.def(
+      "conv_backward_weight(Tensor grad_output, Tensor input, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, "
+      "SymInt[] dilation) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
 
   // Locally-connected layers, weights (*out, O, *kernel, C/groups).
   m.def(

@@ -145,6 +145,12 @@ FUNCTIONAL: list[Wrong] = [
         ValueError,
         r"output_padding: expected less than stride \(2, 2\) or dilation \(1, 1\), got \(2, 2\)",
     ),
+    ("dw rank", lambda: dw(w(2, 3)), ValueError, r"input: expected 3, 4 or 5 dimensions, got shape \(2, 3\)"),
+    ("dw grad", lambda: dw(w(2, 3, 8), w(2, 8)), ValueError, r"grad_output: expected 3 dimensions, got shape \(2, 8\)"),
+    ("dw dtype", lambda: dw(w(2, 3, 8).double()), TypeError, "grad_output: expected torch.float64, got torch.float32"),
+    ("dw kernel", lambda: dw(w(2, 3, 8), kernel_size=[0]), ValueError, "kernel_size: expected 1 integers from 1 to"),
+    ("dw shape", lambda: dw(w(2, 3, 9)), ValueError, r"grad_output: expected shape \(2, 5, 7\), got \(2, 5, 6\)"),
+    ("dw batch", lambda: dw(w(4, 3, 8)), ValueError, "input: expected 2 samples, as grad_output has, got 4"),
     ("lc rank", lambda: F.locally_connected1d(x(4), L, feedback="usf"), ValueError, "input: expected 3 dimensions"),
     (
         "lc weight",
@@ -197,6 +203,11 @@ def b(**given: Any) -> Any:
 def mm(grad: Tensor, **given: Any) -> Any:
     right = {"weight": V, "signs": None, "magnitude": None, "key": None, "entries": "constant", "scale": 1.0, "n": 4}
     return ops.feedback_mm(grad, *(right | given).values())
+
+
+def dw(input: Tensor, grad: Tensor | None = None, **given: Any) -> Any:
+    right = {"kernel_size": [3], "stride": [1], "padding": [0], "dilation": [1]}
+    return ops.conv_backward_weight(w(2, 5, 6) if grad is None else grad, input, *(right | given).values())
 
 
 def lc(input: Tensor, weight: Tensor, **given: Any) -> Any:

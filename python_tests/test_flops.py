@@ -65,7 +65,9 @@ def test_every_product_of_a_namespace_is_counted() -> None:
 
     schemas = [str(schema) for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("bioplaus")]
     products = {
-        s.partition("(")[0] for s in schemas if any(part in s for part in ("feedback_mm", "feedback_conv", "lc_"))
+        s.partition("(")[0]
+        for s in schemas
+        if any(part in s for part in ("feedback_mm", "feedback_conv", "conv_", "lc_"))
     }
     assert len([name for name in products if name.startswith("bioplaus_triton")]) == 4
     for name in products:
@@ -75,6 +77,7 @@ def test_every_product_of_a_namespace_is_counted() -> None:
         given = {
             "feedback_mm": ((signs, None, signs, None, None, "constant", 1.0, 9), 7 * 5 * 9),
             "feedback_conv": ((b, *(None,) * 4, "", 1.0, [3, 6, 2], [5], [1], [0], [1]), 2 * 3 * 4 * 6 * 2),
+            "conv_backward_weight": ((b, b, [3], [1], [0], [1]), 2 * 3 * 4 * math.prod(w.shape[1:])),
             "lc_forward": ((b, w, None, [1], [0], [1], 1), 2 * math.prod(w.shape)),
             "lc_backward_input": ((b, w, *(None,) * 3, "", 1.0, w.shape, [4], [1], [0], [1], 1), 2 * 4 * 5 * 2 * 3),
             "lc_backward_weight": ((b, b, [2], [1], [0], [1], 1), 2 * math.prod(w.shape)),

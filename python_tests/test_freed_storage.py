@@ -38,6 +38,7 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
         (SPATIAL, None, reference.pack_signs(BLOCK), BLOCK, None, "stored", 1.0, [4, 2, 1, 1], [4], *GEOMETRY),
         {},
     ),
+    ("conv_backward_weight", (SPATIAL, X, [1], [1], [0], [1]), {}),
     ("lc_backward_weight", (SPATIAL, X, [1], *GEOMETRY), {}),
     ("recurrent_forward", (Y, *STATES, W2, torch.randn(8), torch.randn(3, 2), SIZES, "LSTM", False), {}),
     (

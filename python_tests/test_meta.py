@@ -115,6 +115,7 @@ def test_operands_without_data_are_not_mixed_with_others(name: str) -> None:
         "feedback_conv": [
             (x.expand(2, 4, 4), w.unsqueeze(2), None, None, key, "uniform", 1.0, [4, 5, 1], [4], [1], [0], [1])
         ],
+        "conv_backward_weight": [(torch.randn(2, 2, 4), x, [1], [1], [0], [1])],
         "feedback_weight": [(w, None, None, key, "uniform", 1.0, (4, 5))],
         "redraw_key": [(key, w)],
         "lc_forward": [(x, block, torch.randn(4, 2), *geometry)],

@@ -34,6 +34,10 @@ CASES: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda m: m.lc_backward_input(X.expand(8, 1, 2, 2, 2), *SEEDED, [2, 2, 2, 1, K, K, K, 2], [2] * 3, *ROUND_3),
         "weight: " + ENTRIES,
     ),
+    "convolution's weight gradient": (
+        lambda m: m.conv_backward_weight(X[0], torch.ones(1, 64, 2, 2), [2 * K] * 2, [1] * 2, [K] * 2, [1] * 2),
+        "kernel_size: " + ENTRIES,
+    ),
     "weight gradient": (
         lambda m: m.lc_backward_weight(X[0], torch.ones(1, 8, 2, 2), [2 * K] * 2, [1] * 2, [K] * 4, [1] * 2, 1),
         "weight: " + ENTRIES,

@@ -100,7 +100,7 @@ class _Conv(torch.autograd.Function):
             mask = (False, *mask[1:])
         if mask[1] and _is_small(ctx, grad_output, shape):
             assert input is not None
-            w = small_weight_gradient(grad_output, input, shape, *ctx.geometry[:3])
+            w = ops.conv_backward_weight(grad_output, input, shape[2:], *ctx.geometry[:3])
             c = grad_output.sum((0, *range(2, grad_output.dim()))) if mask[2] else None
             mask = (mask[0], False, False)
         if any(mask):
@@ -118,10 +118,6 @@ class _Conv(torch.autograd.Function):
         return finish(ctx, saved, x, w, c)
 
 
-# Of a weight gradient's sum, as longer sums have larger errors than the vendor's.
-_TERMS = 32
-
-
 def _is_small(ctx: Any, grad_output: Tensor, shape: torch.Size) -> bool:
     # Whether a weight gradient sums fewer pixels than there are channels of them. There the vendor's convolution by a
     # kernel of several taps takes several times as long as a product of the input's patches, which are fewer than
@@ -129,32 +125,11 @@ def _is_small(ctx: Any, grad_output: Tensor, shape: torch.Size) -> bool:
     *_, transposed, _, groups = ctx.geometry
     return (
         (not transposed and groups == 1 and grad_output.device.type == "cpu")
-        and grad_output.dtype in (torch.float32, torch.float64)
+        and grad_output.dtype == torch.float32
         and not torch.compiler.is_compiling()
         and shape[2:].numel() > 1
         and grad_output.numel() < shape[0] ** 2
     )
-
-
-def small_weight_gradient(
-    grad_output: Tensor,
-    input: Tensor,
-    shape: torch.Size,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    # In the memory format of the input, as the vendor's.
-    patches = F.pad(input, [p for pad in reversed(padding) for p in (pad, pad)])
-    for i, (k, s, dil) in enumerate(zip(shape[2:], stride, dilation, strict=True)):
-        patches = patches.unfold(2 + i, dil * (k - 1) + 1, s)[..., ::dil]
-    last = not input.is_contiguous() and input.movedim(1, -1).is_contiguous()
-    patches = patches.movedim(1, -1 if last else input.dim() - 1)
-    rows, patches = grad_output.movedim(1, 0).flatten(1), patches.flatten(0, len(stride)).flatten(1)
-    w = rows[:, :_TERMS] @ patches[:_TERMS]
-    for p in range(_TERMS, rows.shape[1], _TERMS):
-        w.addmm_(rows[:, p : p + _TERMS], patches[p : p + _TERMS])
-    return w.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if last else w.view(shape)
 
 
 def _formed(feedback: Arguments, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -10,44 +10,11 @@
 
 #include <vector>
 
-#include "../common/lc_checks.h"
 #include "feedback_conv_digits.h"
 #include "feedback_conv_tables.h"
 
 namespace bioplaus {
 namespace {
-
-ConvGeometry geometry(const at::Tensor& grad_output, at::IntArrayRef weight_size, at::IntArrayRef input_size,
-                      at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
-  const size_t d = input_size.size();
-  TORCH_CHECK_VALUE(d >= 1 && d <= kConvDims, "input_size: expected 1, 2 or 3 integers, got ", tuple(input_size));
-  check_integers("input_size", input_size, d, 0);
-  check_integers("weight_size", weight_size, d + 2, 0);
-  check_integers("stride", stride, d, 1);
-  check_integers("padding", padding, d, 0);
-  check_integers("dilation", dilation, d, 1);
-  TORCH_CHECK_VALUE(grad_output.dim() == static_cast<int64_t>(d) + 2, "grad_output: expected ", d + 2,
-                    " dimensions, got shape ", tuple(grad_output.sizes()));
-  std::vector<int64_t> wanted{grad_output.size(0), weight_size[0]};
-  for (size_t i = 0; i < d; ++i) {
-    const int64_t room = input_size[i] + 2 * padding[i] - dilation[i] * (weight_size[i + 2] - 1) - 1;
-    TORCH_CHECK_VALUE(room >= 0 && weight_size[i + 2] >= 1,
-                      "input_size: expected a padded size of at least the dilated kernel ", tuple(weight_size.slice(2)),
-                      ", got ", tuple(input_size));
-    wanted.push_back(room / stride[i] + 1);
-  }
-  TORCH_CHECK_VALUE(grad_output.sizes().equals(wanted), "grad_output: expected shape ", tuple(wanted), ", got ",
-                    tuple(grad_output.sizes()));
-  return {grad_output.size(0),
-          weight_size[0],
-          weight_size[1],
-          conv_size(input_size, 1),
-          conv_size(grad_output.sizes().slice(2), 1),
-          conv_size(weight_size.slice(2), 1),
-          conv_size(stride, 1),
-          conv_size(padding, 0),
-          conv_size(dilation, 1)};
-}
 
 // dX, or none where the shape, or zeros among the signs, are not for this way. `size`: dX's.
 at::Tensor by_digits(const ConvGeometry& g, const FeedbackArgs& args, const at::Tensor& grad_output,
@@ -96,7 +63,7 @@ at::Tensor product(const at::Tensor& grad_output, const std::optional<at::Tensor
                    at::IntArrayRef weight_size, at::IntArrayRef input_size, at::IntArrayRef stride,
                    at::IntArrayRef padding, at::IntArrayRef dilation, c10::string_view way) {
   check_floating("grad_output", grad_output);
-  const ConvGeometry g = geometry(grad_output, weight_size, input_size, stride, padding, dilation);
+  const ConvGeometry g = conv_geometry(grad_output, weight_size, input_size, stride, padding, dilation);
   const FeedbackArgs args{weight, signs, magnitude, key, entries, scale, weight_size};
   args.check(at::kCPU);
   std::vector<int64_t> size{g.samples, g.in_channels};

@@ -25,7 +25,7 @@
 #include <vector>
 
 #include "buffer.h"
-#include "feedback_conv_operand.h"
+#include "feedback_conv_signs.h"
 
 namespace bioplaus {
 namespace {

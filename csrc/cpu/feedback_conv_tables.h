@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "buffer.h"
-#include "feedback_conv_operand.h"
+#include "feedback_conv_signs.h"
 #include "lc.h"
 #include "slab_signs.h"
 #include "tables.h"

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from .conv_backward_weight import conv_backward_weight
 from .feedback_conv import feedback_conv
 from .feedback_mm import feedback_mm
 from .feedback_weight import feedback_weight
@@ -14,6 +15,7 @@ from .redraw_key import redraw_key
 __all__ = [
     "MODES",
     "OPS",
+    "conv_backward_weight",
     "feedback_conv",
     "feedback_mm",
     "feedback_weight",
@@ -32,6 +34,7 @@ OPS: dict[str, Callable[..., Any]] = {
     for op in (
         feedback_mm,
         feedback_conv,
+        conv_backward_weight,
         feedback_weight,
         pack_signs,
         unpack_signs,

@@ -1,45 +1,18 @@
-// A convolution's geometry, and the signs of B tap by tap: what feedback_conv.cpp's ways share.
+// The signs of B tap by tap: what feedback_conv.cpp's ways share.
 #pragma once
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <array>
 #include <optional>
 
 #include "../common/form.h"
 #include "buffer.h"
+#include "conv_geometry.h"
 #include "feedback_conv.h"
 #include "pack_signs.h"
 
 namespace bioplaus {
-
-constexpr int kConvDims = 3;
-using ConvSize = std::array<int64_t, kConvDims>;
-
-inline int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
-
-// Missing leading dimensions have size 1.
-inline ConvSize conv_size(at::IntArrayRef x, int64_t missing) {
-  ConvSize t;
-  t.fill(missing);
-  std::copy(x.begin(), x.end(), t.end() - static_cast<int64_t>(x.size()));
-  return t;
-}
-
-struct ConvGeometry {
-  int64_t samples, out_channels, in_channels;
-  ConvSize in, out, kernel, stride, padding, dilation;
-
-  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
-  int64_t pixels() const { return in[0] * in[1] * in[2]; }
-  // The pixel of dY that tap k brings to pixel x of dX, where there is one.
-  bool reaches(int d, int64_t x, int64_t k, int64_t& o) const {
-    const int64_t at = x + padding[d] - k * dilation[d];
-    o = floor_divide(at, stride[d]);
-    return at == o * stride[d];
-  }
-};
 
 // σ of all taps: rows tap · padded channels + o.
 class ConvSigns {

@@ -1,0 +1,85 @@
+"""conv_backward_weight: the weight gradient of a convolution, against float64, and its bits."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from test_feedback_conv import SHAPES, needs_library, output_size
+from torch import Tensor
+
+from bioplaus_kernels import ops
+from bioplaus_kernels.backends import reference
+
+# Samples: fewer pixels than a part of a sum, and several parts.
+CASES = [(shape, samples) for shape in SHAPES if max(shape[3]) < 60 for samples in (1, 3)]
+MANY = (64, 40, (3, 3), (7, 6), (1, 1), (1, 1), (1, 1))
+
+
+def operands(shape: Sequence, samples: int, dtype: torch.dtype = torch.float32) -> tuple:
+    out, channels, kernel, size, *geometry = shape
+    grad = torch.randn(samples, out, *output_size(shape)).to(dtype)
+    x = torch.randn(samples, channels, *size).to(dtype)
+    return grad, x, list(kernel), *map(list, geometry)
+
+
+def in_format(x: Tensor, last: bool) -> Tensor:
+    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
+    return x.contiguous(memory_format=form) if last else x
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("shape", "samples"), CASES)
+def test_against_float64(shape: Sequence, samples: int, dtype: torch.dtype, last: bool) -> None:
+    grad, x, *rest = operands(shape, samples, dtype)
+    grad, x = in_format(grad, last), in_format(x, last)
+    exact = reference.conv_backward_weight(grad.double(), x.double(), *rest)
+    terms = reference.conv_backward_weight(grad.double().abs(), x.double().abs(), *rest)
+    found = ops.conv_backward_weight(grad, x, *rest)
+    assert found.dtype == dtype
+    assert found.stride() == exact.stride() == reference.conv_backward_weight(grad, x, *rest).stride()
+    assert ((found - exact).abs() <= 4 * torch.finfo(dtype).eps * terms).all()
+
+
+@needs_library
+def test_errors_are_below_the_vendors() -> None:
+    grad, x, *rest = operands(MANY, 12)
+    exact = reference.conv_backward_weight(grad.double(), x.double(), *rest)
+    ours, vendors = (m.conv_backward_weight(grad, x, *rest) - exact for m in (ops, reference))
+    assert ours.abs().max() <= 2 * vendors.abs().max()
+
+
+@needs_library
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+def test_the_same_bits_for_any_number_of_threads_and_strides(last: bool) -> None:
+    grad, x, *rest = operands(MANY, 2)
+    grad, x = in_format(grad, last), in_format(x, last)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(ops.conv_backward_weight(grad, x, *rest))
+    finally:
+        torch.set_num_threads(threads)
+    found.append(ops.conv_backward_weight(grad.transpose(2, 3).contiguous().transpose(2, 3), x, *rest))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@needs_library
+def test_infinities_stay_in_their_channels() -> None:
+    grad, x, *rest = operands(MANY, 2)
+    grad[0, 3, 2, 2], x[1, 5, 3, 3] = torch.inf, torch.nan
+    found = ops.conv_backward_weight(grad, x, *rest).isfinite()
+    assert not found[3].any() and not found[:, 5].any()
+    found[3] = found[:, 5] = True
+    assert found.all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 6), (2, 0, 6), (2, 4, 0)], ids=str)
+def test_nothing_to_sum_or_to_write(shape: tuple[int, int, int]) -> None:
+    samples, channels, size = shape
+    for out in (0, 3):
+        x, grad = torch.randn(samples, channels, size), torch.randn(samples, out, size + 2)
+        for module in (ops, reference):
+            found = module.conv_backward_weight(grad, x, [3], [1], [2], [1])
+            assert found.shape == (out, channels, 3) and not found.any()
