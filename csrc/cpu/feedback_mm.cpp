@@ -37,7 +37,7 @@ constexpr int64_t kGroupBytes = int64_t{1} << 17;
 constexpr size_t kLossyRows = 256;
 // A block of B that is never too large to hold.
 constexpr int64_t kSlabBytes = int64_t{1} << 20;
-// Rows or columns of B too few for what forming tables costs.
+// Rows or columns of B too few for what forming tables costs where lanes are rows.
 constexpr int64_t kFewSums = 16;
 // Fewer entries of B than this are not worth a second thread.
 constexpr int64_t kFormGrain = 8192;
@@ -422,7 +422,7 @@ at::Tensor product(const at::Tensor& grad_output, const std::optional<at::Tensor
   b.out.dtype = to_dtype("grad_output", dtype);
   if (b.entries == Entries::Constant && dtype != at::kDouble && size[0] <= kMaxDepth) {
     const bool fast = dtype == at::kFloat && tables_are_faster();
-    if (way.empty() && fast && std::min(b.rows, b.cols) <= kFewSums && gemm_in_order()) {
+    if (way.empty() && fast && lanes_are_rows() && std::min(b.rows, b.cols) <= kFewSums && gemm_in_order()) {
       return tile_product(grad_output, b);
     }
     const at::Tensor out = (way.empty() ? fast : way == "tables") ? table_product(grad_output, b) : at::Tensor();

@@ -69,6 +69,7 @@ struct Sums {
     more.clear();
   }
   BK_MEMBER void add(__m512 table, const Places<VECTORS>& at, __m512 one) {
+    // Every other sum by a multiplication by 1, as there are other ports for it than for additions and permutations.
     const __m512 entry = _mm512_permutexvar_ps(at.x, table);
     x = VECTORS % 2 ? _mm512_add_ps(x, entry) : _mm512_fmadd_ps(entry, one, x);
     more.add(table, at.more, one);
@@ -150,7 +151,7 @@ __attribute__((noinline)) void sum_some(const TableSums& s, const TableRow* rows
   alignas(64) float running[ROWS * kPlaceColumns];
   Block<ROWS, VECTORS> block;
   __m512 one = _mm512_set1_ps(1.0f);
-  asm("" : "+v"(one));
+  asm("" : "+v"(one));  // or compilers would add instead
   block.clear();
   if (s.add) {
     block.get(rows, first, cols);
