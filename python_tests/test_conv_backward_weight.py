@@ -1,5 +1,6 @@
 """conv_backward_weight: the weight gradient of a convolution, against float64, and its bits."""
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -27,6 +28,10 @@ def in_format(x: Tensor, last: bool) -> Tensor:
     return x.contiguous(memory_format=form) if last else x
 
 
+def strides(x: Tensor) -> list[int]:
+    return [step for step, n in zip(x.stride(), x.shape, strict=True) if n > 1]
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize(("shape", "samples"), CASES)
@@ -37,12 +42,12 @@ def test_against_float64(shape: Sequence, samples: int, dtype: torch.dtype, last
     terms = reference.conv_backward_weight(grad.double().abs(), x.double().abs(), *rest)
     found = ops.conv_backward_weight(grad, x, *rest)
     assert found.dtype == dtype
-    assert found.stride() == exact.stride() == reference.conv_backward_weight(grad, x, *rest).stride()
+    assert strides(found) == strides(exact) == strides(reference.conv_backward_weight(grad, x, *rest))
     assert ((found - exact).abs() <= 4 * torch.finfo(dtype).eps * terms).all()
 
 
 @needs_library
-def test_errors_are_below_the_vendors() -> None:
+def test_errors_are_at_most_twice_the_vendors() -> None:
     grad, x, *rest = operands(MANY, 12)
     exact = reference.conv_backward_weight(grad.double(), x.double(), *rest)
     ours, vendors = (m.conv_backward_weight(grad, x, *rest) - exact for m in (ops, reference))
@@ -78,8 +83,9 @@ def test_infinities_stay_in_their_channels() -> None:
 @pytest.mark.parametrize("shape", [(0, 4, 6), (2, 0, 6), (2, 4, 0)], ids=str)
 def test_nothing_to_sum_or_to_write(shape: tuple[int, int, int]) -> None:
     samples, channels, size = shape
-    for out in (0, 3):
-        x, grad = torch.randn(samples, channels, size), torch.randn(samples, out, size + 2)
+    for out, dtype in itertools.product((0, 3), (torch.float32, torch.float64)):
+        x, grad = torch.ones(samples, channels, size, dtype=dtype), torch.full((samples, out, size + 2), torch.inf)
+        grad = grad.to(dtype)
         for module in (ops, reference):
             found = module.conv_backward_weight(grad, x, [3], [1], [2], [1])
             assert found.shape == (out, channels, 3) and not found.any()

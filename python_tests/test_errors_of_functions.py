@@ -150,6 +150,12 @@ FUNCTIONAL: list[Wrong] = [
     ("dw dtype", lambda: dw(w(2, 3, 8).double()), TypeError, "grad_output: expected torch.float64, got torch.float32"),
     ("dw kernel", lambda: dw(w(2, 3, 8), kernel_size=[0]), ValueError, "kernel_size: expected 1 integers from 1 to"),
     ("dw shape", lambda: dw(w(2, 3, 9)), ValueError, r"grad_output: expected shape \(2, 5, 7\), got \(2, 5, 6\)"),
+    (
+        "dw size",
+        lambda: dw(w(2, 3, 8), kernel_size=[30]),
+        ValueError,
+        "input: expected a padded size of at least the d",
+    ),
     ("dw batch", lambda: dw(w(4, 3, 8)), ValueError, "input: expected 2 samples, as grad_output has, got 4"),
     ("lc rank", lambda: F.locally_connected1d(x(4), L, feedback="usf"), ValueError, "input: expected 3 dimensions"),
     (

@@ -120,12 +120,12 @@ class _Conv(torch.autograd.Function):
 
 def _is_small(ctx: Any, grad_output: Tensor, shape: torch.Size) -> bool:
     # Whether a weight gradient sums fewer pixels than there are channels of them. There the vendor's convolution by a
-    # kernel of several taps takes several times as long as a product of the input's patches, which are fewer than
+    # kernel of several taps takes up to several times as long as a product of the input's patches, which are fewer than
     # weights. A compiled graph is for any batch.
     *_, transposed, _, groups = ctx.geometry
     return (
         (not transposed and groups == 1 and grad_output.device.type == "cpu")
-        and grad_output.dtype == torch.float32
+        and (type(grad_output) is Tensor and grad_output.dtype == torch.float32)
         and not torch.compiler.is_compiling()
         and shape[2:].numel() > 1
         and grad_output.numel() < shape[0] ** 2

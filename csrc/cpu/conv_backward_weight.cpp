@@ -10,6 +10,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -27,12 +28,16 @@ constexpr int64_t kTerms = 32;
 constexpr int64_t kRows = 64;
 constexpr int64_t kColumns = 256;
 constexpr int64_t kPatchFloats = int64_t{1} << 16;
+constexpr int64_t kMostPixels = kPatchFloats / 16;
+// Pixels are a multiple of it, the last ones of zeros.
+constexpr int64_t kStep = 16;
 
 constexpr int64_t kPadding = -1;
 
 // Of every pixel of dY and tap the pixel of X it meets.
 std::vector<int64_t> meetings(const ConvGeometry& g) {
   std::vector<int64_t> met;
+  met.reserve(g.out[0] * g.out[1] * g.out[2] * g.taps());
   ConvSize o, k;
   for (o[0] = 0; o[0] < g.out[0]; ++o[0]) {
     for (o[1] = 0; o[1] < g.out[1]; ++o[1]) {
@@ -94,37 +99,41 @@ at::Tensor conv_backward_weight_cpu(const at::Tensor& grad_output, const at::Ten
   std::vector<int64_t> size{grad_output.size(1), input.size(1)};
   size.insert(size.end(), kernel_size.begin(), kernel_size.end());
   check_entries("kernel_size", size);
-  const ConvGeometry g = conv_geometry(grad_output, size, input.sizes().slice(2), stride, padding, dilation);
+  const ConvGeometry g = conv_geometry(grad_output, size, input.sizes().slice(2), stride, padding, dilation, "input");
   TORCH_CHECK_VALUE(input.size(0) == g.samples, "input: expected ", g.samples, " samples, as grad_output has, got ",
                     input.size(0));
   const at::MemoryFormat format = lc_memory_format(input);
-  if (input.scalar_type() != at::kFloat || !gemm_in_order()) {
-    const at::Tensor weight = at::empty({1}, input.options()).expand(size);
+  if (grad_output.numel() == 0 || input.numel() == 0) {
+    return at::zeros(size, input.options()).contiguous(format);
+  }
+  const int64_t pixels = grad_output.numel() / g.out_channels;
+  if (input.scalar_type() != at::kFloat || pixels > kMostPixels || !gemm_in_order()) {
+    const at::Tensor weight = at::empty(size, input.options(), format);
     return std::get<1>(at::convolution_backward(grad_output, input, weight, std::nullopt, stride, padding, dilation,
                                                 false, std::vector<int64_t>(d, 0), 1, {false, true, false}))
         .contiguous(format);
   }
   const at::Tensor out = at::empty(size, input.options(), format);
-  const int64_t pixels = grad_output.numel() / std::max<int64_t>(g.out_channels, 1);
-  if (out.numel() == 0 || pixels == 0) {
-    return out.zero_();
-  }
-  const at::Tensor rows = grad_output.movedim(1, 0).reshape({g.out_channels, pixels}).contiguous();
+  // The product's kernels are for one depth and distance of rows each: few of them, whatever the batch.
+  const int64_t padded = divide_up(pixels, kStep) * kStep;
+  const at::Tensor rows = at::zeros({g.out_channels, padded}, grad_output.options());
+  rows.narrow(1, 0, pixels).copy_(grad_output.movedim(1, 0).reshape({g.out_channels, pixels}));
   const at::Tensor x = input.contiguous(format);
   const std::vector<int64_t> met = meetings(g);
   const int64_t all = g.taps() * g.in_channels;
-  const int64_t width = std::clamp<int64_t>(kPatchFloats / pixels / 16 * 16, 16, kColumns);
+  const int64_t width = std::clamp(kPatchFloats / padded / 64 * 64, int64_t{16}, kColumns);
   const float* dy = rows.const_data_ptr<float>();
   float* dw = out.mutable_data_ptr<float>();
   at::parallel_for(0, divide_up(all, width), 1, [&](int64_t begin, int64_t end) {
-    const Buffer<float> patches(pixels * width);
+    const Buffer<float> patches(padded * width);
     for (int64_t first = begin * width; first < std::min(end * width, all); first += width) {
       const int64_t cols = std::min(width, all - first);
       take_patches(g, met, format != at::MemoryFormat::Contiguous, x.const_data_ptr<float>(), first, cols,
                    patches.get());
+      std::fill_n(patches.get() + pixels * cols, (padded - pixels) * cols, 0.0f);
       for (int64_t o = 0; o < g.out_channels; o += kRows) {
-        for (int64_t p = 0; p < pixels; p += kTerms) {
-          gemm(std::min(kRows, g.out_channels - o), cols, std::min(kTerms, pixels - p), dy + o * pixels + p, pixels,
+        for (int64_t p = 0; p < padded; p += kTerms) {
+          gemm(std::min(kRows, g.out_channels - o), cols, std::min(kTerms, padded - p), dy + o * padded + p, padded,
                patches.get() + p * cols, cols, dw + o * all + first, all, p > 0);
         }
       }

@@ -36,13 +36,13 @@ struct ConvGeometry {
   }
 };
 
-// Its arguments checked.
+// Its arguments checked; `input`: the one that has input_size.
 inline ConvGeometry conv_geometry(const at::Tensor& grad_output, at::IntArrayRef weight_size,
                                   at::IntArrayRef input_size, at::IntArrayRef stride, at::IntArrayRef padding,
-                                  at::IntArrayRef dilation) {
+                                  at::IntArrayRef dilation, const char* input = "input_size") {
   const size_t d = input_size.size();
-  TORCH_CHECK_VALUE(d >= 1 && d <= kConvDims, "input_size: expected 1, 2 or 3 integers, got ", tuple(input_size));
-  check_integers("input_size", input_size, d, 0);
+  TORCH_CHECK_VALUE(d >= 1 && d <= kConvDims, input, ": expected 1, 2 or 3 integers, got ", tuple(input_size));
+  check_integers(input, input_size, d, 0);
   check_integers("weight_size", weight_size, d + 2, 0);
   check_integers("stride", stride, d, 1);
   check_integers("padding", padding, d, 0);
@@ -52,9 +52,9 @@ inline ConvGeometry conv_geometry(const at::Tensor& grad_output, at::IntArrayRef
   std::vector<int64_t> wanted{grad_output.size(0), weight_size[0]};
   for (size_t i = 0; i < d; ++i) {
     const int64_t room = input_size[i] + 2 * padding[i] - dilation[i] * (weight_size[i + 2] - 1) - 1;
-    TORCH_CHECK_VALUE(room >= 0 && weight_size[i + 2] >= 1,
-                      "input_size: expected a padded size of at least the dilated kernel ", tuple(weight_size.slice(2)),
-                      ", got ", tuple(input_size));
+    TORCH_CHECK_VALUE(room >= 0 && weight_size[i + 2] >= 1, input,
+                      ": expected a padded size of at least the dilated kernel ", tuple(weight_size.slice(2)), ", got ",
+                      tuple(input_size));
     wanted.push_back(room / stride[i] + 1);
   }
   TORCH_CHECK_VALUE(grad_output.sizes().equals(wanted), "grad_output: expected shape ", tuple(wanted), ", got ",

@@ -39,7 +39,7 @@ struct TableRun {
 };
 
 // Tables of `rows` rows of `depth` adjacent floats, `stride` apart, times scale; the last block is filled with zeros.
-// `next`: as many rows that are read after these, or x where none are to be fetched ahead.
+// `next`: what is fetched ahead, row for row, or x where nothing is.
 BK_DECLARE(void form_tables(const float* x, int64_t stride, int64_t rows, int64_t depth, float scale, float* to,
                             const float* next))
 

@@ -281,14 +281,15 @@ def conv(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    input: str = "input_size",
 ) -> int:
-    """The arguments of `feedback_conv` must fit each other; returns the dimensions."""
+    """The arguments of `feedback_conv` must fit each other; returns the dimensions. `input` has `input_size`."""
     floating("grad_output", grad_output)
     d = len(input_size)
     if d not in (1, 2, 3):
-        fail("input_size", "1, 2 or 3 integers", tuple(input_size))
+        fail(input, "1, 2 or 3 integers", tuple(input_size))
     for name, values, count, least in (
-        ("input_size", input_size, d, 0),
+        (input, input_size, d, 0),
         ("weight_size", weight_size, d + 2, 0),
         ("stride", stride, d, 1),
         ("padding", padding, d, 0),
@@ -302,10 +303,10 @@ def conv(
         for size, p, step, k in zip(input_size, padding, dilation, kernel, strict=True)
     ]
     if min(room) < 0 or min(kernel) < 1:
-        fail("input_size", f"a padded size of at least the dilated kernel {kernel}", tuple(input_size))
+        fail(input, f"a padded size of at least the dilated kernel {kernel}", tuple(input_size))
     out = [r // s + 1 for r, s in zip(room, stride, strict=True)]
     shape("grad_output", grad_output, (grad_output.shape[0], weight_size[0], *out))
-    volume("input_size", (grad_output.shape[0], *input_size, weight_size[1]))
+    volume(input, (grad_output.shape[0], *input_size, weight_size[1]))
     return d
 
 

@@ -31,12 +31,12 @@ def conv_backward_weight(
     checks.integers("kernel_size", kernel_size, d, 1)
     size = (grad_output.shape[1], input.shape[1], *kernel_size)
     checks.volume("kernel_size", size)
-    checks.conv(grad_output, size, input.shape[2:], stride, padding, dilation)
+    checks.conv(grad_output, size, input.shape[2:], stride, padding, dilation, "input")
     if input.shape[0] != grad_output.shape[0]:
         checks.fail("input", f"{grad_output.shape[0]} samples, as grad_output has", input.shape[0])
     if grad_output.numel() == 0 or input.numel() == 0:
         return grad_output.new_zeros(size)
-    weight = grad_output.new_empty(1).expand(size)
+    weight = grad_output.new_empty(size)
     gradients = torch.ops.aten.convolution_backward.default(
         grad_output, input, weight, None, stride, padding, dilation, False, [0] * d, 1, [False, True, False]
     )
