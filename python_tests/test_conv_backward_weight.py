@@ -70,6 +70,11 @@ def test_the_same_bits_for_any_number_of_threads_and_strides(last: bool) -> None
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
+def test_many_pixels_are_the_vendors() -> None:
+    grad, x, *rest = operands((2, 3, (3, 3), (70, 70), (1, 1), (1, 1), (1, 1)), 1)
+    assert torch.equal(ops.conv_backward_weight(grad, x, *rest), reference.conv_backward_weight(grad, x, *rest))
+
+
 @needs_library
 def test_infinities_stay_in_their_channels() -> None:
     grad, x, *rest = operands(MANY, 2)

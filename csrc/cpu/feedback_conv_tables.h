@@ -29,8 +29,9 @@ constexpr int64_t kTableTaps = 128;
 // would leave lanes empty, in floats.
 constexpr int64_t kTablesFloats = int64_t{1} << 17;
 constexpr int64_t kMostFloats = 4 * kTablesFloats;
-// Floats of dY that are fetched ahead of those that become tables.
+// Floats of dY that are fetched ahead of those that become tables, and of each plane that is brought into pixels.
 constexpr int64_t kAhead = 1024;
+constexpr int64_t kPlaneAhead = 64;
 
 // Coordinates x = first + stride · j of dX, j in [begin, end), that see the same taps: pixels j + shift of dY.
 struct ReachClass {
@@ -270,7 +271,9 @@ class TableProduct {
     for (int64_t s = 0; s < samples; ++s) {
       if (planes_) {
         const float* planes = grad_ + (sample + s) * all * o + low * inner_;
-        BK_PICK(lc_copy)({w.grad.get() + s * grad_step, planes, kFloat, kFloat, {1, o, held}, {0, 1, o}, {64, all, 1}});
+        // Of one sample: the distance to the next one only says what is fetched ahead.
+        BK_PICK(lc_copy)
+        ({w.grad.get() + s * grad_step, planes, kFloat, kFloat, {1, o, held}, {0, 1, o}, {kPlaneAhead, all, 1}});
       }
       const float* x = grad + s * grad_step;
       if (!lanes_) {
