@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from test_feedback_conv import SHAPES, needs_library, output_size
+from test_pointwise import channels_last
 from torch import Tensor
 
 from bioplaus_kernels import ops
@@ -23,11 +24,6 @@ def operands(shape: Sequence, samples: int, dtype: torch.dtype = torch.float32) 
     return grad, x, list(kernel), *map(list, geometry)
 
 
-def in_format(x: Tensor, last: bool) -> Tensor:
-    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
-    return x.contiguous(memory_format=form) if last else x
-
-
 def strides(x: Tensor) -> list[int]:
     return [step for step, n in zip(x.stride(), x.shape, strict=True) if n > 1]
 
@@ -37,7 +33,7 @@ def strides(x: Tensor) -> list[int]:
 @pytest.mark.parametrize(("shape", "samples"), CASES)
 def test_against_float64(shape: Sequence, samples: int, dtype: torch.dtype, last: bool) -> None:
     grad, x, *rest = operands(shape, samples, dtype)
-    grad, x = in_format(grad, last), in_format(x, last)
+    grad, x = (channels_last(grad), channels_last(x)) if last else (grad, x)
     exact = reference.conv_backward_weight(grad.double(), x.double(), *rest)
     terms = reference.conv_backward_weight(grad.double().abs(), x.double().abs(), *rest)
     found = ops.conv_backward_weight(grad, x, *rest)
@@ -56,18 +52,13 @@ def test_errors_are_at_most_twice_the_vendors() -> None:
 
 @needs_library
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
-def test_the_same_bits_for_any_number_of_threads_and_strides(last: bool) -> None:
+def test_the_same_bits_for_any_number_of_threads_and_strides(last: bool, one_thread: None) -> None:
     grad, x, *rest = operands(MANY, 2)
-    grad, x = in_format(grad, last), in_format(x, last)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            found.append(ops.conv_backward_weight(grad, x, *rest))
-    finally:
-        torch.set_num_threads(threads)
-    found.append(ops.conv_backward_weight(grad.transpose(2, 3).contiguous().transpose(2, 3), x, *rest))
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    grad, x = (channels_last(grad), channels_last(x)) if last else (grad, x)
+    alone = ops.conv_backward_weight(grad, x, *rest)
+    assert torch.equal(ops.conv_backward_weight(grad.transpose(2, 3).contiguous().transpose(2, 3), x, *rest), alone)
+    torch.set_num_threads(3)
+    assert torch.equal(ops.conv_backward_weight(grad, x, *rest), alone)
 
 
 def test_many_pixels_are_the_vendors() -> None:

@@ -69,7 +69,7 @@ struct Sums {
     more.clear();
   }
   BK_MEMBER void add(__m512 table, const Places<VECTORS>& at, __m512 one) {
-    // Every other sum by a multiplication by 1, as there are other ports for it than for additions and permutations.
+    // Every other sum by a multiplication by 1: exact, and some processors have multipliers beside their adders.
     const __m512 entry = _mm512_permutexvar_ps(at.x, table);
     x = VECTORS % 2 ? _mm512_add_ps(x, entry) : _mm512_fmadd_ps(entry, one, x);
     more.add(table, at.more, one);
