@@ -180,19 +180,20 @@ class TableProduct {
   void run() const {
     const int64_t bands = divide_up(g_.in[bands_.outer], bands_.length), threads = at::get_num_threads();
     const int64_t floats = bands_.rows * inner_ * pixel_ + pixels_of(bands_.length) * g_.in_channels;
-    // Small samples share a pass over the places, and fill lanes.
-    const int64_t most = lanes_ ? kMostFloats : kTablesFloats;
-    const int64_t group = bands > 1 ? 1 : std::clamp<int64_t>(most / floats, 1, divide_up(g_.samples, threads));
-    const int64_t blocks = divide_up(g_.samples, group) * bands;
+    // Small samples share a pass over the places, and fill lanes; as many of them for each thread.
+    const int64_t most = std::max<int64_t>((lanes_ ? kMostFloats : kTablesFloats) / floats, 1);
+    const int64_t fewest = divide_up(divide_up(g_.samples, most), threads) * threads;
+    const int64_t groups = bands > 1 ? g_.samples : std::min(fewest, g_.samples), blocks = groups * bands;
     // Where there are too few blocks, parts of the columns, which each form the tables.
     const int64_t parts = std::clamp<int64_t>(threads / blocks, 1, panels_);
     at::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
-      Workspace w(*this, group);
+      Workspace w(*this, divide_up(g_.samples, groups));
       for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t sample = unit / parts / bands * group, part = unit % parts;
+        const int64_t group = unit / parts / bands, part = unit % parts;
+        const int64_t sample = g_.samples * group / groups, samples = g_.samples * (group + 1) / groups - sample;
         w.first = panels_ * part / parts * kPlaceColumns;
         w.cols = std::min(panels_ * (part + 1) / parts * kPlaceColumns, g_.in_channels) - w.first;
-        block(w, sample, std::min(group, g_.samples - sample), unit / parts % bands * bands_.length);
+        block(w, sample, samples, unit / parts % bands * bands_.length);
       }
     });
   }
@@ -315,13 +316,12 @@ class TableProduct {
       const int32_t* places = places_.get() + w.first / kPlaceColumns * panel_;
       if (lanes_) {
         const int64_t depth = static_cast<int64_t>(pixel_class.blocks.size());
-        // Of nearly the same number of pixels.
         const int64_t parts = divide_up(count, kLanes);
         for (int64_t part = 0; part < parts; ++part) {
-          const int64_t begin = count * part / parts;
+          const int64_t begin = lanes_begin(count, part, parts);
           BK_PICK(sum_lanes)
-          ({grad, scale_, w.pixels.data() + begin, count * (part + 1) / parts - begin, pixel_class.blocks.data(), depth,
-            places, panel_, w.cols},
+          ({grad, scale_, w.pixels.data() + begin, lanes_begin(count, part + 1, parts) - begin,
+            pixel_class.blocks.data(), depth, places, panel_, w.cols},
            w.tables.get());
         }
       } else {

@@ -8,6 +8,7 @@
 #include <ATen/ops/empty.h>
 
 #include <atomic>
+#include <numeric>
 #include <vector>
 
 #include "slab_signs.h"
@@ -71,19 +72,18 @@ inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackPar
   }
   int64_t groups = divide_up(rows, lanes ? kLanes : kTableRows);
   const int64_t parts = std::clamp<int64_t>(divide_up(2 * threads, groups), 1, divide_up(b.cols, kUnitColumns));
-  if (lanes) {
-    // Fewer rows at once rather than threads without any.
-    groups = std::clamp(divide_up(threads, parts), groups, divide_up(rows, kLanes / 4));
-  }
+  // As many units for each thread; fewer rows at once rather than threads without any.
+  const int64_t step = threads / std::gcd(threads, parts);
+  groups = std::min(divide_up(groups, step) * step, lanes ? divide_up(rows, kRegisterRows) : rows);
   at::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
     const Buffer<float> tables(lanes ? kLanesScratch
                                      : std::min(kTableRows, rows) * std::min(blocks, kHeldBlocks) * kTableFloats);
     std::vector<TableRow> some;
     std::vector<int64_t> met;
     for (int64_t unit = begin; unit < end; ++unit) {
-      // Of nearly the same number of rows.
-      const int64_t g = unit / parts, short_rows = rows / groups, longer = rows % groups;
-      const int64_t row = g * short_rows + std::min(g, longer), count = short_rows + (g < longer);
+      const int64_t g = unit / parts;
+      const int64_t row = lanes ? lanes_begin(rows, g, groups) : rows * g / groups;
+      const int64_t count = (lanes ? lanes_begin(rows, g + 1, groups) : rows * (g + 1) / groups) - row;
       const int64_t panel_begin = panels * (unit % parts) / parts, panel_end = panels * (unit % parts + 1) / parts;
       const int64_t column = panel_begin * kPlaceColumns;
       const int64_t columns = std::min(panel_end * kPlaceColumns, b.cols) - column;

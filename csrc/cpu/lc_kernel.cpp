@@ -40,13 +40,13 @@ void transpose_edge(const From* from, int64_t ld_from, To* to, int64_t ld_to, in
   }
 }
 
+BK_INLINE const float* as_floats(const float* from, float*) { return from; }
 template <typename From>
-BK_INLINE void load8(const From* from, F8& v) {
-  float x[8];
+BK_INLINE const float* as_floats(const From* from, float* room) {
   for (int l = 0; l < 8; ++l) {
-    convert_to(from[l], x[l]);
+    convert_to(from[l], room[l]);
   }
-  __builtin_memcpy(&v, x, sizeof v);
+  return room;
 }
 
 template <typename To>
@@ -60,13 +60,15 @@ BK_INLINE void store8(const F8& v, To* to) {
 
 template <typename From, typename To>
 BK_INLINE void transpose_block(const From* from, int64_t ld_from, To* to, int64_t ld_to) {
-  F8 r[8];
+  float room[8][8];
+  const float* rows[8];
+  F8 columns[8];
   for (int j = 0; j < 8; ++j) {
-    load8(from + j * ld_from, r[j]);
+    rows[j] = as_floats(from + j * ld_from, room[j]);
   }
-  transpose8(r);
+  transpose8(rows, columns);
   for (int i = 0; i < 8; ++i) {
-    store8(r[i], to + i * ld_to);
+    store8(columns[i], to + i * ld_to);
   }
 }
 

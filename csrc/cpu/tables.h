@@ -19,11 +19,18 @@ constexpr int64_t kTableFloats = kTableDepth / 4 * kEntries;
 constexpr int64_t kPlaceColumns = 64;
 // Errors grow with the length of a sum: so many blocks are a pass, added before they are added to the others.
 constexpr int64_t kPassBlocks = 4;
-// Where lanes are rows: rows at once, columns whose sums stay in the L2 cache, and floats of memory for those, and for
-// the entries and tables of a block.
-constexpr int64_t kLanes = 32;
+// Where lanes are rows: rows of a register, rows at once, columns whose sums stay in the L2 cache, and floats of memory
+// for those, and for the entries and tables of a block.
+constexpr int64_t kRegisterRows = 8;
+constexpr int64_t kLanes = 4 * kRegisterRows;
 constexpr int64_t kSlabColumns = 512;
 constexpr int64_t kLanesScratch = kLanes * (kTableFloats + kTableDepth + 2 * kSlabColumns);
+
+// Where part `part` of `parts` of `count` rows begins: of whole registers, nearly as many in each.
+inline int64_t lanes_begin(int64_t count, int64_t part, int64_t parts) {
+  const int64_t begin = (count + kRegisterRows - 1) / kRegisterRows * part / parts * kRegisterRows;
+  return begin < count ? begin : count;
+}
 
 // A row of dX: where its tables, or its row of dY, begin, in floats.
 struct TableRow {

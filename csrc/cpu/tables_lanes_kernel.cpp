@@ -48,16 +48,30 @@ struct Lanes<0> {
   BK_MEMBER void put(float*) const {}
 };
 
+// Floats from an entry of a table to the next one, a power of 2.
+template <int LANES>
+constexpr int64_t kStride = LANES <= kLanes / 4   ? kLanes / 4
+                            : LANES <= kLanes / 2 ? kLanes / 2
+                                                  : kLanes;
+
+// Floats from a table to the entry that the 4 bits of its place say, which are only moved to where they count.
+template <int LANES>
+BK_INLINE int64_t entry_of(uint64_t places, int t) {
+  constexpr int kTo = __builtin_ctzll(kStride<LANES>);
+  return static_cast<int64_t>((4 * t < kTo ? places << (kTo - 4 * t) : places >> (4 * t - kTo)) &
+                              ((kEntries - 1) << kTo));
+}
+
 // Tables of a block whose entries k are at x + k · LANES. Entry i of one is (±a ± b) + (±c ± d), signs by i's bits.
 template <int LANES>
 void form(const float* x, int64_t count, float* to) {
-  for (int64_t t = 0; t < count; ++t, x += 4 * LANES, to += kEntries * LANES) {
+  for (int64_t t = 0; t < count; ++t, x += 4 * LANES, to += kEntries * kStride<LANES>) {
     for (int l = 0; l < LANES; l += 8) {
       const F8 a = at(x + l), b = at(x + LANES + l), c = at(x + 2 * LANES + l), d = at(x + 3 * LANES + l);
       const F8 low[] = {a + b, b - a, a - b, -(a + b)}, high[] = {c + d, d - c, c - d, -(c + d)};
 #pragma GCC unroll 16
       for (int i = 0; i < kEntries; ++i) {
-        at(to + i * LANES + l) = low[i % 4] + high[i / 4];
+        at(to + i * kStride<LANES> + l) = low[i % 4] + high[i / 4];
       }
     }
   }
@@ -77,8 +91,8 @@ struct BlockSums {
       begins ? sum.clear() : sum.get(part);
       const uint64_t place = static_cast<uint32_t>(places[c]);
 #pragma GCC unroll 8
-      for (int64_t t = 0; t < (WHOLE ? kTables : count); ++t) {
-        sum.add(tables + (t * kEntries + (place >> 4 * t) % kEntries) * LANES);
+      for (int t = 0; t < (WHOLE ? kTables : count); ++t) {
+        sum.add(tables + t * kEntries * kStride<LANES> + entry_of<LANES>(place, t));
       }
       if (ends && !first) {
         sum.add(sums);
@@ -94,23 +108,25 @@ void take_entries(const LaneSums& s, const LaneBlock& block, float* to) {
   float padded[LANES][kTableDepth];
   const float* of[LANES];
   for (int64_t l = 0; l < LANES; ++l) {
-    const int64_t depth = l < s.count ? block.depth : 0;
-    const float* x = l < s.count ? s.grad + s.rows[l].from + block.entries : nullptr;
-    for (int64_t k = 0; depth < kTableDepth && k < kTableDepth; ++k) {
-      padded[l][k] = k < depth ? s.scale * x[k] : 0.0f;
+    of[l] = s.grad + s.rows[l < s.count ? l : 0].from + block.entries;
+    if (block.depth < kTableDepth) {
+      for (int64_t k = 0; k < kTableDepth; ++k) {
+        padded[l][k] = k < block.depth ? s.scale * of[l][k] : 0.0f;
+      }
+      of[l] = padded[l];
     }
-    of[l] = depth < kTableDepth ? padded[l] : x;
   }
   const float scale = block.depth < kTableDepth ? 1.0f : s.scale;
   for (int64_t l = 0; l < LANES; l += 8) {
     for (int64_t k = 0; k < kTableDepth; k += 8) {
-      F8 x[8];
+      const float* rows[8];
       for (int64_t i = 0; i < 8; ++i) {
-        x[i] = at(of[l + i] + k) * scale;
+        rows[i] = of[l + i] + k;
       }
-      transpose8(x);
+      F8 x[8];
+      transpose8(rows, x);
       for (int64_t i = 0; i < 8; ++i) {
-        at(to + (k + i) * LANES + l) = x[i];
+        at(to + (k + i) * LANES + l) = x[i] * scale;
       }
     }
   }
@@ -122,11 +138,12 @@ void put_rows(const LaneSums& s, int64_t first, int64_t cols, const float* sums)
   for (int64_t l = 0; l < s.count; l += 8) {
     int64_t c = 0;
     for (; c + 8 <= cols; c += 8) {
-      F8 x[8];
+      const float* rows[8];
       for (int64_t i = 0; i < 8; ++i) {
-        x[i] = at(sums + (c + i) * LANES + l);
+        rows[i] = sums + (c + i) * LANES + l;
       }
-      transpose8(x);
+      F8 x[8];
+      transpose8(rows, x);
       for (int64_t i = 0; i < 8 && l + i < s.count; ++i) {
         at(s.rows[l + i].out + first + c) = x[i];
       }
@@ -142,7 +159,7 @@ void put_rows(const LaneSums& s, int64_t first, int64_t cols, const float* sums)
 template <int LANES>
 void sum_slab(const LaneSums& s, const int32_t* places, int64_t first, int64_t cols, float* scratch) {
   float* const tables = scratch;
-  float* const entries = tables + kTables * kEntries * LANES;
+  float* const entries = tables + kTables * kEntries * kStride<LANES>;
   float* const part = entries + LANES * kTableDepth;
   float* const sums = part + LANES * kSlabColumns;
   for (int64_t i = 0; i < s.depth; ++i) {
@@ -166,9 +183,11 @@ void sum_slab(const LaneSums& s, const int32_t* places, int64_t first, int64_t c
 }  // namespace
 
 void sum_lanes(const LaneSums& s, float* scratch) {
-  const auto sum = s.count <= kLanes / 4   ? sum_slab<kLanes / 4>
-                   : s.count <= kLanes / 2 ? sum_slab<kLanes / 2>
-                                           : sum_slab<kLanes>;
+  constexpr int kOne = kRegisterRows;
+  const auto sum = s.count <= kOne       ? sum_slab<kOne>
+                   : s.count <= 2 * kOne ? sum_slab<2 * kOne>
+                   : s.count <= 3 * kOne ? sum_slab<3 * kOne>
+                                         : sum_slab<kLanes>;
   const int32_t* places = s.places;
   for (int64_t first = 0; first < s.cols; first += kSlabColumns, places += kSlabColumns / kPlaceColumns * s.panel) {
     sum(s, places, first, s.cols - first < kSlabColumns ? s.cols - first : kSlabColumns, scratch);
