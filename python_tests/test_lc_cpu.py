@@ -58,6 +58,7 @@ LAYERS = {
     "2d": Layer((32, 48), (8, 8), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
     "2d stride, odd pairs": Layer((17, 33), (9, 20), (5, 5), (2, 2), (1, 2, 1, 2), (1, 1)),
     "2d groups, dilation": Layer((8, 12), (7, 6), (3, 3), (1, 2), (2, 1, 1, 2), (2, 1), 2),
+    "2d groups, wide": Layer((16, 80), (7, 6), (3, 3), (1, 2), (2, 1, 1, 2), (2, 1), 2),
     "2d padding wider than the kernel": Layer((4, 6), (3, 3), (2, 2), (1, 1), (3, 3, 4, 4), (1, 1)),
     "3d groups": Layer((4, 6), (4, 5, 6), (2, 3, 2), (1, 2, 1), (0, 1, 1, 0, 1, 1), (1, 1, 2), 2),
 }
@@ -151,7 +152,8 @@ def feedback_of(cell: str, size: tuple[int, ...], dtype: torch.dtype) -> list:
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("cell", CELLS)
 def test_feedback(cell: str, dtype: torch.dtype) -> None:
-    for name, n in (("2d stride, odd pairs", 5), ("2d groups, dilation", 1), ("1d", 1), ("3d groups", 2)):
+    cases = ("2d stride, odd pairs", 5), ("2d groups, dilation", 1), ("1d", 1), ("3d groups", 2), ("2d groups, wide", 3)
+    for name, n in cases:
         layer = LAYERS[name]
         g = layer.tensors(n, dtype)[-1]
         size = layer.weight_size()
@@ -176,6 +178,41 @@ def test_strided_feedback_is_read_where_it_lies() -> None:
     for extra in ((None, "constant", 0.5), (torch.tensor([1, 2, 3]), "uniform", 0.5)):
         expected = ops.lc_backward_input(g, w, None, None, *extra, *rest)
         assert torch.equal(ops.lc_backward_input(g, strided, None, None, *extra, *rest), expected)
+
+
+@one_thread
+@pytest.mark.parametrize("name", ["1d", "2d", "2d stride, odd pairs", "2d groups, wide"])
+def test_signs_that_are_zero(name: str) -> None:
+    """None, few and many in a row of taps, NaN too, which has no sign; the same for all threads and layouts."""
+    layer = LAYERS[name]
+    for pruned in (0.0, 0.001, 0.3, 1.0):
+        _, w, _, g = layer.tensors(9, torch.float32)
+        w[torch.rand_like(w) < pruned] = 0
+        flat = w.flatten(0, len(layer.size) - 1)
+        flat[0, 3, 0] = 0
+        flat[1, 5].fill_(float("nan"))
+        flat[-1, :, 0] = 0
+        rest = (w, None, None, None, "constant", -0.3, w.shape, layer.size, *layer.op())
+        exact = (g.double(), w.double(), *rest[1:])
+        found = ops.lc_backward_input(g, *rest)
+        check(found, reference.lc_backward_input(*exact), reference.lc_backward_input(g, *rest))
+        for threads in (2, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(ops.lc_backward_input(channels_last(g), *rest), found)
+        torch.set_num_threads(1)
+
+
+@one_thread
+@pytest.mark.skipif(native.product_level() in ("", "DEFAULT", "AMX"), reason="sums of table entries are not faster")
+@pytest.mark.parametrize("cell", ["weight constant", "signs constant", "none constant"])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda dtype: str(dtype)[6:])
+def test_a_sample_has_the_same_bits_in_every_batch_by_tables(cell: str, dtype: torch.dtype) -> None:
+    layer = LAYERS["2d"]
+    g, size = layer.tensors(130, dtype)[-1], layer.weight_size()
+    rest = (*feedback_of(cell, size, torch.float32), size, layer.size, *layer.op())
+    found = ops.lc_backward_input(g, *rest)
+    for n in (2, 5, 9, 17, 25, 33, 129):
+        assert torch.equal(ops.lc_backward_input(g[:n], *rest), found[:n])
 
 
 def all_results(dtype: torch.dtype) -> list[Tensor]:

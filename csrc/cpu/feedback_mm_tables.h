@@ -11,15 +11,10 @@
 #include <numeric>
 #include <vector>
 
-#include "slab_signs.h"
-#include "tables.h"
+#include "table_rows.h"
 
 namespace bioplaus {
 
-// Rows at once, as many as the kernel has sums for where there are many columns.
-constexpr int64_t kTableRows = 6;
-// Blocks whose tables stay in the L1 cache.
-constexpr int64_t kHeldBlocks = 8;
 // Columns that are worth forming a row's tables once more.
 constexpr int64_t kUnitColumns = 512;
 
@@ -62,24 +57,14 @@ inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackPar
 
   at::Tensor out = at::empty({rows, b.cols}, grad.options());
   float* to = out.mutable_data_ptr<float>();
-  const std::vector<int64_t> table_steps = steps(kHeldBlocks, kTableFloats);
-  const std::vector<int64_t> place_steps = steps(kHeldBlocks, kPlaceColumns);
   const bool lanes = lanes_are_rows();
-  std::vector<LaneBlock> lane_blocks;
-  for (int64_t i = 0; lanes && i < blocks; ++i) {
-    const int64_t k = i * kTableDepth;
-    lane_blocks.push_back({k, std::min(kTableDepth, b.rows - k), i * kPlaceColumns});
-  }
-  int64_t groups = divide_up(rows, lanes ? kLanes : kTableRows);
+  int64_t groups = divide_up(rows, RowTables::most());
   const int64_t parts = std::clamp<int64_t>(divide_up(2 * threads, groups), 1, divide_up(b.cols, kUnitColumns));
   // As many units for each thread; fewer rows at once rather than threads without any.
   const int64_t step = threads / std::gcd(threads, parts);
   groups = std::min(divide_up(groups, step) * step, lanes ? divide_up(rows, kRegisterRows) : rows);
   at::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
-    const Buffer<float> tables(lanes ? kLanesScratch
-                                     : std::min(kTableRows, rows) * std::min(blocks, kHeldBlocks) * kTableFloats);
-    std::vector<TableRow> some;
-    std::vector<int64_t> met;
+    RowTables tables(b.rows);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t g = unit / parts;
       const int64_t row = lanes ? lanes_begin(rows, g, groups) : rows * g / groups;
@@ -87,42 +72,12 @@ inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackPar
       const int64_t panel_begin = panels * (unit % parts) / parts, panel_end = panels * (unit % parts + 1) / parts;
       const int64_t column = panel_begin * kPlaceColumns;
       const int64_t columns = std::min(panel_end * kPlaceColumns, b.cols) - column;
-      met.clear();
-      some.clear();
-      for (int64_t i = 0; i < count; ++i) {
-        met.push_back((row + i) * row_stride);
-        some.push_back({met.back(), to + (row + i) * b.cols + column});
-      }
-      if (lanes) {
-        BK_PICK(sum_lanes)
-        ({x, scale, some.data(), count, lane_blocks.data(), blocks, places.get() + panel_begin * panel, panel, columns},
-         tables.get());
-      } else {
-        for (int64_t block = 0; block < blocks; block += kHeldBlocks) {
-          const int64_t held = std::min(kHeldBlocks, blocks - block), k = block * kTableDepth;
-          for (int64_t i = 0; i < count; ++i) {
-            some[i].from = i * held * kTableFloats;
-          }
-          // Runs of a row are too short for the processor to foresee the next ones.
-          const float* from = x + row * row_stride + k;
-          const float* next = block + held < blocks     ? from + held * kTableDepth
-                              : row + 2 * count <= rows ? x + (row + count) * row_stride
-                                                        : from;
-          BK_PICK(form_tables)
-          (from, row_stride, count, std::min(held * kTableDepth, b.rows - k), scale, tables.get(), next);
-          BK_PICK(sum_tables)
-          ({tables.get(),
-            {table_steps.data(), place_steps.data(), held},
-            places.get() + panel_begin * panel + block * kPlaceColumns,
-            panel,
-            block > 0},
-           some.data(), count, columns);
-        }
-      }
+      tables.sum(x + row * row_stride, row_stride, count, row + 2 * count <= rows, scale,
+                 places.get() + panel_begin * panel, panel, columns, to + row * b.cols + column, b.cols);
       for (const auto& zeros : zeros_of) {
         for (const ZeroSign& zero : zeros) {
           if (zero.column >= column && zero.column < column + columns) {
-            BK_PICK(take_off)(x + zero.row, met.data(), scale, some.data(), count, zero.column - column);
+            tables.take_off(zero.row, zero.column - column);
           }
         }
       }

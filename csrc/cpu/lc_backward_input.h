@@ -1,7 +1,12 @@
 // dX_p (N × K) = dY_p B_p of the positions p, added to the rows of the input that they read. For lc.cpp.
+//
+// Where B is ±s, float32 and half types are sums of table entries (tables.h) on processors where these are faster.
 #pragma once
 
+#include <optional>
+
 #include "lc_operands.h"
+#include "table_rows.h"
 
 namespace bioplaus::lc {
 
@@ -15,6 +20,7 @@ struct BackwardInput {
   Source b;
   int64_t lanes, chunks, band, block;
   bool in_place;  // sums are formed in dx itself
+  bool tables;
 
   BackwardInput(const LcGeometry& geometry, const Activation& grad_output, const Activation& grad_input,
                 const Source& source)
@@ -23,6 +29,9 @@ struct BackwardInput {
     chunks = divide_up(g.n, lanes);
     const int64_t row_bytes = lanes * g.in[2] * g.groups * g.c * static_cast<int64_t>(sizeof(acc_t));
     band = std::clamp<int64_t>(kTileBytes / std::max<int64_t>(row_bytes, 1), 1, g.in[0] * g.in[1]);
+    // Of one sample forming B, from its weights' runs, takes less than signs across its rows.
+    tables = std::is_same_v<P, Plain<float>> && b.plain == nullptr && b.feedback->entries == Entries::Constant &&
+             tables_are_faster() && lanes > 1 && g.o >= kTableDepth && lc_columns(g) >= kPlaceColumns;
     // A small batch is bound by reading B: rows of it are used up while they are in the cache.
     const bool whole = (b.in_place() && lanes > 32) || (b.plain && lanes == 1);
     block = whole ? g.o : choose_block(g.o, lc_columns(g) * sizeof(acc_t) * (b.in_place() ? 2 : 1));
@@ -48,7 +57,11 @@ class BackwardInputTask {
         blocks_(op.b, op.block, arena) {
     sums_ = op.in_place ? nullptr : arena.take<acc_t>(op.band * op.lanes * width_);
     packed_ = P::kPair == 1 ? nullptr : arena.take<right_t>(op.block / P::kPair * lc_columns(g_));
-    tap_ = arena.take<acc_t>(op.lanes == 1 ? lc_columns(g_) : op.lanes * g_.kernel[2] * g_.c);
+    const int64_t by_tables = op.tables ? std::min(op.lanes, RowTables::most()) * lc_columns(g_) : 0;
+    tap_ = arena.take<acc_t>(std::max(by_tables, op.lanes == 1 ? lc_columns(g_) : op.lanes * g_.kernel[2] * g_.c));
+    if (op.tables) {
+      tables_.emplace(op, arena);
+    }
   }
 
   void run(int64_t begin, int64_t end) {
@@ -65,6 +78,38 @@ class BackwardInputTask {
   }
 
  private:
+  struct Tap {
+    int64_t column, row;  // first column of a block, row of the input
+  };
+
+  struct Tables {
+    Tables(const BackwardInput<P>& op, Arena& arena)
+        : shape{op.g.o, lc_columns(op.g), 1},
+          signs(shape, shape.cols),
+          unit(*op.b.feedback),
+          source{nullptr, DType::Float32, &unit, op.b.rows, op.b.cols},
+          blocks(source, Blocks<float>::has_weights(unit) ? 0 : std::min(op.g.o, kTileRows), arena),
+          rows(op.g.o),
+          scale(static_cast<float>(unit.scale)),
+          places(arena.take<int32_t>(divide_up(shape.cols, kPlaceColumns) * divide_up(shape.rows, kTableDepth) *
+                                     kPlaceColumns)) {
+      unit.scale = 1;
+      unit.out.dtype = DType::Float32;
+    }
+
+    FeedbackParams shape;
+    SlabSigns signs;
+    FeedbackParams unit;  // σ
+    Blocks<float>::Source source;
+    Blocks<float> blocks;
+    RowTables rows;
+    float scale;
+    int32_t* places;
+    std::vector<std::pair<int64_t, int64_t>> zeros;  // row and column
+    std::vector<int64_t> zeros_of;                   // of each row of taps
+    std::vector<Tap> left;
+  };
+
   acc_t* row(int64_t r) const {
     return op_.in_place ? reinterpret_cast<acc_t*>(op_.dx.at(first_, r / g_.in[1], r % g_.in[1]))
                         : sums_ + (r - low_) * op_.lanes * width_;
@@ -116,66 +161,118 @@ class BackwardInputTask {
     if (inside.begin == inside.end) {
       return;
     }
-    // The columns of B that this band needs, and a little between them.
-    const int64_t k0 = taps_.front().column, k1 = taps_.back().column + g_.kernel[2] * g_.c;
     for (int64_t group = 0; group < g_.groups; ++group) {
-      if (op_.lanes == 1) {
-        std::memset(tap_, 0, (k1 - k0) * sizeof(acc_t));
-      }
-      for (int64_t i = 0; i < g_.o; i += op_.block) {
-        const int64_t rows = std::min(op_.block, g_.o - i);
-        const left_t* g = dy + group * g_.o + i;
-        if (op_.lanes == 1 && op_.b.plain) {
-          BK_PICK(lc_axpy)(op_.b.dtype, op_.b.at(p, group * g_.o, k0), op_.b.cols, rows, k1 - k0, g, tap_);
-          continue;
-        }
-        int64_t ld;
-        const left_t* b = blocks_.get(p, group * g_.o + i, rows, k0, k1, ld);
-        if (op_.lanes == 1) {
-          BK_PICK(lc_axpy)(acc_dtype<acc_t>, b, ld, rows, k1 - k0, g, tap_);
-        } else {
-          const right_t* packed = P::pack(rows, k1 - k0, b, ld, packed_);
-          multiply(g, rows / P::kPair, packed, ld, group, w0, inside, k0);
+      const std::vector<Tap>* left = &taps_;
+      if constexpr (std::is_same_v<P, Plain<float>>) {
+        if (op_.tables) {
+          by_tables(p, group, dy + group * g_.o, w0, inside);
+          left = &tables_->left;
         }
       }
+      if (!left->empty()) {
+        by_products(*left, p, group, dy, w0, inside);
+      }
+    }
+  }
+
+  void by_products(const std::vector<Tap>& taps, int64_t p, int64_t group, const left_t* dy, int64_t w0,
+                   LcTaps inside) {
+    // The columns of B that this band needs, and a little between them.
+    const int64_t k0 = taps.front().column, k1 = taps.back().column + g_.kernel[2] * g_.c;
+    if (op_.lanes == 1) {
+      std::memset(tap_, 0, (k1 - k0) * sizeof(acc_t));
+    }
+    for (int64_t i = 0; i < g_.o; i += op_.block) {
+      const int64_t rows = std::min(op_.block, g_.o - i);
+      const left_t* g = dy + group * g_.o + i;
+      if (op_.lanes == 1 && op_.b.plain) {
+        BK_PICK(lc_axpy)(op_.b.dtype, op_.b.at(p, group * g_.o, k0), op_.b.cols, rows, k1 - k0, g, tap_);
+        continue;
+      }
+      int64_t ld;
+      const left_t* b = blocks_.get(p, group * g_.o + i, rows, k0, k1, ld);
       if (op_.lanes == 1) {
-        for (const Tap& tap : taps_) {
-          add(tap_ + tap.column - k0, 0, tap.row, group, w0, inside);
+        BK_PICK(lc_axpy)(acc_dtype<acc_t>, b, ld, rows, k1 - k0, g, tap_);
+      } else {
+        const right_t* packed = P::pack(rows, k1 - k0, b, ld, packed_);
+        multiply(taps, g, rows / P::kPair, packed, ld, group, w0, inside, k0);
+      }
+    }
+    if (op_.lanes == 1) {
+      for (const Tap& tap : taps) {
+        add(tap_ + tap.column - k0, 0, 0, 1, tap.row, group, w0, inside);
+      }
+    }
+  }
+
+  // All rows of taps but those with too many signs that are 0, which by themselves say so, whatever the band.
+  void by_tables(int64_t p, int64_t group, const float* dy, int64_t w0, LcTaps inside) {
+    const int64_t run = g_.kernel[2] * g_.c, k0 = taps_.front().column, cols = taps_.back().column + run - k0;
+    Tables& t = *tables_;
+    const SignColumns& signs = t.signs.pack(cols, [&](int64_t row, int64_t rows) {
+      return t.blocks.with_signs(p, group * g_.o + row, rows, k0, k0 + cols);
+    });
+    t.zeros.clear();
+    t.zeros_of.assign(divide_up(cols, run), 0);
+    const int64_t most = most_zeros(g_.o, run);
+    for_zeros(signs, g_.o, cols, [&](int64_t row, int64_t column) {
+      if (++t.zeros_of[column / run] <= most) {
+        t.zeros.push_back({row, column});
+      }
+      return true;
+    });
+    const int64_t panel = divide_up(g_.o, kTableDepth) * kPlaceColumns;
+    for (int64_t c = 0; c < cols; c += kPlaceColumns) {
+      BK_PICK(form_places)
+      ({signs.negative + c / 32 * signs.rows, nullptr, nullptr, signs.rows}, panel / kPlaceColumns,
+       t.places + c / kPlaceColumns * panel);
+    }
+    t.left.clear();
+    for (int64_t n = 0; n < count_; n += RowTables::most()) {
+      const int64_t count = std::min(RowTables::most(), count_ - n);
+      t.rows.sum(dy + n * rows_.stride_n(), rows_.stride_n(), count, n + 2 * count <= count_, t.scale, t.places, panel,
+                 cols, tap_, cols);
+      for (const auto& [row, column] : t.zeros) {
+        t.rows.take_off(row, column);
+      }
+      for (const Tap& tap : taps_) {
+        if (t.zeros_of[(tap.column - k0) / run] <= most) {
+          add(tap_ + tap.column - k0, cols, n, count, tap.row, group, w0, inside);
+        } else if (n == 0) {
+          t.left.push_back(tap);
         }
       }
     }
   }
 
-  void multiply(const left_t* g, int64_t depth, const right_t* b, int64_t ld, int64_t group, int64_t w0, LcTaps inside,
-                int64_t k0) {
+  void multiply(const std::vector<Tap>& taps, const left_t* g, int64_t depth, const right_t* b, int64_t ld,
+                int64_t group, int64_t w0, LcTaps inside, int64_t k0) {
     const int64_t n = g_.kernel[2] * g_.c;
     const bool whole = g_.groups == 1 && g_.dilation[2] == 1 && inside.begin == 0 && inside.end == g_.kernel[2];
-    for (const Tap& tap : taps_) {
+    for (const Tap& tap : taps) {
       const right_t* from = b + tap.column - k0;
       if (whole) {
         P::multiply(op_.b.dtype, count_, n, depth, g, rows_.stride_n(), from, ld, row(tap.row) + w0 * g_.c, stride_n(),
                     true);
       } else {
         P::multiply(op_.b.dtype, count_, n, depth, g, rows_.stride_n(), from, ld, tap_, n, false);
-        add(tap_, n, tap.row, group, w0, inside);
+        add(tap_, n, 0, count_, tap.row, group, w0, inside);
       }
     }
   }
 
-  // Adds a row of taps, (samples × kernel width · c), to row r.
-  void add(const acc_t* from, int64_t ld, int64_t r, int64_t group, int64_t w0, LcTaps inside) {
+  // Adds a row of taps, (samples × kernel width · c), to row r of `count` samples from `first` on.
+  void add(const acc_t* from, int64_t ld, int64_t first, int64_t count, int64_t r, int64_t group, int64_t w0,
+           LcTaps inside) {
     const int64_t pixel = g_.groups * g_.c;
     const bool adjacent = g_.groups == 1 && g_.dilation[2] == 1;
     const int64_t step = adjacent ? inside.end - inside.begin : 1;
     for (int64_t t = inside.begin; t < inside.end; t += step) {
-      BK_PICK(lc_add)(sizeof(acc_t) == 8, row(r) + (w0 + t * g_.dilation[2]) * pixel + group * g_.c, stride_n(),
-                      from + t * g_.c, ld, count_, step * g_.c);
+      BK_PICK(lc_add)(sizeof(acc_t) == 8,
+                      row(r) + first * stride_n() + (w0 + t * g_.dilation[2]) * pixel + group * g_.c, stride_n(),
+                      from + t * g_.c, ld, count, step * g_.c);
     }
   }
-
-  struct Tap {
-    int64_t column, row;  // first column of a block, row of the input
-  };
 
   const BackwardInput<P>& op_;
   const LcGeometry& g_;
@@ -185,6 +282,7 @@ class BackwardInputTask {
   right_t* packed_;
   acc_t *sums_, *tap_;
   std::vector<Tap> taps_;
+  std::optional<Tables> tables_;
   int64_t first_, count_, low_, high_;
 };
 

@@ -150,12 +150,21 @@ const float* widen(const T* w, int64_t n, float* scratch) {
   return scratch;
 }
 
+// Of a register: sums in halves would be twice as many as there are registers.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
 template <typename acc_t>
-constexpr int64_t kLanes = 64 / sizeof(acc_t);
+constexpr int64_t kLanes = kVectorBytes / sizeof(acc_t);
 
 template <typename acc_t>
 struct Lanes {
-  typedef acc_t type __attribute__((vector_size(64)));
+  typedef acc_t type __attribute__((vector_size(kVectorBytes)));
 };
 
 template <typename acc_t>

@@ -54,21 +54,35 @@ class SlabSigns {
       arrange({planes, planes + b_.rows * width, planes + 2 * b_.rows * width, width}, 0, b_.rows, words, signs_);
       return signs_;
     }
-    for (int64_t row = 0; row < b_.rows; row += kTileRows) {
-      const int64_t rows = std::min(kTileRows, b_.rows - row);
-      if (b_.key) {
+    if (b_.key) {
+      for (int64_t row = 0; row < b_.rows; row += kTileRows) {
+        const int64_t rows = std::min(kTileRows, b_.rows - row);
         BK_PICK_PRODUCT(seeded_signs)(b_.key, row, row + rows, first / kSignsPerCall, words / 4, strip_);
         arrange({strip_, nullptr, nullptr, words}, row, rows, words, signs_);
-      } else {
-        FeedbackParams strip = b_;
-        strip.rows = rows;
-        strip.cols = cols;
-        strip.column_size[0] = cols;
-        strip.weight.data = static_cast<char*>(b_.weight.data) +
-                            (row * b_.weight.row_stride + first * b_.weight.stride[0]) * size_of(b_.weight.dtype);
-        BK_PICK(pack_signs)(strip, strip_, 0, divide_up(cols, kPackColumns));
-        arrange({strip_, strip_ + rows * words, strip_ + 2 * rows * words, words}, row, rows, words, signs_);
       }
+      return signs_;
+    }
+    return pack(cols, [&](int64_t row, int64_t) {
+      Operand strip = b_.weight;
+      strip.data =
+          static_cast<char*>(strip.data) + (row * strip.row_stride + first * strip.stride[0]) * size_of(strip.dtype);
+      return strip;
+    });
+  }
+
+  // Of `cols` columns, at(row, rows) being those rows of them: at most 64, of which the first is a multiple of 64.
+  template <typename At>
+  const SignColumns& pack(int64_t cols, const At& at) const {
+    const int64_t words = sign_words(cols);
+    FeedbackParams strip = b_;
+    strip.cols = cols;
+    strip.column_size[0] = cols;
+    for (int64_t row = 0; row < b_.rows; row += kTileRows) {
+      strip.rows = std::min(kTileRows, b_.rows - row);
+      strip.weight = at(row, strip.rows);
+      BK_PICK(pack_signs)(strip, strip_, 0, divide_up(cols, kPackColumns));
+      BK_PICK_PRODUCT(arrange)
+      ({strip_, strip_ + strip.rows * words, strip_ + 2 * strip.rows * words, words}, row, strip.rows, words, signs_);
     }
     return signs_;
   }

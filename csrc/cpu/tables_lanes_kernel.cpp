@@ -102,32 +102,41 @@ struct BlockSums {
   }
 };
 
-// Entry k of lane l, times scale, to to[k · LANES + l]: 0 beyond the block's. Lanes beyond the last row hold anything.
+// to[k · LANES + l] = scale · x[l][k] of eight lanes and entries.
+template <int LANES>
+BK_INLINE void take8(const float* const* x, float scale, float* to) {
+  F8 columns[8];
+  transpose8(x, columns);
+  for (int k = 0; k < 8; ++k) {
+    at(to + k * LANES) = columns[k] * scale;
+  }
+}
+
+// Entry k of lane l, times scale, to to[k · LANES + l], of the block's and 0 for the rest of eight. Lanes beyond the last
+// row hold anything.
 template <int LANES>
 void take_entries(const LaneSums& s, const LaneBlock& block, float* to) {
-  float padded[LANES][kTableDepth];
-  const float* of[LANES];
-  for (int64_t l = 0; l < LANES; ++l) {
-    of[l] = s.grad + s.rows[l < s.count ? l : 0].from + block.entries;
-    if (block.depth < kTableDepth) {
-      for (int64_t k = 0; k < kTableDepth; ++k) {
-        padded[l][k] = k < block.depth ? s.scale * of[l][k] : 0.0f;
-      }
-      of[l] = padded[l];
-    }
-  }
-  const float scale = block.depth < kTableDepth ? 1.0f : s.scale;
+  const int64_t whole = block.depth / 8 * 8;
   for (int64_t l = 0; l < LANES; l += 8) {
-    for (int64_t k = 0; k < kTableDepth; k += 8) {
-      const float* rows[8];
-      for (int64_t i = 0; i < 8; ++i) {
-        rows[i] = of[l + i] + k;
+    const float* x[8];
+    for (int64_t i = 0; i < 8; ++i) {
+      x[i] = s.grad + s.rows[l + i < s.count ? l + i : 0].from + block.entries;
+    }
+    for (int64_t k = 0; k < whole; k += 8) {
+      take8<LANES>(x, s.scale, to + k * LANES + l);
+      for (const float*& lane : x) {
+        lane += 8;
       }
-      F8 x[8];
-      transpose8(rows, x);
+    }
+    if (whole < block.depth) {
+      float padded[8][8] = {};
       for (int64_t i = 0; i < 8; ++i) {
-        at(to + (k + i) * LANES + l) = x[i] * scale;
+        for (int64_t k = whole; k < block.depth; ++k) {
+          padded[i][k - whole] = s.scale * x[i][k - whole];
+        }
+        x[i] = padded[i];
       }
+      take8<LANES>(x, 1.0f, to + whole * LANES + l);
     }
   }
 }
