@@ -1,8 +1,8 @@
 """Convolutions whose backward is not the vendor's with a B formed for it: digits, tables, a stored B, few pixels.
 
 In float32 and fed back by ±s. On tile units a large 1x1 one that is channels-last is a feedback_mm, a larger kernel of
-64 channels and more a feedback_conv; on other AVX-512 and AVX2 the same from 64 channels on (larger kernels on AVX-512
-from 32 on), and a feedback_conv also a 1x1 one that is not channels-last, or is strided or padded.
+64 channels and more a feedback_conv; on other AVX-512 and AVX2 the same from 64 channels on (larger kernels from 32),
+and a feedback_conv also a 1x1 one that is not channels-last, or is strided or padded.
 """
 
 import os
@@ -19,7 +19,7 @@ from bioplaus_kernels.backends import native
 OUT, IN = 256, 128
 LEVEL = native.product_level()
 WAY = "digits" if LEVEL == "AMX" else "tables" if LEVEL.startswith("AVX") else ""
-WINDOW = 32 if LEVEL.startswith("AVX512") else 64
+WINDOW = 32 if LEVEL.startswith("AVX") else 64
 RULES = ["usf", bk.FeedbackAlignment(entries="constant"), "fa_signed_init"]
 
 

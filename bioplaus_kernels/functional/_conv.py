@@ -44,13 +44,12 @@ class _Way(NamedTuple):
 # but for larger kernels by digits: arithmetic, four products of 1024 multiply-adds a cycle against 32.
 _DIGITS = _Way("digits", (256, 128), (64, 64))
 _TABLES = _Way("tables", (64, 64), (32, 32))
-_TABLES_OF_ROWS = _Way("tables", (64, 64), (64, 64))
 _WAYS = {
     "AMX": _DIGITS,
     "AVX512_VNNI": _TABLES,
     "AVX512": _TABLES,
-    "AVX2_VNNI": _TABLES_OF_ROWS,
-    "AVX2": _TABLES_OF_ROWS,
+    "AVX2_VNNI": _TABLES,
+    "AVX2": _TABLES,
 }
 
 _CONV: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)

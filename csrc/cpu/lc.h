@@ -21,8 +21,9 @@ BK_DECLARE(void lc_copy(const LcCopy& copy))
 // y[i, s] = Σ_j w[i, j] · x[s, j], for few samples s
 BK_DECLARE(void lc_dot(DType dtype, const void* w, int64_t ldw, int64_t rows, int64_t cols, const void* x,
                        int64_t samples, void* y))
-// y[j] += Σ_i g[i] · w[i, j], the sum over i taken in order
-BK_DECLARE(void lc_axpy(DType dtype, const void* w, int64_t ldw, int64_t rows, int64_t cols, const void* g, void* y))
+// y[j] += Σ_i g[i] · w[i, j], or of w's signs where `signs`, the sum over i taken in order
+BK_DECLARE(void lc_axpy(DType dtype, bool signs, const void* w, int64_t ldw, int64_t rows, int64_t cols, const void* g,
+                        void* y))
 // w[i, j] = g[i] · x[j]
 BK_DECLARE(void lc_outer(DType dtype, void* w, int64_t ldw, int64_t rows, int64_t cols, const void* g, const void* x))
 

@@ -10,6 +10,21 @@
 
 namespace bioplaus::lc {
 
+// Whether B is ±s by the signs of weights whose rows lie in memory as B's do.
+inline bool of_weights(const FeedbackParams& b) {
+  return b.entries == Entries::Constant && !b.signs && !b.key && b.weight.dense;
+}
+
+// These weights from an element of a position on, whose blocks have `rows` rows and `cols` columns.
+inline Operand weights_at(const FeedbackParams& b, int64_t rows, int64_t cols, int64_t position, int64_t row,
+                          int64_t column) {
+  const int64_t e = (position * rows + row) * cols + column;
+  Operand w = b.weight;
+  w.data = static_cast<char*>(w.data) + (e / b.cols * w.row_stride + e % b.cols) * size_of(w.dtype);
+  w.row_stride = cols;
+  return w;
+}
+
 template <typename P>
 struct BackwardInput {
   using acc_t = typename P::acc;
@@ -20,6 +35,7 @@ struct BackwardInput {
   Source b;
   int64_t lanes, chunks, band, block;
   bool in_place;  // sums are formed in dx itself
+  bool signs;     // of one sample: the weights' are multiplied as they are read
   bool tables;
 
   BackwardInput(const LcGeometry& geometry, const Activation& grad_output, const Activation& grad_input,
@@ -29,11 +45,13 @@ struct BackwardInput {
     chunks = divide_up(g.n, lanes);
     const int64_t row_bytes = lanes * g.in[2] * g.groups * g.c * static_cast<int64_t>(sizeof(acc_t));
     band = std::clamp<int64_t>(kTileBytes / std::max<int64_t>(row_bytes, 1), 1, g.in[0] * g.in[1]);
-    // Of one sample forming B, from its weights' runs, takes less than signs across its rows.
+    signs = lanes == 1 && b.plain == nullptr && of_weights(*b.feedback) &&
+            (b.feedback->weight.dtype == DType::Float64) == (sizeof(acc_t) == 8);
+    // One sample would fill one lane.
     tables = std::is_same_v<P, Plain<float>> && b.plain == nullptr && b.feedback->entries == Entries::Constant &&
              tables_are_faster() && lanes > 1 && g.o >= kTableDepth && lc_columns(g) >= kPlaceColumns;
     // A small batch is bound by reading B: rows of it are used up while they are in the cache.
-    const bool whole = (b.in_place() && lanes > 32) || (b.plain && lanes == 1);
+    const bool whole = (b.in_place() && lanes > 32) || (b.plain && lanes == 1) || signs;
     block = whole ? g.o : choose_block(g.o, lc_columns(g) * sizeof(acc_t) * (b.in_place() ? 2 : 1));
     block = round_up(block, P::kPair);
     in_place = dx.dtype == acc_dtype<acc_t> && dx.channels_last();
@@ -54,11 +72,12 @@ class BackwardInputTask {
         g_(op.g),
         width_(g_.in[2] * g_.groups * g_.c),
         rows_(op.dy, Innermost::Channel, op.lanes, 1, arena),
-        blocks_(op.b, op.block, arena) {
+        blocks_(op.b, op.signs ? 0 : op.block, arena) {
     sums_ = op.in_place ? nullptr : arena.take<acc_t>(op.band * op.lanes * width_);
     packed_ = P::kPair == 1 ? nullptr : arena.take<right_t>(op.block / P::kPair * lc_columns(g_));
     const int64_t by_tables = op.tables ? std::min(op.lanes, RowTables::most()) * lc_columns(g_) : 0;
     tap_ = arena.take<acc_t>(std::max(by_tables, op.lanes == 1 ? lc_columns(g_) : op.lanes * g_.kernel[2] * g_.c));
+    scaled_ = op.signs ? arena.take<acc_t>(g_.o) : nullptr;
     if (op.tables) {
       tables_.emplace(op, arena);
     }
@@ -84,17 +103,35 @@ class BackwardInputTask {
 
   struct Tables {
     Tables(const BackwardInput<P>& op, Arena& arena)
-        : shape{op.g.o, lc_columns(op.g), 1},
+        : shape(matrix(op.g.o, lc_columns(op.g))),
           signs(shape, shape.cols),
           unit(*op.b.feedback),
           source{nullptr, DType::Float32, &unit, op.b.rows, op.b.cols},
-          blocks(source, Blocks<float>::has_weights(unit) ? 0 : std::min(op.g.o, kTileRows), arena),
+          blocks(source, of_weights(unit) ? 0 : std::min(op.g.o, kTileRows), arena),
           rows(op.g.o),
           scale(static_cast<float>(unit.scale)),
           places(arena.take<int32_t>(divide_up(shape.cols, kPlaceColumns) * divide_up(shape.rows, kTableDepth) *
                                      kPlaceColumns)) {
       unit.scale = 1;
       unit.out.dtype = DType::Float32;
+    }
+
+    static FeedbackParams matrix(int64_t rows, int64_t cols) {
+      FeedbackParams p{};
+      p.rows = rows;
+      p.cols = cols;
+      p.column_dims = 1;
+      return p;
+    }
+
+    // What has σ's signs: rows first … first + count − 1, columns k0 … k1 − 1 of a position.
+    Operand signs_of(int64_t position, int64_t first, int64_t count, int64_t k0, int64_t k1) {
+      if (of_weights(unit)) {
+        return weights_at(unit, source.rows, source.cols, position, first, k0);
+      }
+      int64_t ld;
+      const float* formed = blocks.get(position, first, count, k0, k1, ld);
+      return {const_cast<float*>(formed), DType::Float32, true, ld, {1}};
     }
 
     FeedbackParams shape;
@@ -186,13 +223,19 @@ class BackwardInputTask {
       const int64_t rows = std::min(op_.block, g_.o - i);
       const left_t* g = dy + group * g_.o + i;
       if (op_.lanes == 1 && op_.b.plain) {
-        BK_PICK(lc_axpy)(op_.b.dtype, op_.b.at(p, group * g_.o, k0), op_.b.cols, rows, k1 - k0, g, tap_);
+        BK_PICK(lc_axpy)(op_.b.dtype, false, op_.b.at(p, group * g_.o, k0), op_.b.cols, rows, k1 - k0, g, tap_);
+        continue;
+      }
+      if (op_.signs) {
+        const Operand w = weights_at(*op_.b.feedback, op_.b.rows, op_.b.cols, p, group * g_.o, k0);
+        std::transform(g, g + rows, scaled_, [&](acc_t x) { return static_cast<acc_t>(op_.b.feedback->scale) * x; });
+        BK_PICK(lc_axpy)(w.dtype, true, w.data, w.row_stride, rows, k1 - k0, scaled_, tap_);
         continue;
       }
       int64_t ld;
       const left_t* b = blocks_.get(p, group * g_.o + i, rows, k0, k1, ld);
       if (op_.lanes == 1) {
-        BK_PICK(lc_axpy)(acc_dtype<acc_t>, b, ld, rows, k1 - k0, g, tap_);
+        BK_PICK(lc_axpy)(acc_dtype<acc_t>, false, b, ld, rows, k1 - k0, g, tap_);
       } else {
         const right_t* packed = P::pack(rows, k1 - k0, b, ld, packed_);
         multiply(taps, g, rows / P::kPair, packed, ld, group, w0, inside, k0);
@@ -209,9 +252,8 @@ class BackwardInputTask {
   void by_tables(int64_t p, int64_t group, const float* dy, int64_t w0, LcTaps inside) {
     const int64_t run = g_.kernel[2] * g_.c, k0 = taps_.front().column, cols = taps_.back().column + run - k0;
     Tables& t = *tables_;
-    const SignColumns& signs = t.signs.pack(cols, [&](int64_t row, int64_t rows) {
-      return t.blocks.with_signs(p, group * g_.o + row, rows, k0, k0 + cols);
-    });
+    const SignColumns& signs = t.signs.pack(
+        cols, [&](int64_t row, int64_t rows) { return t.signs_of(p, group * g_.o + row, rows, k0, k0 + cols); });
     t.zeros.clear();
     t.zeros_of.assign(divide_up(cols, run), 0);
     const int64_t most = most_zeros(g_.o, run);
@@ -280,7 +322,7 @@ class BackwardInputTask {
   Rows<left_t> rows_;
   Blocks<left_t> blocks_;
   right_t* packed_;
-  acc_t *sums_, *tap_;
+  acc_t *sums_, *tap_, *scaled_;
   std::vector<Tap> taps_;
   std::optional<Tables> tables_;
   int64_t first_, count_, low_, high_;

@@ -237,28 +237,38 @@ void dot(const T* w, int64_t ldw, int64_t rows, int64_t cols, const acc_t* x, in
   }
 }
 
+// sign_of (feedback.h) of a register.
+template <typename V>
+BK_INLINE V signs_of(const V& x) {
+  return __builtin_convertvector((x < V{}) - (x > V{}), V);
+}
+
 // kRows terms are added among themselves first: a chain of additions loses by its length.
-template <int kRows, typename acc_t>
+template <bool kSigns, int kRows, typename acc_t>
 BK_INLINE void axpy_rows(const acc_t* const* w, const acc_t* g, int64_t n, acc_t* y) {
   constexpr int64_t lanes = kLanes<acc_t>;
+  const auto term = [&](int r, int64_t j) {
+    const auto x = load(w[r] + j);
+    return (kSigns ? signs_of(x) : x) * g[r];
+  };
   int64_t j = 0;
   for (; j + lanes <= n; j += lanes) {
-    auto sum = load(w[0] + j) * g[0];
+    auto sum = term(0, j);
     for (int r = 1; r < kRows; ++r) {
-      sum += load(w[r] + j) * g[r];
+      sum += term(r, j);
     }
     store(y + j, load(y + j) + sum);
   }
   for (; j < n; ++j) {
-    acc_t sum = w[0][j] * g[0];
-    for (int r = 1; r < kRows; ++r) {
-      sum += w[r][j] * g[r];
+    acc_t sum = 0;
+    for (int r = 0; r < kRows; ++r) {
+      sum += (kSigns ? sign_of<acc_t>(w[r][j]) : w[r][j]) * g[r];
     }
     y[j] += sum;
   }
 }
 
-template <typename acc_t, typename T>
+template <bool kSigns, typename acc_t, typename T>
 void axpy(const T* w, int64_t ldw, int64_t rows, int64_t cols, const acc_t* g, acc_t* y) {
   constexpr int kRows = 8;
   alignas(64) acc_t scratch[kRows][sizeof(T) == sizeof(acc_t) ? 1 : kPiece];
@@ -272,10 +282,10 @@ void axpy(const T* w, int64_t ldw, int64_t rows, int64_t cols, const acc_t* g, a
         wide[r] = widen(w + (i + r) * ldw + j, n, scratch[r]);
       }
       if (count == kRows) {
-        axpy_rows<kRows>(wide, g + i, n, y + j);
+        axpy_rows<kSigns, kRows>(wide, g + i, n, y + j);
       } else {
         for (int64_t r = 0; r < count; ++r) {
-          axpy_rows<1>(wide + r, g + i + r, n, y + j);
+          axpy_rows<kSigns, 1>(wide + r, g + i + r, n, y + j);
         }
       }
     }
@@ -346,9 +356,10 @@ void lc_dot(DType dtype, const void* w, int64_t ldw, int64_t rows, int64_t cols,
   });
 }
 
-void lc_axpy(DType dtype, const void* w, int64_t ldw, int64_t rows, int64_t cols, const void* g, void* y) {
+void lc_axpy(DType dtype, bool signs, const void* w, int64_t ldw, int64_t rows, int64_t cols, const void* g, void* y) {
   with_types(dtype, [&]<typename T, typename acc_t>(T*, acc_t*) {
-    axpy(static_cast<const T*>(w), ldw, rows, cols, static_cast<const acc_t*>(g), static_cast<acc_t*>(y));
+    (signs ? axpy<true, acc_t, T> : axpy<false, acc_t, T>)(static_cast<const T*>(w), ldw, rows, cols,
+                                                           static_cast<const acc_t*>(g), static_cast<acc_t*>(y));
   });
 }
 

@@ -455,24 +455,6 @@ class Blocks {
     return wide_;
   }
 
-  // Whether `with_signs` reads weights.
-  static bool has_weights(const FeedbackParams& p) { return !p.signs && !p.key && p.weight.dense; }
-
-  // The same, or weights where these have its signs.
-  Operand with_signs(int64_t position, int64_t first, int64_t count, int64_t k0, int64_t k1) {
-    const FeedbackParams& p = *source_.feedback;
-    if (!has_weights(p)) {
-      int64_t ld;
-      const T* b = get(position, first, count, k0, k1, ld);
-      return {const_cast<T*>(b), source_.wanted(), true, ld, {1}};
-    }
-    const int64_t e = (position * source_.rows + first) * source_.cols + k0;
-    Operand w = p.weight;
-    w.data = static_cast<char*>(w.data) + (e / p.cols * w.row_stride + e % p.cols) * size_of(w.dtype);
-    w.row_stride = source_.cols;
-    return w;
-  }
-
  private:
   // Element (position, row, column) of the weights is flat element e, which is element (e / cols, e % cols) of B as a
   // matrix; a position never straddles two of its rows.

@@ -112,8 +112,8 @@ BK_INLINE void take8(const float* const* x, float scale, float* to) {
   }
 }
 
-// Entry k of lane l, times scale, to to[k · LANES + l], of the block's and 0 for the rest of eight. Lanes beyond the last
-// row hold anything.
+// Entry k of lane l, times scale, to to[k · LANES + l], of the block's and 0 for the rest of eight. Lanes beyond the
+// last row hold anything.
 template <int LANES>
 void take_entries(const LaneSums& s, const LaneBlock& block, float* to) {
   const int64_t whole = block.depth / 8 * 8;
