@@ -185,8 +185,8 @@ def test_strided_feedback_is_read_where_it_lies() -> None:
 def test_signs_that_are_zero(name: str) -> None:
     """None, few and many in a row of taps, NaN too, which has no sign; the same for all threads and layouts."""
     layer = LAYERS[name]
-    for pruned in (0.0, 0.001, 0.3, 1.0):
-        _, w, _, g = layer.tensors(9, torch.float32)
+    for pruned, n in itertools.product((0.0, 0.001, 0.3, 1.0), (1, 9)):
+        _, w, _, g = layer.tensors(n, torch.float32)
         w[torch.rand_like(w) < pruned] = 0
         flat = w.flatten(0, len(layer.size) - 1)
         flat[0, 3, 0] = 0

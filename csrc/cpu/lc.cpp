@@ -2,7 +2,8 @@
 // weights, K = taps · channels, X_p (K × N) the patch it sees, dY_p its output gradient:
 //
 //     forward          Y_pᵀ (O × N) = W_p X_p       X_p gathered with the batch innermost, W_p read in place
-//     input gradient   (N × K) = dY_p B_p           B_p in place, or formed block by block; added to the input's rows
+//     input gradient   (N × K) = dY_p B_p           B_p in place, formed block by block, or its signs alone (tables.h);
+//                                                   added to the input's rows
 //     weight gradient  dW_p (O × K) = dY_pᵀ X_pᵀ    X_pᵀ gathered with the channel innermost, dW_p written in place
 //
 // so that each weight is read, or written, once, as long contiguous runs, and never copied or transposed in float32.

@@ -1,9 +1,10 @@
 // dX_p (N × K) = dY_p B_p of the positions p, added to the rows of the input that they read. For lc.cpp.
 //
-// Where B is ±s, float32 and half types are sums of table entries (tables.h) on processors where these are faster.
+// Where B is ±s, float32 and half types are sums of table entries (tables.h) at the levels where these are faster.
 #pragma once
 
 #include <optional>
+#include <span>
 
 #include "lc_operands.h"
 #include "table_rows.h"
@@ -25,6 +26,9 @@ inline Operand weights_at(const FeedbackParams& b, int64_t rows, int64_t cols, i
   return w;
 }
 
+// Samples for which all columns of B are multiplied row by row; of more, rows of taps one after the other.
+constexpr int64_t kFewLanes = 32;
+
 template <typename P>
 struct BackwardInput {
   using acc_t = typename P::acc;
@@ -33,9 +37,10 @@ struct BackwardInput {
   LcGeometry g;
   Activation dy, dx;
   Source b;
-  int64_t lanes, chunks, band, block;
-  bool in_place;  // sums are formed in dx itself
-  bool signs;     // of one sample: the weights' are multiplied as they are read
+  int64_t lanes, chunks, band;
+  int64_t pass, block, width;  // terms of one sum, and rows and columns of B at once
+  bool in_place;               // sums are formed in dx itself
+  bool signs;                  // of one sample: the weights' are multiplied as they are read
   bool tables;
 
   BackwardInput(const LcGeometry& geometry, const Activation& grad_output, const Activation& grad_input,
@@ -50,10 +55,12 @@ struct BackwardInput {
     // One sample would fill one lane.
     tables = std::is_same_v<P, Plain<float>> && b.plain == nullptr && b.feedback->entries == Entries::Constant &&
              tables_are_faster() && lanes > 1 && g.o >= kTableDepth && lc_columns(g) >= kPlaceColumns;
+    width = lanes > kFewLanes ? g.kernel[2] * g.c : lc_columns(g);
+    pass = round_up(balanced(g.o, kMaxSum), P::kPair);
     // A small batch is bound by reading B: rows of it are used up while they are in the cache.
-    const bool whole = (b.in_place() && lanes > 32) || (b.plain && lanes == 1) || signs;
-    block = whole ? g.o : choose_block(g.o, lc_columns(g) * sizeof(acc_t) * (b.in_place() ? 2 : 1));
-    block = round_up(block, P::kPair);
+    block =
+        b.in_place() && lanes > kFewLanes ? pass : choose_block(g.o, width * sizeof(acc_t) * (b.in_place() ? 2 : 1));
+    block = std::min(round_up(block, P::kPair), pass);
     in_place = dx.dtype == acc_dtype<acc_t> && dx.channels_last();
   }
 
@@ -72,11 +79,11 @@ class BackwardInputTask {
         g_(op.g),
         width_(g_.in[2] * g_.groups * g_.c),
         rows_(op.dy, Innermost::Channel, op.lanes, 1, arena),
-        blocks_(op.b, op.signs ? 0 : op.block, arena) {
+        blocks_(op.b, op.signs ? 0 : op.block * op.width, arena) {
     sums_ = op.in_place ? nullptr : arena.take<acc_t>(op.band * op.lanes * width_);
-    packed_ = P::kPair == 1 ? nullptr : arena.take<right_t>(op.block / P::kPair * lc_columns(g_));
-    const int64_t by_tables = op.tables ? std::min(op.lanes, RowTables::most()) * lc_columns(g_) : 0;
-    tap_ = arena.take<acc_t>(std::max(by_tables, op.lanes == 1 ? lc_columns(g_) : op.lanes * g_.kernel[2] * g_.c));
+    packed_ = P::kPair == 1 ? nullptr : arena.take<right_t>(op.block / P::kPair * op.width);
+    tap_ = arena.take<acc_t>(
+        std::max(op.tables ? std::min(op.lanes, RowTables::most()) * lc_columns(g_) : 0, op.lanes * op.width));
     scaled_ = op.signs ? arena.take<acc_t>(g_.o) : nullptr;
     if (op.tables) {
       tables_.emplace(op, arena);
@@ -107,7 +114,7 @@ class BackwardInputTask {
           signs(shape, shape.cols),
           unit(*op.b.feedback),
           source{nullptr, DType::Float32, &unit, op.b.rows, op.b.cols},
-          blocks(source, of_weights(unit) ? 0 : std::min(op.g.o, kTileRows), arena),
+          blocks(source, of_weights(unit) ? 0 : std::min(op.g.o, kTileRows) * shape.cols, arena),
           rows(op.g.o),
           scale(static_cast<float>(unit.scale)),
           places(arena.take<int32_t>(divide_up(shape.cols, kPlaceColumns) * divide_up(shape.rows, kTableDepth) *
@@ -206,45 +213,58 @@ class BackwardInputTask {
           left = &tables_->left;
         }
       }
-      if (!left->empty()) {
-        by_products(*left, p, group, dy, w0, inside);
+      if (op_.lanes == 1) {
+        of_one_sample(p, group, dy + group * g_.o, w0, inside);
+        continue;
+      }
+      const size_t at_once = op_.lanes > kFewLanes ? 1 : std::max<size_t>(left->size(), 1);
+      for (size_t i = 0; i < left->size(); i += at_once) {
+        by_products({left->data() + i, at_once}, p, group, dy + group * g_.o, w0, inside);
       }
     }
   }
 
-  void by_products(const std::vector<Tap>& taps, int64_t p, int64_t group, const left_t* dy, int64_t w0,
-                   LcTaps inside) {
-    // The columns of B that this band needs, and a little between them.
-    const int64_t k0 = taps.front().column, k1 = taps.back().column + g_.kernel[2] * g_.c;
-    if (op_.lanes == 1) {
-      std::memset(tap_, 0, (k1 - k0) * sizeof(acc_t));
-    }
-    for (int64_t i = 0; i < g_.o; i += op_.block) {
-      const int64_t rows = std::min(op_.block, g_.o - i);
-      const left_t* g = dy + group * g_.o + i;
-      if (op_.lanes == 1 && op_.b.plain) {
-        BK_PICK(lc_axpy)(op_.b.dtype, false, op_.b.at(p, group * g_.o, k0), op_.b.cols, rows, k1 - k0, g, tap_);
-        continue;
+  void by_products(std::span<const Tap> taps, int64_t p, int64_t group, const left_t* dy, int64_t w0, LcTaps inside) {
+    // The columns of B that these rows of taps need, and a little between them.
+    const int64_t run = g_.kernel[2] * g_.c, k0 = taps.front().column, cols = taps.back().column + run - k0;
+    for (int64_t first = 0; first < g_.o; first += op_.pass) {
+      const int64_t end = std::min(first + op_.pass, g_.o);
+      for (int64_t i = first; i < end; i += op_.block) {
+        const int64_t rows = std::min(op_.block, end - i);
+        int64_t ld;
+        const left_t* b = blocks_.get(p, group * g_.o + i, rows, k0, k0 + cols, ld);
+        const right_t* packed = P::pack(rows, cols, b, ld, packed_);
+        for (const Tap& tap : taps) {
+          P::multiply(op_.b.dtype, count_, run, rows / P::kPair, dy + i, rows_.stride_n(), packed + tap.column - k0, ld,
+                      tap_ + tap.column - k0, cols, i > first);
+        }
       }
-      if (op_.signs) {
-        const Operand w = weights_at(*op_.b.feedback, op_.b.rows, op_.b.cols, p, group * g_.o, k0);
-        std::transform(g, g + rows, scaled_, [&](acc_t x) { return static_cast<acc_t>(op_.b.feedback->scale) * x; });
-        BK_PICK(lc_axpy)(w.dtype, true, w.data, w.row_stride, rows, k1 - k0, scaled_, tap_);
-        continue;
-      }
-      int64_t ld;
-      const left_t* b = blocks_.get(p, group * g_.o + i, rows, k0, k1, ld);
-      if (op_.lanes == 1) {
-        BK_PICK(lc_axpy)(acc_dtype<acc_t>, false, b, ld, rows, k1 - k0, g, tap_);
-      } else {
-        const right_t* packed = P::pack(rows, k1 - k0, b, ld, packed_);
-        multiply(taps, g, rows / P::kPair, packed, ld, group, w0, inside, k0);
-      }
-    }
-    if (op_.lanes == 1) {
+      // A position's sums are added to the others' by themselves: together they would be long.
       for (const Tap& tap : taps) {
-        add(tap_ + tap.column - k0, 0, 0, 1, tap.row, group, w0, inside);
+        add(tap_ + tap.column - k0, cols, 0, count_, tap.row, group, w0, inside);
       }
+    }
+  }
+
+  void of_one_sample(int64_t p, int64_t group, const left_t* dy, int64_t w0, LcTaps inside) {
+    const int64_t k0 = taps_.front().column, k1 = taps_.back().column + g_.kernel[2] * g_.c;
+    std::memset(tap_, 0, (k1 - k0) * sizeof(acc_t));
+    if (op_.b.plain) {
+      BK_PICK(lc_axpy)(op_.b.dtype, false, op_.b.at(p, group * g_.o, k0), op_.b.cols, g_.o, k1 - k0, dy, tap_);
+    } else if (op_.signs) {
+      const Operand w = weights_at(*op_.b.feedback, op_.b.rows, op_.b.cols, p, group * g_.o, k0);
+      std::transform(dy, dy + g_.o, scaled_, [&](acc_t x) { return static_cast<acc_t>(op_.b.feedback->scale) * x; });
+      BK_PICK(lc_axpy)(w.dtype, true, w.data, w.row_stride, g_.o, k1 - k0, scaled_, tap_);
+    } else {
+      for (int64_t i = 0; i < g_.o; i += op_.block) {
+        const int64_t rows = std::min(op_.block, g_.o - i);
+        int64_t ld;
+        const left_t* b = blocks_.get(p, group * g_.o + i, rows, k0, k1, ld);
+        BK_PICK(lc_axpy)(acc_dtype<acc_t>, false, b, ld, rows, k1 - k0, dy + i, tap_);
+      }
+    }
+    for (const Tap& tap : taps_) {
+      add(tap_ + tap.column - k0, 0, 0, 1, tap.row, group, w0, inside);
     }
   }
 
@@ -283,22 +303,6 @@ class BackwardInputTask {
         } else if (n == 0) {
           t.left.push_back(tap);
         }
-      }
-    }
-  }
-
-  void multiply(const std::vector<Tap>& taps, const left_t* g, int64_t depth, const right_t* b, int64_t ld,
-                int64_t group, int64_t w0, LcTaps inside, int64_t k0) {
-    const int64_t n = g_.kernel[2] * g_.c;
-    const bool whole = g_.groups == 1 && g_.dilation[2] == 1 && inside.begin == 0 && inside.end == g_.kernel[2];
-    for (const Tap& tap : taps) {
-      const right_t* from = b + tap.column - k0;
-      if (whole) {
-        P::multiply(op_.b.dtype, count_, n, depth, g, rows_.stride_n(), from, ld, row(tap.row) + w0 * g_.c, stride_n(),
-                    true);
-      } else {
-        P::multiply(op_.b.dtype, count_, n, depth, g, rows_.stride_n(), from, ld, tap_, n, false);
-        add(tap_, n, 0, count_, tap.row, group, w0, inside);
       }
     }
   }

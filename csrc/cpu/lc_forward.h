@@ -50,7 +50,7 @@ class ForwardTask {
         g_(op.g),
         patches_(op.g),
         rows_(op.x, op.few ? Innermost::Channel : Innermost::Batch, op.lanes, patches_.slots(), arena),
-        blocks_(op.w, op.block, arena) {
+        blocks_(op.w, op.block * op.w.cols, arena) {
     patch_ = arena.take<right_t>(lc_columns(g_) * op.lanes);
     out_ = arena.take<acc_t>(op.tile * g_.groups * g_.o * op.lanes);
     bias_ = arena.take<acc_t>(g_.groups * g_.o);

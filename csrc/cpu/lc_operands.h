@@ -423,12 +423,13 @@ class Blocks {
     }
   };
 
-  Blocks(const Source& source, int64_t block, Arena& arena) : source_(source) {
+  // `most`: elements at once.
+  Blocks(const Source& source, int64_t most, Arena& arena) : source_(source) {
     if (!source.in_place()) {
-      wide_ = arena.take<T>(block * source.cols);
+      wide_ = arena.take<T>(most);
     }
     if (source.plain == nullptr && source.dtype != source.wanted()) {
-      formed_ = arena.take<char>(block * source.cols * source.bytes());
+      formed_ = arena.take<char>(most * source.bytes());
     }
   }
 
