@@ -6,7 +6,7 @@
 // The backward forms what multiplies each gate's gradient for all steps at once, before its loop, which is left with
 // one product, by B in the weight's place, and three or four pointwise operators a step. The weights' gradients are one
 // product each after it. What is pointwise in an LSTM is one pass on the CPU, where calls of nine operators a step are
-// as long as its product in small layers.
+// as long as its product in small layers; float32's products there are those of cpu/step_product.h.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
@@ -20,6 +20,7 @@
 
 #include "common/checks.h"
 #include "cpu/lstm.h"
+#include "cpu/step_product.h"
 
 namespace bioplaus {
 namespace {
@@ -97,6 +98,7 @@ class Layer {
     size.insert(size.end(), columns);
     return size;
   }
+  int64_t count() const { return static_cast<int64_t>(steps.size()); }
   Tensor matrix(const Tensor& x) const { return x.reshape({rows, x.size(-1)}); }
 
   // What each row's step started from: the state of the step before, or the initial one where that has no such row.
@@ -242,7 +244,9 @@ Forward recurrent_forward(const Tensor& input, const Tensor& hidden, const Optio
   const bool lstm = l.mode == Mode::Lstm, gru = l.mode == Mode::Gru;
   const auto fresh = [&](int64_t columns) { return at::empty({l.rows, columns}, input.options()); };
   const auto none = [&] { return at::empty({0}, input.options()); };
-  const Tensor w = weight.t(), x = l.matrix(input);
+  const Tensor x = l.matrix(input);
+  const StepProduct by_weight(weight.t(), l.count(), l.rows);
+  const StepProduct by_projection(projection ? projection->t() : none(), l.count(), l.rows);
   Tensor output = fresh(l.outputs), gates = none(), cells = none(), product;
   if (gru) {
     gates = fresh(4 * u);
@@ -263,20 +267,16 @@ Forward recurrent_forward(const Tensor& input, const Tensor& hidden, const Optio
     const Tensor h = state.of(rows), g = gates.narrow(0, start, rows);
     Tensor out = output.narrow(0, start, rows);
     if (lstm) {
-      g.addmm_(h, w);
+      by_weight.run(g, h, g);
       const Tensor c = cells.narrow(0, start, rows), inner = projection ? at::empty_like(c) : out;
       lstm_step(g, memory.of(rows), c, inner);
       memory.set(c);
       if (projection) {
-        at::mm_out(out, inner, projection->t());
+        by_projection.run(out, inner);
       }
     } else if (gru) {
       Tensor p = product.narrow(0, 0, rows), rz = g.narrow(1, 0, 2 * u), n = g.narrow(1, 2 * u, u);
-      if (bias) {
-        at::addmm_out(p, *bias, h, w);
-      } else {
-        at::mm_out(p, h, w);
-      }
+      by_weight.run(p, h, bias.value_or(Tensor()));
       const Tensor from_x = x.narrow(0, start, rows), from_h = p.narrow(1, 2 * u, u);
       at::add_out(rz, from_x.narrow(1, 0, 2 * u), p.narrow(1, 0, 2 * u));
       rz.sigmoid_();
@@ -285,7 +285,7 @@ Forward recurrent_forward(const Tensor& input, const Tensor& hidden, const Optio
       n.tanh_();
       at::lerp_out(out, n, h, rz.narrow(1, u, u));
     } else {
-      at::addmm_out(out, g, h, w);
+      by_weight.run(out, h, g);
       l.mode == Mode::Tanh ? out.tanh_() : out.relu_();
     }
     state.set(out);
@@ -369,7 +369,8 @@ Backward recurrent_backward(const Tensor& grad_output, const Tensor& grad_hidden
   }
 
   // Rows of B in the order of GRU's gradients.
-  const Tensor b = feedback && gru ? feedback->roll(u, 0) : feedback.value_or(Tensor());
+  const StepProduct by_feedback(feedback ? gru ? feedback->roll(u, 0) : *feedback : none(), l.count(), l.rows);
+  const StepProduct by_projection(projection.value_or(none()), l.count(), l.rows);
   Tensor flat = d.view({l.rows, d.size(1) * u});
   for (auto step = l.steps.rbegin(); step != l.steps.rend(); ++step) {
     const auto [start, rows] = *step;
@@ -381,7 +382,8 @@ Backward recurrent_backward(const Tensor& grad_output, const Tensor& grad_hidden
       Tensor out = dh_t;
       if (projection) {
         dp.narrow(0, start, rows).copy_(dh_t);
-        out = at::mm(dh_t, *projection);
+        out = at::empty({rows, u}, output.options());
+        by_projection.run(out, dh_t);
       }
       if (one_pass) {
         AT_DISPATCH_FLOATING_TYPES(output.scalar_type(), "recurrent_backward", [&] {
@@ -403,11 +405,11 @@ Backward recurrent_backward(const Tensor& grad_output, const Tensor& grad_hidden
     }
     if (gru) {
       dh_t.mul_(forget.narrow(0, start, rows));
-      if (b.defined()) {
-        dh_t.addmm_(h_part, b);
+      if (feedback) {
+        by_feedback.run(dh_t, h_part, dh_t);
       }
-    } else if (b.defined()) {
-      at::mm_out(dh_t, h_part, b);
+    } else if (feedback) {
+      by_feedback.run(dh_t, h_part);
     } else {
       dh_t.zero_();
     }
