@@ -245,8 +245,8 @@ Forward recurrent_forward(const Tensor& input, const Tensor& hidden, const Optio
   const auto fresh = [&](int64_t columns) { return at::empty({l.rows, columns}, input.options()); };
   const auto none = [&] { return at::empty({0}, input.options()); };
   const Tensor x = l.matrix(input);
-  const StepProduct by_weight(weight.t(), l.count(), l.rows);
-  const StepProduct by_projection(projection ? projection->t() : none(), l.count(), l.rows);
+  const StepProduct by_weight(weight.t(), l.count(), l.batch, l.rows);
+  const StepProduct by_projection(projection ? projection->t() : none(), l.count(), l.batch, l.rows);
   Tensor output = fresh(l.outputs), gates = none(), cells = none(), product;
   if (gru) {
     gates = fresh(4 * u);
@@ -369,8 +369,8 @@ Backward recurrent_backward(const Tensor& grad_output, const Tensor& grad_hidden
   }
 
   // Rows of B in the order of GRU's gradients.
-  const StepProduct by_feedback(feedback ? gru ? feedback->roll(u, 0) : *feedback : none(), l.count(), l.rows);
-  const StepProduct by_projection(projection.value_or(none()), l.count(), l.rows);
+  const StepProduct by_feedback(feedback ? gru ? feedback->roll(u, 0) : *feedback : none(), l.count(), l.batch, l.rows);
+  const StepProduct by_projection(projection.value_or(none()), l.count(), l.batch, l.rows);
   Tensor flat = d.view({l.rows, d.size(1) * u});
   for (auto step = l.steps.rbegin(); step != l.steps.rend(); ++step) {
     const auto [start, rows] = *step;

@@ -421,7 +421,7 @@ def test_operands_copied_for_all_steps(mode: str, packed: bool, units: int) -> N
     size = 70 if projected else units
     width = units * reference.MODES[name]
     sizes = torch.tensor([21, 21, 13, 8, 3, 1, 1]) if packed else None
-    rows = (68,) if packed else (3, 21)
+    rows = (68,) if packed else (4, 21)
     lstm = name == "LSTM"
     forward: list[Any] = [torch.randn(*rows, width), torch.randn(21, size), torch.randn(21, units) if lstm else None]
     # A state of every sequence alike, as `expand` makes it.

@@ -212,6 +212,11 @@ at::Tensor in_pairs(const at::Tensor& grad) {
   return grad.size(1) % 2 && half_gemm_available(grad.scalar_type()) ? at::constant_pad_nd(grad, {0, 1}) : grad;
 }
 
+// Whether a stored B takes less in tiles too.
+bool tiles_are_faster(at::ScalarType dtype, int64_t rows, int64_t cols) {
+  return dtype == at::kFloat && rows >= 16 && cols >= 64 && blas_is_narrow();
+}
+
 // dX = dY · B of a stored B.
 at::Tensor plain_product(const at::Tensor& grad, const at::Tensor& b) {
   const at::Tensor paired = in_pairs(grad);
@@ -227,7 +232,7 @@ bool torch_is_faster(at::ScalarType dtype, int64_t rows, int64_t depth, int64_t 
   }
   if (dtype == at::kFloat) {
     // A matrix-vector product, or a large one, where both take about as long.
-    return cols == 1 ? rows >= 64 : rows >= 2048 && cols >= 512;
+    return cols == 1 ? rows >= 64 : rows >= 2048 && cols >= 512 && !blas_is_narrow();
   }
   if (!half_units(dtype)) {
     return false;
@@ -414,7 +419,7 @@ at::Tensor product(const at::Tensor& grad_output, const std::optional<at::Tensor
     return at::zeros({grad_output.size(0), in_features}, grad_output.options());
   }
   const at::ScalarType dtype = grad_output.scalar_type();
-  if (args.plain(dtype)) {
+  if (args.plain(dtype) && !tiles_are_faster(dtype, grad_output.size(0), in_features)) {
     return plain_product(grad_output, *magnitude);
   }
   Formula formula(args);

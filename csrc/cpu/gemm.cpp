@@ -79,6 +79,15 @@ bool gemm_in_order() {
 #endif
 }
 
+bool blas_is_narrow() {
+#if defined(BK_X86_LEVELS)
+  static const bool narrow = product_level() >= ProductLevel::AVX512 && at::hasMKL() && !__builtin_cpu_is("intel");
+  return narrow && gemm_in_order();
+#else
+  return false;
+#endif
+}
+
 bool half_units(at::ScalarType dtype) {
   return at::globalContext().userEnabledMkldnn() && half_instructions(dtype == at::kBFloat16);
 }

@@ -22,6 +22,10 @@ void gemm(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, const d
 // Whether float32's micro-kernel is there: it sums along K in order, whatever the shape of the product.
 bool gemm_in_order();
 
+// Whether the BLAS library's float32 products leave half of the processor's units idle, and gemm's do not: MKL has
+// AVX-512 for Intel's processors alone.
+bool blas_is_narrow();
+
 // Whether tiles of bfloat16 or float16 can be multiplied as they are, into float32 (AMX). Asked anew for each op, as
 // torch.backends.mkldnn can be switched off. Where not, convert both tiles and multiply float32.
 bool half_gemm_available(at::ScalarType dtype);
