@@ -43,7 +43,7 @@ def main() -> None:
     run.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is begun")
     going_on = run.add_mutually_exclusive_group()
     going_on.add_argument("--continue", action="store_true", dest="go_on", help="keep OUT's quiet cases, do the rest")
-    going_on.add_argument("--again", action="store_true", help="keep what OUT holds but for these cases")
+    going_on.add_argument("--again", action="store_true", help="keep what OUT holds but for these whole cases")
     run.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     run.add_argument("--instructions", action="store_true", help="count those of overhead in valgrind too (minutes)")
     run.add_argument("--out", type=Path, help="default: build/DEVICE.json; bench/results holds those that are kept")
