@@ -98,7 +98,6 @@ class Layer {
     size.insert(size.end(), columns);
     return size;
   }
-  int64_t count() const { return static_cast<int64_t>(steps.size()); }
   Tensor matrix(const Tensor& x) const { return x.reshape({rows, x.size(-1)}); }
 
   // What each row's step started from: the state of the step before, or the initial one where that has no such row.
@@ -245,8 +244,8 @@ Forward recurrent_forward(const Tensor& input, const Tensor& hidden, const Optio
   const auto fresh = [&](int64_t columns) { return at::empty({l.rows, columns}, input.options()); };
   const auto none = [&] { return at::empty({0}, input.options()); };
   const Tensor x = l.matrix(input);
-  const StepProduct by_weight(weight.t(), l.count(), l.batch, l.rows);
-  const StepProduct by_projection(projection ? projection->t() : none(), l.count(), l.batch, l.rows);
+  const StepProduct by_weight(weight.t(), l.batch, l.rows);
+  const StepProduct by_projection(projection ? projection->t() : none(), l.batch, l.rows);
   Tensor output = fresh(l.outputs), gates = none(), cells = none(), product;
   if (gru) {
     gates = fresh(4 * u);
@@ -369,8 +368,8 @@ Backward recurrent_backward(const Tensor& grad_output, const Tensor& grad_hidden
   }
 
   // Rows of B in the order of GRU's gradients.
-  const StepProduct by_feedback(feedback ? gru ? feedback->roll(u, 0) : *feedback : none(), l.count(), l.batch, l.rows);
-  const StepProduct by_projection(projection.value_or(none()), l.count(), l.batch, l.rows);
+  const StepProduct by_feedback(feedback ? gru ? feedback->roll(u, 0) : *feedback : none(), l.batch, l.rows);
+  const StepProduct by_projection(projection.value_or(none()), l.batch, l.rows);
   Tensor flat = d.view({l.rows, d.size(1) * u});
   for (auto step = l.steps.rbegin(); step != l.steps.rend(); ++step) {
     const auto [start, rows] = *step;

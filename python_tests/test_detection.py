@@ -229,13 +229,14 @@ def test_the_full_retinanet_in_bfloat16(tmp_path, coco):
 
 
 @pytest.mark.slow
-def test_the_small_retinanet_learns(tmp_path, monkeypatch):
+@pytest.mark.parametrize("rule", ["backprop", "usf"])
+def test_the_small_retinanet_learns(tmp_path, monkeypatch, rule):
     """The sixteen images that it is trained on."""
     monkeypatch.setattr(detection, "SHAPES_IMAGES", {"train": 16, "val": 16})
     write = detection.write_shapes
     monkeypatch.setattr(detection, "write_shapes", lambda *args: write(*args[:-1], 0))
     path = tmp_path / "small.toml"
-    path.write_text(EXPERIMENT.format('usf"\nscale = "initial', 60))
+    path.write_text(EXPERIMENT.format(f'{rule}"' + ('\nscale = "initial' if rule == "usf" else "\n#"), 60))
     rows, _ = run(
         path, tmp_path / "out", tmp_path, "--no-measure", "--set", "data.size=96", "--set", "data.validation=0"
     )

@@ -92,8 +92,9 @@ void pack(const FeedbackParams& p, int32_t* planes, int64_t begin, int64_t end) 
                             : reinterpret_cast<const T*>(scratch) + kPackColumns;
     for (int64_t i = tile * kTileRows; i < row_end; ++i) {
       const T* w = static_cast<const T*>(gather(p, p.weight, i, first, n, scratch));
-      if (p.weight.dense && i + kPrefetchRows < p.rows) {
-        // Rows are short here and far apart: hardware does not foresee the next.
+      if (p.weight.dense && p.rows > kPrefetchRows) {
+        // Rows are short here and far apart: hardware does not foresee the next. Beyond a strip's last lie the next
+        // strip's; beyond the last of a matrix of few, nothing that is read.
         for (int64_t l = 0; l < n; l += 64 / static_cast<int64_t>(sizeof(T))) {
           __builtin_prefetch(w + kPrefetchRows * p.weight.row_stride + l);
         }

@@ -1,8 +1,7 @@
 // Products by one right operand, again and again: those of a recurrent layer's steps.
 //
 // In float32 on the CPU the operand is copied once into panels of columns, which oneDNN's micro-kernel reads from end
-// to end. The BLAS library packs it anew for every product of several rows, which for a step's few takes as long as
-// multiplying.
+// to end. The BLAS library packs it anew for every product of several rows.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -21,11 +20,11 @@ namespace bioplaus {
 
 class StepProduct {
  public:
-  // right (K, N), for `count` products of at most `most` rows each and `rows` in all.
-  StepProduct(const at::Tensor& right, int64_t count, int64_t most, int64_t rows) : right_(right) {
+  // right (K, N), for products of at most `most` rows each and `rows` in all.
+  StepProduct(const at::Tensor& right, int64_t most, int64_t rows) : right_(right) {
     // A single row is multiplied from where the operand lies: there the copy saves less, of a small one.
     const int64_t least = right.numel() > kLarge ? kManyRows : kSomeRows;
-    if (right.is_cpu() && right.scalar_type() == at::kFloat && right.numel() > 0 && count > 1 && rows >= least &&
+    if (right.is_cpu() && right.scalar_type() == at::kFloat && right.numel() > 0 && rows > most && rows >= least &&
         (most > 1 || right.numel() <= kSmall) && gemm_in_order()) {
       copy();
     }

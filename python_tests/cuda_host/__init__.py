@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 # is there: under the sanitizer imports take longer than most of what is tested.
 SERVER = """
 import json, os, sys
-import numpy, pytest, torch._inductor.config
+import pytest, torch._inductor.config
 
 for line in sys.stdin:
     library, options, output = json.loads(line)
