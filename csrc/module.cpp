@@ -72,6 +72,10 @@ PyObject* active_product_level(PyObject*, PyObject*) {
   return PyUnicode_FromString(bioplaus::level_name(bioplaus::product_level()));
 }
 
+PyObject* half_instructions(PyObject*, PyObject* bfloat16) {
+  return PyBool_FromLong(bioplaus::half_instructions(PyObject_IsTrue(bfloat16)));
+}
+
 // A parallel_for compiled without OpenMP runs on one thread and says nothing, so count.
 PyObject* num_threads_used(PyObject*, PyObject*) {
   std::mutex mutex;
@@ -88,6 +92,7 @@ PyMethodDef functions[] = {
     {"active_cpu_level", active_cpu_level, METH_NOARGS, "The instruction-set level that the CPU kernels run at."},
     {"active_product_level", active_product_level, METH_NOARGS,
      "The instruction-set level that the CPU's integer products run at."},
+    {"half_instructions", half_instructions, METH_O, "Whether the processor multiplies bfloat16 (else float16) itself."},
     {"num_threads_used", num_threads_used, METH_NOARGS,
      "How many threads a parallel loop of this module really runs on."},
     {}};

@@ -112,6 +112,22 @@ def test_against_float64(shape: tuple, source: str, way: str) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_half_types_by_tables(shape: tuple, dtype: torch.dtype) -> None:
+    """float32's sums of the same numbers, rounded once; s is what a B of the half type would hold."""
+    torch.manual_seed(0)
+    grad, weight, geometry = problem(shape)
+    weight.flatten()[:1] = 0
+    grad = grad.to(dtype)
+    scale = torch.tensor(0.3, dtype=dtype).item()
+    for g in (grad, grad.movedim(1, -1).contiguous().movedim(-1, 1)):
+        found = by("tables", g, weight.to(dtype), None, None, None, "constant", 0.3, *geometry)
+        wide = by("tables", g.float(), weight, None, None, None, "constant", scale, *geometry)
+        assert torch.equal(found, wide.to(dtype)) and found.stride() == wide.stride()
+
+
+@needs_library
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[-1]], ids=str)
 def test_tables_are_more_accurate_than_torch(shape: tuple) -> None:
     torch.manual_seed(0)
@@ -277,7 +293,7 @@ def test_errors_of_the_way() -> None:
             op(g, w, None, None, None, "constant", 1.0, *rest, "table")
         with pytest.raises(ValueError, match="way: expected entries='constant', got 'stored'"):
             op(g, None, None, w, None, "stored", 1.0, *rest, "tables")
-        with pytest.raises(ValueError, match=r"way: expected a grad_output of float32, got torch\.float64"):
+        with pytest.raises(ValueError, match=r"way: expected a grad_output of float32 or a half type, got torch\.float64"):
             op(g.double(), w, None, None, None, "constant", 1.0, *rest, "digits")
 
 

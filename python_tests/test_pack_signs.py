@@ -52,6 +52,15 @@ def test_zeros_and_nan(device: torch.device) -> None:
 
 @needs_native
 @each_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [256, 37])
+def test_every_number_of_a_half_type(columns: int, dtype: torch.dtype, device: torch.device) -> None:
+    weight = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(256, 256)[:, :columns].to(device)
+    assert torch.equal(torch.ops.bioplaus.pack_signs(weight), reference.pack_signs(weight))
+
+
+@needs_native
+@each_device
 def test_reader_trusts_the_flags(device: torch.device) -> None:
     """Where a flag is 0 the non-zero plane says nothing."""
     weight = torch.randn(3, 40, device=device)

@@ -1,8 +1,9 @@
 """Convolutions whose backward is not the vendor's with a B formed for it: digits, tables, a stored B, few pixels.
 
-In float32 and fed back by ±s. On tile units a large 1x1 one that is channels-last is a feedback_mm, a larger kernel of
+Fed back by ±s. On tile units, in float32, a large 1x1 one that is channels-last is a feedback_mm, a larger kernel of
 64 channels and more a feedback_conv; on other AVX-512 and AVX2 the same from 64 channels on (larger kernels from 32),
-and a feedback_conv also a 1x1 one that is not channels-last, or is strided or padded.
+and a feedback_conv also a 1x1 one that is not channels-last, or is strided or padded. There half types are too, from more
+channels on where the processor multiplies them itself.
 """
 
 import os
@@ -90,9 +91,20 @@ def test_frozen_signs() -> None:
 OTHERS = [
     {"groups": 2},
     {"kernel_size": 3, "groups": 2},
-    {"kernel_size": 3, "dtype": torch.bfloat16},
+    {"kernel_size": 3, "dtype": torch.float64},
     {"feedback": "brsf"},
-    {"dtype": torch.bfloat16},
+    {"dtype": torch.float64},
+]
+HALVES = (torch.bfloat16, torch.float16)
+# Fewer channels than are done by tables where the processor multiplies bfloat16, and where it does not.
+FEW_OF_HALVES = [
+    change | {"dtype": dtype}
+    for dtype in HALVES
+    for change in (
+        [{}, {"out_channels": 127, "in_channels": 256}, {"kernel_size": 3, "in_channels": 63}]
+        if native.half_instructions(dtype)
+        else [{"in_channels": 63}, {"kernel_size": 3, "out_channels": 31}]
+    )
 ]
 # Small ones, and on tile units 1x1 ones that are no product.
 SMALL = {
@@ -101,6 +113,7 @@ SMALL = {
         {"out_channels": 63},
         {"kernel_size": 3, "in_channels": WINDOW - 1},
         {"kernel_size": 3, "out_channels": WINDOW - 1},
+        *FEW_OF_HALVES,
     ],
     "digits": [
         {"stride": 2},
@@ -109,8 +122,9 @@ SMALL = {
         {"out_channels": 128},
         {"kernel_size": 3, "in_channels": 63},
         {"kernel_size": 3, "out_channels": 63},
+        *({"kernel_size": 3, "dtype": dtype} for dtype in HALVES),
     ],
-    "": [{}, {"kernel_size": 3}],
+    "": [{}, {"kernel_size": 3}, {"dtype": torch.bfloat16}],
 }
 
 
@@ -141,10 +155,27 @@ def test_windows(d: int, rule: object, last: bool) -> None:
     assert (found["input"] - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["dtype", "autocast"])
+@pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_one_graph(kernel: int) -> None:
-    layer = bk.nn.Conv2d(IN, OUT, kernel, feedback="usf")
-    x = channels_last(torch.randn(2, IN, 3, 4)).requires_grad_()
+def test_half_types(kernel: int, dtype: torch.dtype, autocast: bool) -> None:
+    layer = bk.nn.Conv2d(256, 128, kernel, padding=kernel // 2, bias=False, feedback="usf")
+    x = channels_last(torch.randn(2, 256, 5, 4, dtype=dtype)).requires_grad_()
+    b = layer.feedback_matrix()
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        found, names = backward(layer if autocast else layer.to(dtype), x)
+    assert ("bioplaus::feedback_mm" in names) == (WAY == "tables" and kernel == 1)
+    assert ("bioplaus::feedback_conv" in names) == (WAY == "tables" and kernel == 3)
+    assert found["output"].dtype == found["input"].dtype == dtype
+    exact = torch.nn.grad.conv2d_input(x.shape, b.double(), found["output"].double(), padding=kernel // 2)
+    assert (found["input"] - exact).abs().max() < torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_one_graph(kernel: int, dtype: torch.dtype) -> None:
+    layer = bk.nn.Conv2d(2 * IN, OUT, kernel, feedback="usf", dtype=dtype)
+    x = channels_last(torch.randn(2, 2 * IN, 3, 4, dtype=dtype)).requires_grad_()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     grads = [torch.autograd.grad(f(x).square().sum(), x)[0] for f in (layer, compiled)]
     torch.testing.assert_close(*grads)
@@ -173,7 +204,7 @@ def test_lower_levels(level: str) -> None:
         "import pytest, sys\n"
         "from bioplaus_kernels import _C\n"
         f"assert (_C.active_cpu_level(), _C.active_product_level()) == ({level!r}, {level!r})\n"
-        "chosen = 'input_gradient or others or windows'\n"
+        "chosen = 'input_gradient or others or windows or half'\n"
         f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {__file__!r}, '-k', chosen]))\n"
     )
     forced = {"ATEN_CPU_CAPABILITY": level.lower(), "ONEDNN_MAX_CPU_ISA": LEVELS[level]}

@@ -90,5 +90,11 @@ def product_level() -> str:
     return library.active_product_level() if library else ""
 
 
+def half_instructions(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies bfloat16, or float16, itself; fixed like the level."""
+    return bool(library and library.half_instructions(dtype == torch.bfloat16))
+
+
 # What torch.compiler.assume_constant_result does, without its import of the compiler.
-product_level._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _constant in (product_level, half_instructions):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

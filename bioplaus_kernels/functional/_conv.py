@@ -44,6 +44,8 @@ class _Way(NamedTuple):
 # but for larger kernels by digits: arithmetic, four products of 1024 multiply-adds a cycle against 32.
 _DIGITS = _Way("digits", (256, 128), (64, 64))
 _TABLES = _Way("tables", (64, 64), (32, 32))
+# Beside a half type's own instructions.
+_TABLES_BESIDE = _Way("tables", (128, 256), (64, 64))
 _WAYS = {
     "AMX": _DIGITS,
     "AVX512_VNNI": _TABLES,
@@ -56,17 +58,24 @@ _CONV: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSE: tuple[Any, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
+def _fastest(dtype: torch.dtype) -> _Way | None:
+    way = _WAYS.get(native.product_level())
+    if way is None or dtype == torch.float32:
+        return way
+    if way.name == "digits" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return _TABLES_BESIDE if native.half_instructions(dtype) else way
+
+
 def _way(ctx: Any, grad_output: Tensor, entries: str, shape: torch.Size) -> str:
     # Of these by a matrix product of the pixels, "product", or as a convolution, "taps", if any.
-    way = _WAYS.get(native.product_level())
+    way = _fastest(grad_output.dtype)
     stride, padding, _, transposed, _, groups = ctx.geometry
-    if way is None or entries != "constant" or transposed or groups > 1:
+    if way is None or entries != "constant" or transposed or groups > 1 or grad_output.device.type != "cpu":
         return ""
     pointwise = shape[2:].numel() == 1
     least_out, least_in = way.pointwise if pointwise else way.window
-    if (shape[0] < least_out or shape[1] < least_in) or (
-        grad_output.dtype != torch.float32 or grad_output.device.type != "cpu"
-    ):
+    if shape[0] < least_out or shape[1] < least_in:
         return ""
     moves = any(s > 1 for s in stride) or any(padding)
     if pointwise and not moves and grad_output.movedim(1, -1).is_contiguous():

@@ -1,7 +1,7 @@
 // The input gradient of a convolution of one group on the CPU: checks, and which way it is computed.
 //
-// By ±s in float32 there are two ways, feedback_conv_digits.h for tile units and feedback_conv_tables.h for AVX2 and
-// other AVX-512; else B is formed and the product is the vendor's.
+// By ±s there are two ways, feedback_conv_digits.h in float32 for tile units, and feedback_conv_tables.h for AVX2 and
+// other AVX-512, in half types too; else B is formed and the product is the vendor's.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
@@ -52,11 +52,12 @@ at::Tensor by_tables(const ConvGeometry& given, const FeedbackArgs& args, const 
   const at::MemoryFormat format = lc_memory_format(grad_output);
   const at::Tensor grad = grad_output.contiguous(format);
   const at::Tensor out = at::empty(size, grad.options(), format);
-  TableProduct(g, *bands, signs, *zeros, args.scale, format == at::MemoryFormat::Contiguous, grad, out).run();
+  const DType dtype = to_dtype("grad_output", grad.scalar_type());
+  TableProduct(g, *bands, signs, *zeros, args.scale, dtype, format == at::MemoryFormat::Contiguous, grad, out).run();
   return out;
 }
 
-// By ±s in float32 the way named, else and where it is not for them by B and the vendor's convolution.
+// By ±s the way named, else and where it is not for them by B and the vendor's convolution.
 at::Tensor product(const at::Tensor& grad_output, const std::optional<at::Tensor>& weight,
                    const std::optional<at::Tensor>& signs, const std::optional<at::Tensor>& magnitude,
                    const std::optional<at::Tensor>& key, c10::string_view entries, double scale,
@@ -73,7 +74,8 @@ at::Tensor product(const at::Tensor& grad_output, const std::optional<at::Tensor
   if (grad_output.numel() == 0 || g.in_channels == 0 || g.pixels() == 0) {
     return at::zeros(size, grad_output.options()).contiguous(format);
   }
-  if (to_entries(entries) == Entries::Constant && grad_output.scalar_type() == at::kFloat) {
+  const at::ScalarType dtype = grad_output.scalar_type();
+  if (to_entries(entries) == Entries::Constant && (way == "tables" ? dtype != at::kDouble : dtype == at::kFloat)) {
     const at::Tensor out = (way == "digits" ? by_digits : by_tables)(g, args, grad_output, size);
     if (out.defined()) {
       return out;

@@ -5,7 +5,8 @@
 // A block of dY, samples or a band of a large one, becomes tables that stay in the L2 cache, or stays there itself
 // where a few rows' tables are formed for each tap. Pixels of dX that see the same taps are a class, which has no
 // padding to multiply. A pixel's sum has one order, by its taps and their channels, so that neither blocks nor threads
-// change its bits. What an entry of σ that is 0 gave as 1 is taken off.
+// change its bits. What an entry of σ that is 0 gave as 1 is taken off. A block of a half type is widened, and its sums
+// are rounded once.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -137,7 +138,7 @@ class TableProduct {
  public:
   // `planes`: dY and dX have their channels outermost, else innermost.
   TableProduct(const ConvGeometry& g, const Bands& bands, const ConvSigns& signs, std::vector<ZeroSign> zeros,
-               double scale, bool planes, const at::Tensor& grad, const at::Tensor& out)
+               double scale, DType dtype, bool planes, const at::Tensor& grad, const at::Tensor& out)
       : g_(g),
         bands_(bands),
         zeros_(std::move(zeros)),
@@ -147,10 +148,12 @@ class TableProduct {
         lanes_(lanes_are_rows()),
         pixel_(lanes_ ? g.out_channels : table_blocks(g) * kTableFloats),
         inner_(g.out[0] * g.out[1] * g.out[2] / g.out[bands.outer]),
-        scale_(static_cast<float>(scale)),
+        scale_(static_cast<float>(entry_scale(scale, dtype))),
+        dtype_(dtype),
         planes_(planes),
-        grad_(grad.const_data_ptr<float>()),
-        out_(out.mutable_data_ptr<float>()) {
+        copied_(planes || dtype != DType::Float32),
+        grad_(static_cast<const char*>(grad.const_data_ptr())),
+        out_(static_cast<char*>(out.mutable_data_ptr())) {
     at::parallel_for(0, panels_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         for (int64_t tap = 0; tap < g.taps(); ++tap) {
@@ -202,11 +205,11 @@ class TableProduct {
   struct Workspace {
     Workspace(const TableProduct& p, int64_t group)
         : tables(p.lanes_ ? kLanesScratch : group * p.bands_.rows * p.inner_ * p.pixel_),
-          grad(p.planes_ ? group * p.bands_.rows * p.inner_ * p.g_.out_channels : 0),
-          out(p.planes_ ? group * p.pixels_of(p.bands_.length) * p.g_.in_channels : 0) {}
+          grad(p.copied_ ? group * p.bands_.rows * p.inner_ * p.g_.out_channels : 0),
+          out(p.copied_ ? group * p.pixels_of(p.bands_.length) * p.g_.in_channels : 0) {}
 
     Buffer<float> tables;
-    Buffer<float> grad, out;  // of planes: channels innermost
+    Buffer<float> grad, out;  // of planes and half types: channels innermost
     std::vector<TableRow> pixels;
     std::vector<int64_t> met;  // the entries of dY at which they begin
     int64_t first, cols;       // of dX
@@ -265,23 +268,33 @@ class TableProduct {
     TORCH_INTERNAL_ASSERT(high - low <= bands_.rows);
     const int64_t all = g_.out[outer] * inner_, held = (high - low) * inner_;
     const int64_t mine = pixels_of(end) - pixels_of(from), o = g_.out_channels, c = g_.in_channels;
-    const int64_t grad_step = (planes_ ? held : all) * o, out_step = (planes_ ? mine : g_.pixels()) * c;
-    const float* grad = planes_ ? w.grad.get() : grad_ + (sample * all + low * inner_) * o;
-    float* out = planes_ ? w.out.get() : out_ + (sample * g_.pixels() + pixels_of(from)) * c;
+    const int64_t grad_step = (copied_ ? held : all) * o, out_step = (copied_ ? mine : g_.pixels()) * c;
+    // Of dY and dX, from the block's first entry of a sample on.
+    const auto of_grad = [&](int64_t s) {
+      return grad_ + (s * all * o + low * inner_ * (planes_ ? 1 : o)) * size_of(dtype_);
+    };
+    const auto of_out = [&](int64_t s) {
+      const int64_t first = planes_ ? w.first * g_.pixels() + pixels_of(from) : pixels_of(from) * c + w.first;
+      return out_ + (s * g_.pixels() * c + first) * size_of(dtype_);
+    };
+    const float* grad = copied_ ? w.grad.get() : reinterpret_cast<const float*>(of_grad(sample));
+    float* out = copied_ ? w.out.get() + w.first : reinterpret_cast<float*>(of_out(sample));
     constexpr DType kFloat = DType::Float32;
     for (int64_t s = 0; s < samples; ++s) {
+      float* to = w.grad.get() + s * grad_step;
       if (planes_) {
-        const float* planes = grad_ + (sample + s) * all * o + low * inner_;
         // Of one sample: the distance to the next one only says what is fetched ahead.
         BK_PICK(lc_copy)
-        ({w.grad.get() + s * grad_step, planes, kFloat, kFloat, {1, o, held}, {0, 1, o}, {kPlaneAhead, all, 1}});
+        ({to, of_grad(sample + s), kFloat, dtype_, {1, o, held}, {0, 1, o}, {kPlaneAhead, all, 1}});
+      } else if (copied_) {
+        BK_PICK(lc_copy)({to, of_grad(sample + s), kFloat, dtype_, {1, held, o}, {0, o, 1}, {0, o, 1}});
       }
       const float* x = grad + s * grad_step;
       if (!lanes_) {
         BK_PICK(form_tables)(x, o, held, o, scale_, w.tables.get() + s * held * pixel_, x + kAhead);
       }
       for (int64_t pixel = 0; !whole_ && pixel < mine; ++pixel) {
-        std::fill_n(out + s * out_step + pixel * c + w.first, w.cols, 0.0f);
+        std::fill_n(out + s * out_step + pixel * c, w.cols, 0.0f);
       }
     }
     for (const PixelClass& pixel_class : pixels_) {
@@ -306,8 +319,7 @@ class TableProduct {
               }
               pixel -= pixels_of(from);
               w.met.push_back(s * grad_step + at * o);
-              w.pixels.push_back(
-                  {lanes_ ? w.met.back() : (s * held + at) * pixel_, out + s * out_step + pixel * c + w.first});
+              w.pixels.push_back({lanes_ ? w.met.back() : (s * held + at) * pixel_, out + s * out_step + pixel * c});
             }
           }
         }
@@ -336,10 +348,14 @@ class TableProduct {
         }
       }
     }
-    for (int64_t s = 0; planes_ && s < samples; ++s) {
-      float* planes = out_ + ((sample + s) * c + w.first) * g_.pixels() + pixels_of(from);
-      BK_PICK(lc_copy)
-      ({planes, out + s * out_step + w.first, kFloat, kFloat, {1, w.cols, mine}, {0, g_.pixels(), 1}, {0, 1, c}});
+    for (int64_t s = 0; copied_ && s < samples; ++s) {
+      const float* sums = out + s * out_step;
+      if (planes_) {
+        BK_PICK(lc_copy)
+        ({of_out(sample + s), sums, dtype_, kFloat, {1, w.cols, mine}, {0, g_.pixels(), 1}, {0, 1, c}});
+      } else {
+        BK_PICK(lc_copy)({of_out(sample + s), sums, dtype_, kFloat, {1, mine, w.cols}, {0, c, 1}, {0, c, 1}});
+      }
     }
   }
 
@@ -354,9 +370,10 @@ class TableProduct {
   int64_t pixel_;  // floats kept of a pixel of dY
   int64_t inner_;
   float scale_;
-  bool planes_;
-  const float* grad_;
-  float* out_;
+  DType dtype_;
+  bool planes_, copied_;
+  const char* grad_;
+  char* out_;
   bool whole_ = true;  // every pixel of dX sees a tap
   std::array<std::vector<ReachClass>, kConvDims> classes_;
   std::vector<PixelClass> pixels_;

@@ -6,8 +6,6 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -41,14 +39,6 @@ constexpr int64_t kSlabBytes = int64_t{1} << 20;
 constexpr int64_t kFewSums = 16;
 // Fewer entries of B than this are not worth a second thread.
 constexpr int64_t kFormGrain = 8192;
-
-// s as the entries of B hold it.
-double entry_scale(double scale, at::ScalarType dtype) {
-  const float s = static_cast<float>(scale);
-  return dtype == at::kBFloat16 ? static_cast<float>(at::BFloat16(s))
-         : dtype == at::kHalf   ? static_cast<float>(at::Half(s))
-                                : s;
-}
 
 void quantise_rows(const SignProduct& p) {
   const auto kernel = BK_PICK_PRODUCT(quantise);
@@ -95,7 +85,7 @@ SignProduct describe(const at::Tensor& grad, const FeedbackParams& b, int bytes,
   p.row_stride = grad.stride(0);
   p.column_stride = grad.stride(1);
   p.out = out.mutable_data_ptr();
-  p.scale = entry_scale(b.scale, grad.scalar_type());
+  p.scale = entry_scale(b.scale, p.dtype);
   p.bytes = bytes;
   return p;
 }
@@ -239,7 +229,7 @@ bool torch_is_faster(at::ScalarType dtype, int64_t rows, int64_t depth, int64_t 
   }
   // Its call costs as much as so many multiply-adds, by 16 columns at least.
   constexpr int64_t kCall = int64_t{1} << 22;
-  return half_gemm_available(dtype) || dtype == at::kHalf
+  return product_level() == ProductLevel::AMX || dtype == at::kHalf
              ? rows >= 512
              : rows >= 64 && rows * depth * std::max<int64_t>(cols, 16) >= kCall;
 }
@@ -426,8 +416,9 @@ at::Tensor product(const at::Tensor& grad_output, const std::optional<at::Tensor
   FeedbackParams& b = formula.p;
   b.out.dtype = to_dtype("grad_output", dtype);
   if (b.entries == Entries::Constant && dtype != at::kDouble && size[0] <= kMaxDepth) {
-    const bool fast = dtype == at::kFloat && tables_are_faster();
-    if (way.empty() && fast && lanes_are_rows() && std::min(b.rows, b.cols) <= kFewSums && gemm_in_order()) {
+    const bool fast = tables_are_faster();
+    if (way.empty() && fast && lanes_are_rows() && dtype == at::kFloat && std::min(b.rows, b.cols) <= kFewSums &&
+        gemm_in_order()) {
       return tile_product(grad_output, b);
     }
     const at::Tensor out = (way.empty() ? fast : way == "tables") ? table_product(grad_output, b) : at::Tensor();

@@ -1,7 +1,8 @@
-// dX = s · (dY · σ) in float32 as sums of table entries: tables.h.
+// dX = s · (dY · σ) as sums of table entries: tables.h.
 //
 // Places of all columns are formed once. Some rows of dY at a time, and of them a few blocks of entries, become tables
-// that stay in the L1 cache. What an entry of σ that is 0 gave as 1 is taken off.
+// that stay in the L1 cache. What an entry of σ that is 0 gave as 1 is taken off. Rows of a half type are widened first,
+// and their sums rounded once.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -11,6 +12,7 @@
 #include <numeric>
 #include <vector>
 
+#include "lc.h"
 #include "table_rows.h"
 
 namespace bioplaus {
@@ -24,11 +26,13 @@ inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackPar
     int64_t row, column;
   };
   const at::Tensor grad = grad_output.stride(1) == 1 ? grad_output : grad_output.contiguous();
-  const float* x = grad.const_data_ptr<float>();
+  const auto* x = static_cast<const char*>(grad.const_data_ptr());
+  const int64_t element = grad.element_size();
+  const bool wide = grad.scalar_type() == at::kFloat;
   const int64_t rows = grad.size(0), row_stride = grad.stride(0), threads = at::get_num_threads();
   const int64_t blocks = divide_up(b.rows, kTableDepth), panel = blocks * kPlaceColumns;
   const int64_t panels = divide_up(b.cols, kPlaceColumns);
-  const float scale = static_cast<float>(b.scale);
+  const auto scale = static_cast<float>(entry_scale(b.scale, b.out.dtype));
 
   const Buffer<int32_t> places(panels * panel);
   const int64_t width = slab_width(b.cols, threads), slabs = divide_up(b.cols, width);
@@ -56,7 +60,7 @@ inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackPar
   }
 
   at::Tensor out = at::empty({rows, b.cols}, grad.options());
-  float* to = out.mutable_data_ptr<float>();
+  auto* to = static_cast<char*>(out.mutable_data_ptr());
   const bool lanes = lanes_are_rows();
   int64_t groups = divide_up(rows, RowTables::most());
   const int64_t parts = std::clamp<int64_t>(divide_up(2 * threads, groups), 1, divide_up(b.cols, kUnitColumns));
@@ -65,6 +69,8 @@ inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackPar
   groups = std::min(divide_up(groups, step) * step, lanes ? divide_up(rows, kRegisterRows) : rows);
   at::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
     RowTables tables(b.rows);
+    const int64_t most_rows = std::min(RowTables::most(), rows);
+    const Buffer<float> widened(wide ? 0 : most_rows * b.rows), sums(wide ? 0 : most_rows * divide_up(panels, parts) * kPlaceColumns);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t g = unit / parts;
       const int64_t row = lanes ? lanes_begin(rows, g, groups) : rows * g / groups;
@@ -72,14 +78,27 @@ inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackPar
       const int64_t panel_begin = panels * (unit % parts) / parts, panel_end = panels * (unit % parts + 1) / parts;
       const int64_t column = panel_begin * kPlaceColumns;
       const int64_t columns = std::min(panel_end * kPlaceColumns, b.cols) - column;
-      tables.sum(x + row * row_stride, row_stride, count, row + 2 * count <= rows, scale,
-                 places.get() + panel_begin * panel, panel, columns, to + row * b.cols + column, b.cols);
+      const char* from = x + row * row_stride * element;
+      char* part = to + (row * b.cols + column) * element;
+      const int32_t* at = places.get() + panel_begin * panel;
+      if (wide) {
+        tables.sum(reinterpret_cast<const float*>(from), row_stride, count, row + 2 * count <= rows, scale, at, panel,
+                   columns, reinterpret_cast<float*>(part), b.cols);
+      } else {
+        BK_PICK(lc_copy)
+        ({widened.get(), from, DType::Float32, b.out.dtype, {1, count, b.rows}, {0, b.rows, 1}, {0, row_stride, 1}});
+        tables.sum(widened.get(), b.rows, count, false, scale, at, panel, columns, sums.get(), columns);
+      }
       for (const auto& zeros : zeros_of) {
         for (const ZeroSign& zero : zeros) {
           if (zero.column >= column && zero.column < column + columns) {
             tables.take_off(zero.row, zero.column - column);
           }
         }
+      }
+      if (!wide) {
+        BK_PICK(lc_copy)
+        ({part, sums.get(), b.out.dtype, DType::Float32, {1, count, columns}, {0, b.cols, 1}, {0, columns, 1}});
       }
     }
   });

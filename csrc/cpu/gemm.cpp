@@ -94,6 +94,12 @@ bool half_units(at::ScalarType dtype) {
 
 bool half_gemm_available(at::ScalarType dtype) {
 #if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(CPUBLAS_BRGEMM_F16F16F32)
+#if defined(BK_X86_LEVELS)
+  // torch packs for tile units alone; its micro-kernel takes pairs where the processor multiplies bfloat16 at all.
+  if (dtype == at::kBFloat16) {
+    return half_units(dtype);
+  }
+#endif
   return (dtype == at::kBFloat16 || dtype == at::kHalf) && cpublas::could_pack(dtype);
 #else
   return false;

@@ -16,7 +16,7 @@
 // bandwidth); the weight gradient writes its 4 bytes into a fresh tensor, is bound by page faults there and asks for
 // huge pages. With few channels the activations are as large as the weights, and changing their layout takes its time.
 // The share reached: `python -m bench run --op locally_connected`.
-// Half types are multiplied as they are where half_gemm does it (AMX): X or B is brought into pairs along the sum.
+// Half types are multiplied as they are where half_gemm does it: X or B is brought into pairs along the sum.
 // Else, for batches of at most 4 and for odd channels, they are widened block by block and multiplied in float32.
 #include "lc.h"
 
@@ -36,7 +36,7 @@ namespace {
 
 using namespace lc;
 
-// Calls f with the kind of product for `dtype`; `pairs`: whether the operand in pairs has an even size.
+// Calls f with the kind of product for `dtype`; `pairs`: whether one in pairs will do, whose operand has an even size.
 template <typename F>
 void with_product(at::ScalarType dtype, int64_t batch, bool pairs, const F& f) {
   if (dtype == at::kDouble) {
@@ -116,7 +116,7 @@ at::Tensor lc_backward_input_cpu(const at::Tensor& grad_output, const std::optio
     swap_dims(dy);
     swap_dims(dx);
   }
-  with_product(grad_output.scalar_type(), g.n, g.o % 2 == 0, [&]<typename P>(P) {
+  with_product(grad_output.scalar_type(), g.n, g.o % 2 == 0 && !by_tables(g, formula.p), [&]<typename P>(P) {
     const BackwardInput<P> op(
         g, dy, dx,
         {plain ? static_cast<const char*>(magnitude->const_data_ptr()) : nullptr, dtype, &formula.p, groups * g.o, k});

@@ -26,6 +26,12 @@ inline Operand weights_at(const FeedbackParams& b, int64_t rows, int64_t cols, i
   return w;
 }
 
+// Whether its signs alone are multiplied, in float32. One sample would fill one lane.
+inline bool by_tables(const LcGeometry& g, const FeedbackParams& b) {
+  return b.entries == Entries::Constant && b.out.dtype != DType::Float64 && tables_are_faster() && g.n > 1 &&
+         g.o >= kTableDepth && lc_columns(g) >= kPlaceColumns;
+}
+
 // Samples for which all columns of B are multiplied row by row; of more, rows of taps one after the other.
 constexpr int64_t kFewLanes = 32;
 
@@ -52,9 +58,7 @@ struct BackwardInput {
     band = std::clamp<int64_t>(kTileBytes / std::max<int64_t>(row_bytes, 1), 1, g.in[0] * g.in[1]);
     signs = lanes == 1 && b.plain == nullptr && of_weights(*b.feedback) &&
             (b.feedback->weight.dtype == DType::Float64) == (sizeof(acc_t) == 8);
-    // One sample would fill one lane.
-    tables = std::is_same_v<P, Plain<float>> && b.plain == nullptr && b.feedback->entries == Entries::Constant &&
-             tables_are_faster() && lanes > 1 && g.o >= kTableDepth && lc_columns(g) >= kPlaceColumns;
+    tables = by_tables(g, *b.feedback);
     width = lanes > kFewLanes ? g.kernel[2] * g.c : lc_columns(g);
     pass = round_up(balanced(g.o, kMaxSum), P::kPair);
     // A small batch is bound by reading B: rows of it are used up while they are in the cache.
@@ -116,7 +120,7 @@ class BackwardInputTask {
           source{nullptr, DType::Float32, &unit, op.b.rows, op.b.cols},
           blocks(source, of_weights(unit) ? 0 : std::min(op.g.o, kTileRows) * shape.cols, arena),
           rows(op.g.o),
-          scale(static_cast<float>(unit.scale)),
+          scale(static_cast<float>(entry_scale(unit.scale, unit.out.dtype))),
           places(arena.take<int32_t>(divide_up(shape.cols, kPlaceColumns) * divide_up(shape.rows, kTableDepth) *
                                      kPlaceColumns)) {
       unit.scale = 1;

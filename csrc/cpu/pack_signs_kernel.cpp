@@ -44,12 +44,12 @@ SignWord signs_of(__m512 a, __m512 b) {
 
 SignWord full_word(const float* w) { return signs_of(_mm512_loadu_ps(w), _mm512_loadu_ps(w + 16)); }
 
-SignWord full_word(const BF16* w) {
-  const auto half = [](const BF16* x) {
-    const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-    return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xFFFF, wide, 16));
-  };
-  return signs_of(half(w), half(w + 16));
+SignWord half_word(const void* w, int16_t infinity) {
+  const __m512i x = _mm512_loadu_si512(w);
+  const __m512i size = _mm512_and_si512(x, _mm512_set1_epi16(0x7FFF));
+  const uint32_t nonzero =
+      _mm512_cmplt_epu16_mask(_mm512_sub_epi16(size, _mm512_set1_epi16(1)), _mm512_set1_epi16(infinity));
+  return {_mm512_movepi16_mask(x) & nonzero, nonzero};
 }
 #elif defined(__AVX2__)
 SignWord full_word(const float* w) {
@@ -62,6 +62,28 @@ SignWord full_word(const float* w) {
   }
   return x;
 }
+
+SignWord half_word(const void* w, int16_t infinity) {
+  const auto* from = static_cast<const __m256i*>(w);
+  const __m256i a = _mm256_loadu_si256(from), b = _mm256_loadu_si256(from + 1);
+  const auto nonzero = [&](__m256i x) {
+    const __m256i size = _mm256_and_si256(x, _mm256_set1_epi16(0x7FFF));
+    const __m256i most = _mm256_set1_epi16(static_cast<int16_t>(infinity + 1));
+    return _mm256_and_si256(_mm256_cmpgt_epi16(size, _mm256_setzero_si256()), _mm256_cmpgt_epi16(most, size));
+  };
+  const auto bits = [](__m256i x, __m256i y) {
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(x, y), 0xD8);
+    return static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
+  };
+  const uint32_t of = bits(nonzero(a), nonzero(b));
+  return {bits(a, b) & of, of};
+}
+#endif
+
+#if defined(__AVX2__)
+// What is neither 0 nor a NaN is, without its sign and as an integer, from 1 to infinity.
+SignWord full_word(const BF16* w) { return half_word(w, 0x7F80); }
+SignWord full_word(const FP16* w) { return half_word(w, 0x7C00); }
 #endif
 
 template <typename T>

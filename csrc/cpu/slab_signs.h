@@ -1,6 +1,9 @@
 // What the ways to a product by ±s share on the host: which to take, signs of a slab of B, and which of them are 0.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
 #include <algorithm>
 #include <bit>
 
@@ -22,10 +25,19 @@ inline bool tables_are_faster() {
 // Whether lanes of vectors are rows, as registers are too short for a table.
 inline bool lanes_are_rows() { return cpu_level() == Level::AVX2; }
 
+// s as the entries of B hold it.
+inline double entry_scale(double scale, DType dtype) {
+  const float s = static_cast<float>(scale);
+  return dtype == DType::BFloat16  ? static_cast<float>(at::BFloat16(s))
+         : dtype == DType::Float16 ? static_cast<float>(at::Half(s))
+                                   : s;
+}
+
 inline void check_way(c10::string_view way, c10::string_view entries, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(way == "digits" || way == "tables", "way: expected one of ('digits', 'tables'), got '", way, "'");
   TORCH_CHECK_VALUE(entries == "constant", "way: expected entries='constant', got '", entries, "'");
-  TORCH_CHECK_VALUE(dtype == at::kFloat, "way: expected a grad_output of float32, got ", dtype_name(dtype));
+  TORCH_CHECK_VALUE(dtype != at::kDouble, "way: expected a grad_output of float32 or a half type, got ",
+                    dtype_name(dtype));
 }
 
 // At least two slabs a thread where there are the columns.
