@@ -39,29 +39,33 @@ LAYERS = (
 )
 
 
-def label(c: int, o: int, size: int, kernel: int, stride: int, last: bool) -> str:
-    """A layer's name: kernel, channels, image, batch, and the memory format where it is not channels-last."""
+def label(c: int, o: int, size: int, kernel: int, stride: int, last: bool, dtype: torch.dtype = torch.float32) -> str:
+    """A layer's name: kernel, channels, image, batch; memory format and dtype where not channels-last and float32."""
     strided = f", stride {stride}" if stride > 1 else ""
-    return f"{kernel}x{kernel} {c} to {o}, {size}x{size}{strided}, N=16{'' if last else ', contiguous'}"
+    rest = ("" if last else ", contiguous") + (" bfloat16" if dtype == torch.bfloat16 else "")
+    return f"{kernel}x{kernel} {c} to {o}, {size}x{size}{strided}, N=16{rest}"
 
 
 @register("convolution")
 def cases() -> Iterator[Case]:
-    """Batch 16; --quick keeps a small one."""
-    for last in (True, False):
+    """Batch 16, float32 in both memory formats, bfloat16 channels-last; --quick keeps a small layer in float32."""
+    for last, dtype in ((True, torch.float32), (False, torch.float32), (True, torch.bfloat16)):
         for layer in LAYERS if last else [layer for layer in LAYERS if layer[3] > 1]:
-            a = (*layer, last)
-            yield Case("convolution", label(*a), lambda device, a=a: build(device, 16, *a), quick=layer[2] == 2)
+            a = (*layer, last, dtype)
+            quick = layer[2] == 2 and dtype == torch.float32
+            yield Case("convolution", label(*a), lambda device, a=a: build(device, 16, *a), quick=quick)
 
 
-def build(device: Device, n: int, c: int, o: int, size: int, kernel: int, stride: int, last: bool) -> Bench:
+def build(
+    device: Device, n: int, c: int, o: int, size: int, kernel: int, stride: int, last: bool, dtype: torch.dtype
+) -> Bench:
     """The input gradient alone; on a GPU with TF32 too."""
     torch.manual_seed(0)
     form = torch.channels_last if last else torch.contiguous_format
     padding = kernel // 2
-    x = torch.randn(n, c, size, size).contiguous(memory_format=form).requires_grad_()
-    g = torch.randn(n, o, *[(size - 1) // stride + 1] * 2).contiguous(memory_format=form)
-    w = torch.randn(o, c, kernel, kernel)
+    x = torch.randn(n, c, size, size, dtype=dtype).contiguous(memory_format=form).requires_grad_()
+    g = torch.randn(n, o, *[(size - 1) // stride + 1] * 2, dtype=dtype).contiguous(memory_format=form)
+    w = torch.randn(o, c, kernel, kernel, dtype=dtype)
     geometry = [stride] * 2, [padding] * 2, [1, 1]
 
     def gradient(y: Tensor) -> Run:
@@ -71,7 +75,7 @@ def build(device: Device, n: int, c: int, o: int, size: int, kernel: int, stride
         b = ops.feedback_weight(w, None, None, None, "constant", scale, w.shape, dtype=w.dtype)
         return torch.ops.aten.convolution_backward(g, x, b, None, *geometry, False, [0, 0], 1, [True, False, False])[0]
 
-    layer = bk.nn.Conv2d(c, o, kernel, stride, padding, bias=False, feedback="usf")
+    layer = bk.nn.Conv2d(c, o, kernel, stride, padding, bias=False, feedback="usf", dtype=dtype)
     with torch.no_grad():
         layer.weight.copy_(w)
     layer.weight.requires_grad_(False)
@@ -83,7 +87,7 @@ def build(device: Device, n: int, c: int, o: int, size: int, kernel: int, stride
         "bioplaus, usf": gradient(layer(x)),
     }
     if kernel > 1 and not device.backends:
-        for way in ("digits", "tables"):
+        for way in ("digits", "tables") if dtype == torch.float32 else ("tables",):
             variants[f"by {way}"] = lambda way=way: torch.ops.bioplaus.feedback_conv_by(
                 g, w, None, None, None, "constant", scale, w.shape, x.shape[2:], *geometry, way
             )

@@ -90,7 +90,8 @@ def _lstm(result: Result) -> float | None:
 
 def _convolution(result: Result, channels: Iterable[int]) -> float | None:
     # Against the vendor's faster memory format.
-    last = {case: rows for case, rows in cases(result, "convolution").items() if not case.endswith("contiguous")}
+    others = ("contiguous", "bfloat16")
+    last = {case: rows for case, rows in cases(result, "convolution").items() if not case.endswith(others)}
     first = cases(result, "convolution")
     ratios = []
     for case, rows in last.items():

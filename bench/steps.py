@@ -1,5 +1,6 @@
 """Whole training steps: forward, backward and SGD, against the same model of torch.nn and against BioTorch."""
 
+import functools
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
@@ -20,10 +21,14 @@ def cases() -> Iterator[Case]:
     """Models and batches, from many small operations to few large ones; --quick keeps LeNet."""
     for n in (64, 512):
         yield Case("training_step", f"MLP 5x2048 N={n}", lambda device, n=n: build(device, mlp, (n, 2048)))
+        half = functools.partial(build, make=mlp, shape=(n, 2048), dtype=torch.bfloat16)
+        yield Case("training_step", f"MLP 5x2048 N={n} bfloat16", half)
     yield Case("training_step", "LeNet N=64", lambda device: build(device, lenet, (64, 1, 32, 32)), quick=True)
     for size in (64, 224):
         images = (16, 3, size, size)
         yield Case("training_step", f"ResNet-18 N=16 {size}", lambda device, s=images: build(device, resnet, s))
+        half = functools.partial(build, make=resnet, shape=images, dtype=torch.bfloat16)
+        yield Case("training_step", f"ResNet-18 N=16 {size} bfloat16", half)
     large = (256, 3, 224, 224)
     label = "ResNet-18 N=256 224 bfloat16 compiled"
     yield Case("training_step", label, lambda device: build_compiled(device, resnet, large), gpu=True)
@@ -51,10 +56,7 @@ def cifar_lc() -> torch.nn.Module:
     return models.build("lc-cifar10", (3, 32, 32), 10)
 
 
-def _step(
-    model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, forward: Callable[..., torch.Tensor] | None = None
-) -> Run:
-    forward = forward or model
+def _step(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, forward: Callable[..., torch.Tensor]) -> Run:
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1e-4, momentum=0.9)
 
     def step() -> None:
@@ -81,9 +83,13 @@ def build_compiled(device: Device, make: Callable[[], torch.nn.Module], shape: t
     return Bench(variants)
 
 
-def build(device: Device, make: Callable[[], torch.nn.Module], shape: tuple[int, ...]) -> Bench:
-    """One step by each rule; torch.nn's model is the baseline. On a GPU with TF32 too."""
+def build(
+    device: Device, make: Callable[[], torch.nn.Module], shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> Bench:
+    """One step by each rule, autocast to `dtype`; torch.nn's model is the baseline. On a GPU with TF32 too."""
     torch.manual_seed(0)
+    # A context manager without effect would take its time in float32's steps.
+    cast = torch.autocast(device.device.type, dtype) if dtype != torch.float32 else lambda model: model
     x, y = torch.randn(shape), torch.randint(10, (shape[0],))
     state = make().state_dict()
     variants: dict[str, Run] = {}
@@ -92,12 +98,13 @@ def build(device: Device, make: Callable[[], torch.nn.Module], shape: tuple[int,
         model.load_state_dict(state)
         bk.convert_(model, rule, last_layer="backprop")
         name = "torch.nn, backprop" if rule is None else rule if isinstance(rule, str) else "fa stored"
-        variants[name] = _step(model, x, y)
+        variants[name] = _step(model, x, y, cast(model))
     if find_spec("biotorch") and make is not cifar_lc:
         from biotorch.module.biomodule import BioModule
 
         for mode in ("usf", "frsf", "brsf", "fa"):
-            variants[f"BioTorch {mode}"] = _step(BioModule(make(), mode=mode), x, y)
+            model = BioModule(make(), mode=mode)
+            variants[f"BioTorch {mode}"] = _step(model, x, y, cast(model))
     if device.backends:
         variants |= {f"{name}, TF32": with_tf32(step) for name, step in variants.items()}
     return Bench(variants)

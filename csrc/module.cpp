@@ -92,7 +92,8 @@ PyMethodDef functions[] = {
     {"active_cpu_level", active_cpu_level, METH_NOARGS, "The instruction-set level that the CPU kernels run at."},
     {"active_product_level", active_product_level, METH_NOARGS,
      "The instruction-set level that the CPU's integer products run at."},
-    {"half_instructions", half_instructions, METH_O, "Whether the processor multiplies bfloat16 (else float16) itself."},
+    {"half_instructions", half_instructions, METH_O,
+     "Whether the processor multiplies bfloat16 (else float16) itself."},
     {"num_threads_used", num_threads_used, METH_NOARGS,
      "How many threads a parallel loop of this module really runs on."},
     {}};

@@ -10,10 +10,11 @@ from test_pointwise import channels_last
 from torch import Tensor
 
 from bioplaus_kernels import ops
-from bioplaus_kernels.backends import reference
+from bioplaus_kernels.backends import native, reference
 
 # Samples: fewer pixels than a part of a sum, and several parts.
 CASES = [(shape, samples) for shape in SHAPES if max(shape[3]) < 60 for samples in (1, 3)]
+HALVES = (torch.bfloat16, torch.float16)
 MANY = (64, 40, (3, 3), (7, 6), (1, 1), (1, 1), (1, 1))
 
 
@@ -29,7 +30,7 @@ def strides(x: Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize(("shape", "samples"), CASES)
 def test_against_float64(shape: Sequence, samples: int, dtype: torch.dtype, last: bool) -> None:
     grad, x, *rest = operands(shape, samples, dtype)
@@ -40,6 +41,15 @@ def test_against_float64(shape: Sequence, samples: int, dtype: torch.dtype, last
     assert found.dtype == dtype
     assert strides(found) == strides(exact) == strides(reference.conv_backward_weight(grad, x, *rest))
     assert ((found - exact).abs() <= 4 * torch.finfo(dtype).eps * terms).all()
+
+
+@needs_library
+@pytest.mark.skipif(native.product_level() in ("", "DEFAULT", "AMX"), reason="the vendor's")
+@pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: str(dtype)[6:])
+def test_half_types_are_float32_rounded_once(dtype: torch.dtype) -> None:
+    grad, x, *rest = operands(MANY, 3, dtype)
+    found = ops.conv_backward_weight(grad, x, *rest)
+    assert torch.equal(found, ops.conv_backward_weight(grad.float(), x.float(), *rest).to(dtype))
 
 
 @needs_library

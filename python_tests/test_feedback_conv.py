@@ -293,7 +293,9 @@ def test_errors_of_the_way() -> None:
             op(g, w, None, None, None, "constant", 1.0, *rest, "table")
         with pytest.raises(ValueError, match="way: expected entries='constant', got 'stored'"):
             op(g, None, None, w, None, "stored", 1.0, *rest, "tables")
-        with pytest.raises(ValueError, match=r"way: expected a grad_output of float32 or a half type, got torch\.float64"):
+        with pytest.raises(
+            ValueError, match=r"way: expected a grad_output of float32 or a half type, got torch\.float64"
+        ):
             op(g.double(), w, None, None, None, "constant", 1.0, *rest, "digits")
 
 

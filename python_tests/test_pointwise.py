@@ -2,8 +2,8 @@
 
 Fed back by ±s. On tile units, in float32, a large 1x1 one that is channels-last is a feedback_mm, a larger kernel of
 64 channels and more a feedback_conv; on other AVX-512 and AVX2 the same from 64 channels on (larger kernels from 32),
-and a feedback_conv also a 1x1 one that is not channels-last, or is strided or padded. There half types are too, from more
-channels on where the processor multiplies them itself.
+and a feedback_conv also a 1x1 one that is not channels-last, or is strided or padded. There half types are too, from
+more channels on where the processor multiplies them itself.
 """
 
 import os
@@ -233,7 +233,7 @@ def test_weight_gradient_of_few_pixels(
     x = (channels_last(x) if last else x).requires_grad_()
     found, names = backward(layer, x)
     if native.library is not None:
-        assert ("bioplaus::conv_backward_weight" in names) == (dtype == torch.float32)
+        assert ("bioplaus::conv_backward_weight" in names) == (dtype != torch.float64)
     if d == 2:
         assert found["weight"].stride() == backward(twin, x)[0]["weight"].stride()
     exact = torch.autograd.grad(twin.double()(x.double()), list(twin.parameters()), found["output"].double())

@@ -96,5 +96,5 @@ def half_instructions(dtype: torch.dtype) -> bool:
 
 
 # What torch.compiler.assume_constant_result does, without its import of the compiler.
-for _constant in (product_level, half_instructions):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+product_level._dynamo_marked_constant = True  # type: ignore[attr-defined]
+half_instructions._dynamo_marked_constant = True  # type: ignore[attr-defined]

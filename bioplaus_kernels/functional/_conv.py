@@ -133,7 +133,7 @@ def _is_small(ctx: Any, grad_output: Tensor, shape: torch.Size) -> bool:
     *_, transposed, _, groups = ctx.geometry
     return (
         (not transposed and groups == 1 and grad_output.device.type == "cpu")
-        and (type(grad_output) is Tensor and grad_output.dtype == torch.float32)
+        and (type(grad_output) is Tensor and grad_output.dtype != torch.float64)
         and not torch.compiler.is_compiling()
         and shape[2:].numel() > 1
         and grad_output.numel() < shape[0] ** 2

@@ -2,11 +2,12 @@
 //
 //     dW[o, c, k] = Σ over samples n and pixels p of dY[n, o, p] · X[n, c, p · stride − padding + k · dilation]
 //
-// in float32 as a product of dY's pixels by the patches of X that they see, which is for few pixels: of some columns
-// (c, k) at a time, whose patches and sums stay in the L2 cache. dW is written once. A sum is in parts of kTerms
-// pixels, as longer ones have larger errors than the vendor's; its order is the geometry's alone. Else the vendor's.
+// as a product of dY's pixels by the patches of X that they see, which is for few pixels: of some columns (c, k) at a
+// time, whose patches and sums stay in the L2 cache. dW is written once. A sum is in parts of kTerms pixels, as longer
+// ones have larger errors than the vendor's; its order is the geometry's alone. Half types are widened first, and their
+// sums rounded once. Else, and where there are tile units for half types, the vendor's.
 //
-// Roofline: max(2 operations for each of dW's entries and pixel, 4 bytes written an entry).
+// Roofline: max(2 operations for each of dW's entries and pixel, the bytes written, 4 or 2 an entry).
 #include <ATen/Parallel.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
@@ -19,6 +20,7 @@
 #include "buffer.h"
 #include "conv_geometry.h"
 #include "gemm.h"
+#include "lc.h"
 
 namespace bioplaus {
 namespace {
@@ -107,7 +109,10 @@ at::Tensor conv_backward_weight_cpu(const at::Tensor& grad_output, const at::Ten
     return at::zeros(size, input.options()).contiguous(format);
   }
   const int64_t pixels = grad_output.numel() / g.out_channels;
-  if (input.scalar_type() != at::kFloat || pixels > kMostPixels || !gemm_in_order()) {
+  const at::ScalarType dtype = input.scalar_type();
+  const bool wide = dtype == at::kFloat;
+  const bool tile_units = !wide && product_level() == ProductLevel::AMX;
+  if (dtype == at::kDouble || tile_units || pixels > kMostPixels || !gemm_in_order()) {
     const at::Tensor weight = at::empty(size, input.options(), format);
     return std::get<1>(at::convolution_backward(grad_output, input, weight, std::nullopt, stride, padding, dilation,
                                                 false, std::vector<int64_t>(d, 0), 1, {false, true, false}))
@@ -116,25 +121,32 @@ at::Tensor conv_backward_weight_cpu(const at::Tensor& grad_output, const at::Ten
   const at::Tensor out = at::empty(size, input.options(), format);
   // The product's kernels are for one depth and distance of rows each: few of them, whatever the batch.
   const int64_t padded = divide_up(pixels, kStep) * kStep;
-  const at::Tensor rows = at::zeros({g.out_channels, padded}, grad_output.options());
+  const at::Tensor rows = at::zeros({g.out_channels, padded}, grad_output.options().dtype(at::kFloat));
   rows.narrow(1, 0, pixels).copy_(grad_output.movedim(1, 0).reshape({g.out_channels, pixels}));
-  const at::Tensor x = input.contiguous(format);
+  const at::Tensor x = input.contiguous(format).to(at::kFloat);
   const std::vector<int64_t> met = meetings(g);
   const int64_t all = g.taps() * g.in_channels;
   const int64_t width = std::clamp(kPatchFloats / padded / 64 * 64, int64_t{16}, kColumns);
   const float* dy = rows.const_data_ptr<float>();
-  float* dw = out.mutable_data_ptr<float>();
+  auto* dw = static_cast<char*>(out.mutable_data_ptr());
   at::parallel_for(0, divide_up(all, width), 1, [&](int64_t begin, int64_t end) {
-    const Buffer<float> patches(padded * width);
+    const Buffer<float> patches(padded * width), sums(wide ? 0 : kRows * width);
     for (int64_t first = begin * width; first < std::min(end * width, all); first += width) {
       const int64_t cols = std::min(width, all - first);
       take_patches(g, met, format != at::MemoryFormat::Contiguous, x.const_data_ptr<float>(), first, cols,
                    patches.get());
       std::fill_n(patches.get() + pixels * cols, (padded - pixels) * cols, 0.0f);
       for (int64_t o = 0; o < g.out_channels; o += kRows) {
+        const int64_t n = std::min(kRows, g.out_channels - o);
+        char* part = dw + (o * all + first) * out.element_size();
+        float* to = wide ? reinterpret_cast<float*>(part) : sums.get();
         for (int64_t p = 0; p < padded; p += kTerms) {
-          gemm(std::min(kRows, g.out_channels - o), cols, std::min(kTerms, padded - p), dy + o * padded + p, padded,
-               patches.get() + p * cols, cols, dw + o * all + first, all, p > 0);
+          gemm(n, cols, std::min(kTerms, padded - p), dy + o * padded + p, padded, patches.get() + p * cols, cols, to,
+               wide ? all : cols, p > 0);
+        }
+        if (!wide) {
+          BK_PICK(lc_copy)
+          ({part, to, to_dtype("input", dtype), DType::Float32, {1, n, cols}, {0, all, 1}, {0, cols, 1}});
         }
       }
     }

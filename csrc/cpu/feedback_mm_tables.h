@@ -1,8 +1,8 @@
 // dX = s · (dY · σ) as sums of table entries: tables.h.
 //
 // Places of all columns are formed once. Some rows of dY at a time, and of them a few blocks of entries, become tables
-// that stay in the L1 cache. What an entry of σ that is 0 gave as 1 is taken off. Rows of a half type are widened first,
-// and their sums rounded once.
+// that stay in the L1 cache. What an entry of σ that is 0 gave as 1 is taken off. Rows of a half type are widened
+// first, and their sums rounded once.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -70,7 +70,8 @@ inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackPar
   at::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
     RowTables tables(b.rows);
     const int64_t most_rows = std::min(RowTables::most(), rows);
-    const Buffer<float> widened(wide ? 0 : most_rows * b.rows), sums(wide ? 0 : most_rows * divide_up(panels, parts) * kPlaceColumns);
+    const Buffer<float> widened(wide ? 0 : most_rows * b.rows),
+        sums(wide ? 0 : most_rows * divide_up(panels, parts) * kPlaceColumns);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t g = unit / parts;
       const int64_t row = lanes ? lanes_begin(rows, g, groups) : rows * g / groups;
