@@ -37,6 +37,8 @@ LAYERS = (
     (256, 256, 4, 3, 1),
     (512, 512, 2, 3, 1),
 )
+# Channels-last or not, and dtype.
+FORMS = ((True, torch.float32), (False, torch.float32), (True, torch.bfloat16))
 
 
 def label(c: int, o: int, size: int, kernel: int, stride: int, last: bool, dtype: torch.dtype = torch.float32) -> str:
@@ -49,7 +51,7 @@ def label(c: int, o: int, size: int, kernel: int, stride: int, last: bool, dtype
 @register("convolution")
 def cases() -> Iterator[Case]:
     """Batch 16, float32 in both memory formats, bfloat16 channels-last; --quick keeps a small layer in float32."""
-    for last, dtype in ((True, torch.float32), (False, torch.float32), (True, torch.bfloat16)):
+    for last, dtype in FORMS:
         for layer in LAYERS if last else [layer for layer in LAYERS if layer[3] > 1]:
             a = (*layer, last, dtype)
             quick = layer[2] == 2 and dtype == torch.float32

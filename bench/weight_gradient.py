@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bioplaus_kernels import ops
 
-from .convolution import label
+from .convolution import FORMS, label
 from .device import Device
 from .gate import relative_gate
 from .registry import Bench, Case, Work, register
@@ -18,21 +18,23 @@ LAYERS = ((256, 512, 4, 3, 2), (512, 512, 2, 3, 1), (512, 512, 1, 3, 1))
 
 @register("weight_gradient")
 def cases() -> Iterator[Case]:
-    """Batch 16, in both memory formats; --quick keeps one."""
-    for last in (True, False):
+    """Batch 16, float32 in both memory formats, bfloat16 channels-last; --quick keeps one in float32."""
+    for last, dtype in FORMS:
         for layer in LAYERS:
-            a = (*layer, last)
-            quick = layer[2] == 1 and last
+            a = (*layer, last, dtype)
+            quick = layer[2] == 1 and (last, dtype) == FORMS[0]
             yield Case("weight_gradient", label(*a), lambda device, a=a: build(device, 16, *a), quick=quick)
 
 
-def build(device: Device, n: int, c: int, o: int, size: int, kernel: int, stride: int, last: bool) -> Bench:
+def build(
+    device: Device, n: int, c: int, o: int, size: int, kernel: int, stride: int, last: bool, dtype: torch.dtype
+) -> Bench:
     """The weight gradient alone."""
     torch.manual_seed(0)
     form = torch.channels_last if last else torch.contiguous_format
-    x = torch.randn(n, c, size, size).contiguous(memory_format=form)
-    g = torch.randn(n, o, *[(size - 1) // stride + 1] * 2).contiguous(memory_format=form)
-    w = torch.empty(o, c, kernel, kernel).contiguous(memory_format=form)
+    x = torch.randn(n, c, size, size, dtype=dtype).contiguous(memory_format=form)
+    g = torch.randn(n, o, *[(size - 1) // stride + 1] * 2, dtype=dtype).contiguous(memory_format=form)
+    w = torch.empty(o, c, kernel, kernel, dtype=dtype).contiguous(memory_format=form)
     geometry = [stride] * 2, [kernel // 2] * 2, [1, 1]
 
     def backprop() -> Tensor:
