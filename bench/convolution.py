@@ -95,7 +95,7 @@ def build(
             )
     ours = [name for name in variants if name in ("bioplaus, usf", "by digits", "by tables")]
 
-    if device.backends:
+    if device.backends and dtype == torch.float32:
         variants |= {f"{name}, TF32": with_tf32(run) for name, run in variants.items()}
 
     def rows(t: Tensor) -> Tensor:

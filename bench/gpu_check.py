@@ -42,7 +42,7 @@ TESTED = (0, 1, 5)
 RUN = "-m bench run --device cuda --seconds 0.02 --continue --budget {budget} --out {results}"
 FEW = "--state warm --state graph --without torch.compile"
 LAYERS = r"(CIFAR.[123]|ImageNet.[2-7]).N=(16|128).(forward.\+|backward.weight.bf)"
-STEPS = "--op convolution --op training_step --op feedback_weight --op overhead --match ^((?!compiled).)*$"
+STEPS = "--op convolution --op training_step --op feedback_weight --op overhead --match ^((?!compiled|bfloat16).)*$"
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,6 @@ def build(
         for mode in ("usf", "frsf", "brsf", "fa"):
             model = BioModule(make(), mode=mode)
             variants[f"BioTorch {mode}"] = _step(model, x, y, cast(model))
-    if device.backends:
+    if device.backends and dtype == torch.float32:
         variants |= {f"{name}, TF32": with_tf32(step) for name, step in variants.items()}
     return Bench(variants)

@@ -26,8 +26,8 @@ TORCH_LIBRARY(bioplaus, m) {
       "float scale, SymInt[] weight_size, SymInt[] input_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation) "
       "-> Tensor",
       {at::Tag::pt2_compliant_tag});
-  // Both by the way named, of ±s in float32: "digits" or "tables" on a CPU; a product on CUDA: "digits", "int_mm", or
-  // "formed" of anything.
+  // Both by the way named, of ±s: "digits" or "tables" on a CPU, where a convolution's digits are float32's; a product
+  // in float32 on CUDA: "digits", "int_mm", or "formed" of anything.
   m.def(
       "feedback_mm_by(Tensor grad_output, Tensor? weight, Tensor? signs, Tensor? magnitude, Tensor? key, str entries, "
       "float scale, SymInt in_features, str way) -> Tensor",

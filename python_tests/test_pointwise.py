@@ -122,7 +122,7 @@ SMALL = {
         {"out_channels": 128},
         {"kernel_size": 3, "in_channels": 63},
         {"kernel_size": 3, "out_channels": 63},
-        *({"kernel_size": 3, "dtype": dtype} for dtype in HALVES),
+        *({"kernel_size": kernel, "dtype": dtype} for kernel in (1, 3) for dtype in HALVES),
     ],
     "": [{}, {"kernel_size": 3}, {"dtype": torch.bfloat16}],
 }
@@ -178,7 +178,8 @@ def test_one_graph(kernel: int, dtype: torch.dtype) -> None:
     x = channels_last(torch.randn(2, 2 * IN, 3, 4, dtype=dtype)).requires_grad_()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     grads = [torch.autograd.grad(f(x).square().sum(), x)[0] for f in (layer, compiled)]
-    torch.testing.assert_close(*grads)
+    # The bits of our own product, which the vendor's would not have.
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
 
 
 def test_stored_feedback_is_not_copied() -> None:
@@ -218,7 +219,7 @@ FEW_PIXELS = [
     (2, (6, 6), {"kernel_size": 2, "bias": False}),
     (3, (3, 2, 3), {"kernel_size": 2, "padding": "same"}),
 ]
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
@@ -233,7 +234,8 @@ def test_weight_gradient_of_few_pixels(
     x = (channels_last(x) if last else x).requires_grad_()
     found, names = backward(layer, x)
     if native.library is not None:
-        assert ("bioplaus::conv_backward_weight" in names) == (dtype != torch.float64)
+        ours = dtype == torch.float32 or (dtype in HALVES and WAY == "tables")
+        assert ("bioplaus::conv_backward_weight" in names) == ours
     if d == 2:
         assert found["weight"].stride() == backward(twin, x)[0]["weight"].stride()
     exact = torch.autograd.grad(twin.double()(x.double()), list(twin.parameters()), found["output"].double())

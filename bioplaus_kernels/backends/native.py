@@ -91,7 +91,7 @@ def product_level() -> str:
 
 
 def half_instructions(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies bfloat16, or float16, itself; fixed like the level."""
+    """Whether this processor multiplies bfloat16, or float16, itself; fixed like the level. Said of any but x86."""
     return bool(library and library.half_instructions(dtype == torch.bfloat16))
 
 

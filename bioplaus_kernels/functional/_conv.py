@@ -59,6 +59,7 @@ _TRANSPOSE: tuple[Any, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_tr
 
 
 def _fastest(dtype: torch.dtype) -> _Way | None:
+    # On tile units torch multiplies half types by them.
     way = _WAYS.get(native.product_level())
     if way is None or dtype == torch.float32:
         return way
@@ -133,7 +134,8 @@ def _is_small(ctx: Any, grad_output: Tensor, shape: torch.Size) -> bool:
     *_, transposed, _, groups = ctx.geometry
     return (
         (not transposed and groups == 1 and grad_output.device.type == "cpu")
-        and (type(grad_output) is Tensor and grad_output.dtype != torch.float64)
+        and type(grad_output) is Tensor
+        and (grad_output.dtype == torch.float32 or _fastest(grad_output.dtype) is not None)
         and not torch.compiler.is_compiling()
         and shape[2:].numel() > 1
         and grad_output.numel() < shape[0] ** 2

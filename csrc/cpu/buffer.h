@@ -6,7 +6,15 @@
 
 #include <vector>
 
+#include "lc.h"
+
 namespace bioplaus {
+
+// rows × cols, `ld_to` and `ld_from` elements apart, from one dtype to the same or between float32 and a half type.
+inline void copy_rows(void* to, DType to_dtype, int64_t ld_to, const void* from, DType from_dtype, int64_t ld_from,
+                      int64_t rows, int64_t cols) {
+  BK_PICK(lc_copy)({to, from, to_dtype, from_dtype, {1, rows, cols}, {0, ld_to, 1}, {0, ld_from, 1}});
+}
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -20,7 +20,6 @@
 #include "buffer.h"
 #include "conv_geometry.h"
 #include "gemm.h"
-#include "lc.h"
 
 namespace bioplaus {
 namespace {
@@ -110,8 +109,8 @@ at::Tensor conv_backward_weight_cpu(const at::Tensor& grad_output, const at::Ten
   }
   const int64_t pixels = grad_output.numel() / g.out_channels;
   const at::ScalarType dtype = input.scalar_type();
-  const bool wide = dtype == at::kFloat;
-  const bool tile_units = !wide && product_level() == ProductLevel::AMX;
+  const bool half = dtype == at::kBFloat16 || dtype == at::kHalf;
+  const bool tile_units = half && product_level() == ProductLevel::AMX;
   if (dtype == at::kDouble || tile_units || pixels > kMostPixels || !gemm_in_order()) {
     const at::Tensor weight = at::empty(size, input.options(), format);
     return std::get<1>(at::convolution_backward(grad_output, input, weight, std::nullopt, stride, padding, dilation,
@@ -130,7 +129,7 @@ at::Tensor conv_backward_weight_cpu(const at::Tensor& grad_output, const at::Ten
   const float* dy = rows.const_data_ptr<float>();
   auto* dw = static_cast<char*>(out.mutable_data_ptr());
   at::parallel_for(0, divide_up(all, width), 1, [&](int64_t begin, int64_t end) {
-    const Buffer<float> patches(padded * width), sums(wide ? 0 : kRows * width);
+    const Buffer<float> patches(padded * width), sums(half ? kRows * width : 0);
     for (int64_t first = begin * width; first < std::min(end * width, all); first += width) {
       const int64_t cols = std::min(width, all - first);
       take_patches(g, met, format != at::MemoryFormat::Contiguous, x.const_data_ptr<float>(), first, cols,
@@ -139,14 +138,13 @@ at::Tensor conv_backward_weight_cpu(const at::Tensor& grad_output, const at::Ten
       for (int64_t o = 0; o < g.out_channels; o += kRows) {
         const int64_t n = std::min(kRows, g.out_channels - o);
         char* part = dw + (o * all + first) * out.element_size();
-        float* to = wide ? reinterpret_cast<float*>(part) : sums.get();
+        float* to = half ? sums.get() : reinterpret_cast<float*>(part);
         for (int64_t p = 0; p < padded; p += kTerms) {
           gemm(n, cols, std::min(kTerms, padded - p), dy + o * padded + p, padded, patches.get() + p * cols, cols, to,
-               wide ? all : cols, p > 0);
+               half ? cols : all, p > 0);
         }
-        if (!wide) {
-          BK_PICK(lc_copy)
-          ({part, to, to_dtype("input", dtype), DType::Float32, {1, n, cols}, {0, all, 1}, {0, cols, 1}});
+        if (half) {
+          copy_rows(part, to_dtype("input", dtype), all, to, DType::Float32, cols, n, cols);
         }
       }
     }

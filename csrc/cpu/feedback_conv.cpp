@@ -111,6 +111,8 @@ at::Tensor feedback_conv_by_cpu(const at::Tensor& grad_output, const std::option
                                 at::IntArrayRef weight_size, at::IntArrayRef input_size, at::IntArrayRef stride,
                                 at::IntArrayRef padding, at::IntArrayRef dilation, c10::string_view way) {
   check_way(way, entries, grad_output.scalar_type());
+  TORCH_CHECK_VALUE(way == "tables" || grad_output.scalar_type() == at::kFloat,
+                    "way: expected a grad_output of float32 for 'digits', got ", dtype_name(grad_output.scalar_type()));
   return product(grad_output, weight, signs, magnitude, key, entries, scale, weight_size, input_size, stride, padding,
                  dilation, way);
 }

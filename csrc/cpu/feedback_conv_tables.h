@@ -17,7 +17,6 @@
 
 #include "buffer.h"
 #include "feedback_conv_signs.h"
-#include "lc.h"
 #include "slab_signs.h"
 #include "tables.h"
 
@@ -281,13 +280,13 @@ class TableProduct {
     float* out = copied_ ? w.out.get() + w.first : reinterpret_cast<float*>(of_out(sample));
     constexpr DType kFloat = DType::Float32;
     for (int64_t s = 0; s < samples; ++s) {
-      float* to = w.grad.get() + s * grad_step;
       if (planes_) {
         // Of one sample: the distance to the next one only says what is fetched ahead.
+        float* to = w.grad.get() + s * grad_step;
         BK_PICK(lc_copy)
         ({to, of_grad(sample + s), kFloat, dtype_, {1, o, held}, {0, 1, o}, {kPlaneAhead, all, 1}});
       } else if (copied_) {
-        BK_PICK(lc_copy)({to, of_grad(sample + s), kFloat, dtype_, {1, held, o}, {0, o, 1}, {0, o, 1}});
+        copy_rows(w.grad.get() + s * grad_step, kFloat, o, of_grad(sample + s), dtype_, o, held, o);
       }
       const float* x = grad + s * grad_step;
       if (!lanes_) {
@@ -354,7 +353,7 @@ class TableProduct {
         BK_PICK(lc_copy)
         ({of_out(sample + s), sums, dtype_, kFloat, {1, w.cols, mine}, {0, g_.pixels(), 1}, {0, 1, c}});
       } else {
-        BK_PICK(lc_copy)({of_out(sample + s), sums, dtype_, kFloat, {1, mine, w.cols}, {0, c, 1}, {0, c, 1}});
+        copy_rows(of_out(sample + s), dtype_, c, sums, kFloat, c, mine, w.cols);
       }
     }
   }

@@ -17,7 +17,6 @@
 #include "feedback_mm_tables.h"
 #include "feedback_weight.h"
 #include "gemm.h"
-#include "lc.h"
 #include "slab_signs.h"
 
 namespace bioplaus {
@@ -197,9 +196,9 @@ at::Tensor sign_product(const at::Tensor& grad, const FeedbackParams& b) {
 }
 
 // dY as a product takes it that reads a row's entries in pairs: beside an odd last one a zero, not the first entry of
-// the next row, which B's zero would turn into NaN where it is Inf. torch's own product pairs where half_gemm does.
-at::Tensor in_pairs(const at::Tensor& grad) {
-  return grad.size(1) % 2 && half_gemm_available(grad.scalar_type()) ? at::constant_pad_nd(grad, {0, 1}) : grad;
+// the next row, which B's zero would turn into NaN where it is Inf.
+at::Tensor in_pairs(const at::Tensor& grad, bool pairs) {
+  return pairs && grad.size(1) % 2 ? at::constant_pad_nd(grad, {0, 1}) : grad;
 }
 
 // Whether a stored B takes less in tiles too.
@@ -209,7 +208,7 @@ bool tiles_are_faster(at::ScalarType dtype, int64_t rows, int64_t cols) {
 
 // dX = dY · B of a stored B.
 at::Tensor plain_product(const at::Tensor& grad, const at::Tensor& b) {
-  const at::Tensor paired = in_pairs(grad);
+  const at::Tensor paired = in_pairs(grad, torch_takes_pairs(grad.scalar_type()));
   const int64_t zeros = paired.size(1) - b.size(0);
   return at::mm(paired, zeros ? at::constant_pad_nd(b, {0, 0, 0, zeros}) : b);
 }
@@ -243,7 +242,7 @@ at::Tensor slab_product(const at::Tensor& grad, const FeedbackParams& b) {
   const int64_t most = std::clamp<int64_t>(bytes / (b.rows * grad.element_size()), 16, kSlab);
   // Of nearly the same width, as a last one of few columns would take as long as one of many.
   const int64_t width = divide_up(divide_up(b.cols, divide_up(b.cols, most)), 16) * 16;
-  const at::Tensor paired = in_pairs(grad);
+  const at::Tensor paired = in_pairs(grad, torch_takes_pairs(grad.scalar_type()));
   const int64_t depth = paired.size(1);
   const at::Tensor slab = at::empty({depth * std::min(width, b.cols)}, grad.options());
   for (int64_t first = 0; first < b.cols; first += width) {
@@ -273,7 +272,7 @@ class TileProduct {
         dtype_(grad.scalar_type()),
         half_(dtype_ != at::kFloat),
         native_(half_ && half_gemm_available(dtype_)),
-        grad_(in_pairs(readable(grad))),
+        grad_(in_pairs(readable(grad), native_)),
         out_(static_cast<char*>(out.mutable_data_ptr())),
         rows_(grad.size(0)),
         in_order_(gemm_in_order()),
@@ -366,12 +365,12 @@ class TileProduct {
       }
     }
     if (half_) {
-      BK_PICK(lc_copy)({out, sums, b_.out.dtype, DType::Float32, {1, rows, cols}, {0, b_.cols, 1}, {0, ld, 1}});
+      copy_rows(out, b_.out.dtype, b_.cols, sums, DType::Float32, ld, rows, cols);
     }
   }
 
   void widen(const void* from, int64_t ld, int64_t rows, int64_t cols, float* to) const {
-    BK_PICK(lc_copy)({to, from, DType::Float32, b_.out.dtype, {1, rows, cols}, {0, cols, 1}, {0, ld, 1}});
+    copy_rows(to, DType::Float32, cols, from, b_.out.dtype, ld, rows, cols);
   }
 
   const FeedbackParams& b_;

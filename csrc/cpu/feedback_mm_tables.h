@@ -12,7 +12,6 @@
 #include <numeric>
 #include <vector>
 
-#include "lc.h"
 #include "table_rows.h"
 
 namespace bioplaus {
@@ -28,7 +27,7 @@ inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackPar
   const at::Tensor grad = grad_output.stride(1) == 1 ? grad_output : grad_output.contiguous();
   const auto* x = static_cast<const char*>(grad.const_data_ptr());
   const int64_t element = grad.element_size();
-  const bool wide = grad.scalar_type() == at::kFloat;
+  const bool half = b.out.dtype != DType::Float32;
   const int64_t rows = grad.size(0), row_stride = grad.stride(0), threads = at::get_num_threads();
   const int64_t blocks = divide_up(b.rows, kTableDepth), panel = blocks * kPlaceColumns;
   const int64_t panels = divide_up(b.cols, kPlaceColumns);
@@ -69,9 +68,10 @@ inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackPar
   groups = std::min(divide_up(groups, step) * step, lanes ? divide_up(rows, kRegisterRows) : rows);
   at::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
     RowTables tables(b.rows);
-    const int64_t most_rows = std::min(RowTables::most(), rows);
-    const Buffer<float> widened(wide ? 0 : most_rows * b.rows),
-        sums(wide ? 0 : most_rows * divide_up(panels, parts) * kPlaceColumns);
+    const int64_t most_rows =
+        lanes ? divide_up(divide_up(rows, kRegisterRows), groups) * kRegisterRows : divide_up(rows, groups);
+    const Buffer<float> widened(half ? most_rows * b.rows : 0),
+        sums(half ? most_rows * divide_up(panels, parts) * kPlaceColumns : 0);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t g = unit / parts;
       const int64_t row = lanes ? lanes_begin(rows, g, groups) : rows * g / groups;
@@ -81,15 +81,12 @@ inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackPar
       const int64_t columns = std::min(panel_end * kPlaceColumns, b.cols) - column;
       const char* from = x + row * row_stride * element;
       char* part = to + (row * b.cols + column) * element;
-      const int32_t* at = places.get() + panel_begin * panel;
-      if (wide) {
-        tables.sum(reinterpret_cast<const float*>(from), row_stride, count, row + 2 * count <= rows, scale, at, panel,
-                   columns, reinterpret_cast<float*>(part), b.cols);
-      } else {
-        BK_PICK(lc_copy)
-        ({widened.get(), from, DType::Float32, b.out.dtype, {1, count, b.rows}, {0, b.rows, 1}, {0, row_stride, 1}});
-        tables.sum(widened.get(), b.rows, count, false, scale, at, panel, columns, sums.get(), columns);
+      if (half) {
+        copy_rows(widened.get(), DType::Float32, b.rows, from, b.out.dtype, row_stride, count, b.rows);
       }
+      tables.sum(half ? widened.get() : reinterpret_cast<const float*>(from), half ? b.rows : row_stride, count,
+                 !half && row + 2 * count <= rows, scale, places.get() + panel_begin * panel, panel, columns,
+                 half ? sums.get() : reinterpret_cast<float*>(part), half ? columns : b.cols);
       for (const auto& zeros : zeros_of) {
         for (const ZeroSign& zero : zeros) {
           if (zero.column >= column && zero.column < column + columns) {
@@ -97,9 +94,8 @@ inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackPar
           }
         }
       }
-      if (!wide) {
-        BK_PICK(lc_copy)
-        ({part, sums.get(), b.out.dtype, DType::Float32, {1, count, columns}, {0, b.cols, 1}, {0, columns, 1}});
+      if (half) {
+        copy_rows(part, b.out.dtype, b.cols, sums.get(), DType::Float32, columns, count, columns);
       }
     }
   });

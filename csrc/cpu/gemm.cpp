@@ -51,6 +51,25 @@ void in_reach(int64_t m, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const
   }
 }
 
+#if defined(BK_X86_PRODUCT_LEVELS) && defined(CPUBLAS_BRGEMM_BF16BF16F32)
+// Whether torch's micro-kernel takes bfloat16 in pairs where the processor multiplies it, with tile units or without:
+// not if torch was built without oneDNN's, which its packing, for tile units alone, would not tell.
+bool takes_pairs() {
+  static const bool takes = [] {
+    const at::BFloat16 zeros[2 * 16] = {};
+    float sums[16];
+    try {
+      cpublas::brgemm(1, 16, 2, 2, 16, 16, /*add_C=*/false, zeros, zeros, sums, /*is_vnni=*/true);
+      cpublas::brgemm_release(/*is_vnni=*/true);
+      return true;
+    } catch (const c10::Error&) {
+      return false;
+    }
+  }();
+  return takes;
+}
+#endif
+
 }  // namespace
 
 void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
@@ -92,18 +111,21 @@ bool half_units(at::ScalarType dtype) {
   return at::globalContext().userEnabledMkldnn() && half_instructions(dtype == at::kBFloat16);
 }
 
-bool half_gemm_available(at::ScalarType dtype) {
+bool torch_takes_pairs(at::ScalarType dtype) {
 #if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(CPUBLAS_BRGEMM_F16F16F32)
-#if defined(BK_X86_LEVELS)
-  // torch packs for tile units alone; its micro-kernel takes pairs where the processor multiplies bfloat16 at all.
-  if (dtype == at::kBFloat16) {
-    return half_units(dtype);
-  }
-#endif
   return (dtype == at::kBFloat16 || dtype == at::kHalf) && cpublas::could_pack(dtype);
 #else
   return false;
 #endif
+}
+
+bool half_gemm_available(at::ScalarType dtype) {
+#if defined(BK_X86_PRODUCT_LEVELS) && defined(CPUBLAS_BRGEMM_BF16BF16F32)
+  if (dtype == at::kBFloat16) {
+    return half_units(dtype) && takes_pairs();
+  }
+#endif
+  return torch_takes_pairs(dtype);
 }
 
 void half_gemm(at::ScalarType dtype, int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda,

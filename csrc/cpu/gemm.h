@@ -26,9 +26,13 @@ bool gemm_in_order();
 // AVX-512 for Intel's processors alone.
 bool blas_is_narrow();
 
-// Whether tiles of bfloat16 (AVX512_BF16, AMX) or float16 (AMX) can be multiplied as they are, into float32. Asked anew
+// Whether tiles of bfloat16 (AVX512_BF16) or float16 (AMX_FP16) can be multiplied as they are, into float32. Asked anew
 // for each op, as torch.backends.mkldnn can be switched off. Where not, convert both tiles and multiply float32.
 bool half_gemm_available(at::ScalarType dtype);
+
+// Whether torch's products of whole matrices read a row of bfloat16 or float16 in pairs, past the end of an odd one
+// (tile units).
+bool torch_takes_pairs(at::ScalarType dtype);
 
 // Whether torch's products of whole matrices of bfloat16 or float16 are by the processor's own instructions for them.
 // Else, in loops or by emulation, they take many times as long as float32's.

@@ -36,7 +36,8 @@ namespace {
 
 using namespace lc;
 
-// Calls f with the kind of product for `dtype`; `pairs`: whether one in pairs will do, whose operand has an even size.
+// Calls f with the kind of product for `dtype`; `pairs`: whether it may be one of pairs, of which the operand's size is
+// a multiple.
 template <typename F>
 void with_product(at::ScalarType dtype, int64_t batch, bool pairs, const F& f) {
   if (dtype == at::kDouble) {
@@ -116,7 +117,7 @@ at::Tensor lc_backward_input_cpu(const at::Tensor& grad_output, const std::optio
     swap_dims(dy);
     swap_dims(dx);
   }
-  with_product(grad_output.scalar_type(), g.n, g.o % 2 == 0 && !by_tables(g, formula.p), [&]<typename P>(P) {
+  with_product(grad_output.scalar_type(), g.n, g.o % 2 == 0 && !takes_tables(g, formula.p), [&]<typename P>(P) {
     const BackwardInput<P> op(
         g, dy, dx,
         {plain ? static_cast<const char*>(magnitude->const_data_ptr()) : nullptr, dtype, &formula.p, groups * g.o, k});

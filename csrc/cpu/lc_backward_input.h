@@ -27,7 +27,7 @@ inline Operand weights_at(const FeedbackParams& b, int64_t rows, int64_t cols, i
 }
 
 // Whether its signs alone are multiplied, in float32. One sample would fill one lane.
-inline bool by_tables(const LcGeometry& g, const FeedbackParams& b) {
+inline bool takes_tables(const LcGeometry& g, const FeedbackParams& b) {
   return b.entries == Entries::Constant && b.out.dtype != DType::Float64 && tables_are_faster() && g.n > 1 &&
          g.o >= kTableDepth && lc_columns(g) >= kPlaceColumns;
 }
@@ -58,7 +58,7 @@ struct BackwardInput {
     band = std::clamp<int64_t>(kTileBytes / std::max<int64_t>(row_bytes, 1), 1, g.in[0] * g.in[1]);
     signs = lanes == 1 && b.plain == nullptr && of_weights(*b.feedback) &&
             (b.feedback->weight.dtype == DType::Float64) == (sizeof(acc_t) == 8);
-    tables = by_tables(g, *b.feedback);
+    tables = takes_tables(g, *b.feedback);
     width = lanes > kFewLanes ? g.kernel[2] * g.c : lc_columns(g);
     pass = round_up(balanced(g.o, kMaxSum), P::kPair);
     // A small batch is bound by reading B: rows of it are used up while they are in the cache.
@@ -257,7 +257,8 @@ class BackwardInputTask {
       BK_PICK(lc_axpy)(op_.b.dtype, false, op_.b.at(p, group * g_.o, k0), op_.b.cols, g_.o, k1 - k0, dy, tap_);
     } else if (op_.signs) {
       const Operand w = weights_at(*op_.b.feedback, op_.b.rows, op_.b.cols, p, group * g_.o, k0);
-      std::transform(dy, dy + g_.o, scaled_, [&](acc_t x) { return static_cast<acc_t>(op_.b.feedback->scale) * x; });
+      const auto scale = static_cast<acc_t>(entry_scale(op_.b.feedback->scale, op_.b.feedback->out.dtype));
+      std::transform(dy, dy + g_.o, scaled_, [&](acc_t x) { return scale * x; });
       BK_PICK(lc_axpy)(w.dtype, true, w.data, w.row_stride, g_.o, k1 - k0, scaled_, tap_);
     } else {
       for (int64_t i = 0; i < g_.o; i += op_.block) {

@@ -98,6 +98,8 @@ bool half_instructions(bool bfloat16) {
   static const bool bf16 = product_level() >= ProductLevel::AVX512_VNNI && onednn_isa() != "avx512_core_vnni" &&
                            __builtin_cpu_supports("avx512bf16");
   return bfloat16 ? bf16 : product_level() == ProductLevel::AMX;
+#elif defined(BK_X86_LEVELS)
+  return false;
 #else
   return true;
 #endif

@@ -26,7 +26,8 @@ enum class ProductLevel { DEFAULT, AVX2, AVX2_VNNI, AVX512, AVX512_VNNI, AMX };
 ProductLevel product_level();
 const char* level_name(ProductLevel level);
 
-// Whether the processor multiplies bfloat16 (else float16) itself and oneDNN's limit lets it.
+// Whether the processor multiplies bfloat16 (else float16) itself and oneDNN's limit lets it; said of any that is not
+// x86.
 bool half_instructions(bool bfloat16);
 
 }  // namespace bioplaus

@@ -28,9 +28,10 @@ inline bool lanes_are_rows() { return cpu_level() == Level::AVX2; }
 // s as the entries of B hold it.
 inline double entry_scale(double scale, DType dtype) {
   const float s = static_cast<float>(scale);
-  return dtype == DType::BFloat16  ? static_cast<float>(at::BFloat16(s))
-         : dtype == DType::Float16 ? static_cast<float>(at::Half(s))
-                                   : s;
+  return dtype == DType::Float64    ? scale
+         : dtype == DType::BFloat16 ? static_cast<float>(at::BFloat16(s))
+         : dtype == DType::Float16  ? static_cast<float>(at::Half(s))
+                                    : s;
 }
 
 inline void check_way(c10::string_view way, c10::string_view entries, at::ScalarType dtype) {
