@@ -134,14 +134,16 @@ def test_any_number_of_threads_gives_the_same_bits(one_thread: None) -> None:
 
 
 @pytest.mark.skipif(native.product_level() in ("", "DEFAULT"), reason="no micro-kernel whose order of sums is known")
-@pytest.mark.parametrize(("k", "n"), [(70, 1), (2304, 16), (70, 17), (10, 700), (16, 64)])
-def test_few_rows_or_columns_of_b(k: int, n: int, one_thread: None) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("k", "n"), [(70, 1), (2304, 16), (70, 17), (71, 64), (10, 700), (16, 64)])
+def test_few_rows_or_columns_of_b(k: int, n: int, dtype: torch.dtype, one_thread: None) -> None:
     """A row's bits are the same in any batch and for any number of threads, by whatever way."""
-    g, w = grads(67, k, torch.float32)[0], torch.from_numpy(draws(k + n, k, n)).float()
+    g, w = grads(300, k, dtype)[0], torch.from_numpy(draws(k + n, k, n)).to(dtype)
     feedback = (w, None, None, None, "constant", 0.37, n)
     found = ops.feedback_mm(g, *feedback)
-    wanted = g.double() @ (0.37 * w.sign().double())
-    assert (found - wanted).abs().max() <= 1e-6 * k**0.5 * wanted.abs().max()
+    wanted = g.double() @ (torch.tensor(0.37, dtype=dtype).double() * w.sign().double())
+    lost = 1e-6 * k**0.5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert (found - wanted).abs().max() <= lost * wanted.abs().max()
     for rows in (1, 5, 64):
         assert torch.equal(ops.feedback_mm(g[:rows], *feedback), found[:rows])
     torch.set_num_threads(3)

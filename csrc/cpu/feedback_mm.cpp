@@ -34,8 +34,9 @@ constexpr int64_t kGroupBytes = int64_t{1} << 17;
 constexpr size_t kLossyRows = 256;
 // A block of B that is never too large to hold.
 constexpr int64_t kSlabBytes = int64_t{1} << 20;
-// Rows or columns of B too few for what forming tables costs where lanes are rows.
+// Columns of B too few for what forming tables costs, beside tiles of float32 and of pairs.
 constexpr int64_t kFewSums = 16;
+constexpr int64_t kFewPairs = 64;
 // Fewer entries of B than this are not worth a second thread.
 constexpr int64_t kFormGrain = 8192;
 
@@ -199,6 +200,17 @@ at::Tensor sign_product(const at::Tensor& grad, const FeedbackParams& b) {
 // the next row, which B's zero would turn into NaN where it is Inf.
 at::Tensor in_pairs(const at::Tensor& grad, bool pairs) {
   return pairs && grad.size(1) % 2 ? at::constant_pad_nd(grad, {0, 1}) : grad;
+}
+
+// Whether a B of ±s takes less in tiles than by tables, whatever the number of rows.
+bool tiles_beat_tables(const FeedbackParams& b, at::ScalarType dtype) {
+  if (!gemm_in_order()) {
+    return false;
+  }
+  if (lanes_are_rows()) {
+    return dtype == at::kFloat && std::min(b.rows, b.cols) <= kFewSums;
+  }
+  return b.cols <= (half_gemm_available(dtype) ? kFewPairs : kFewSums);
 }
 
 // Whether a stored B takes less in tiles too.
@@ -416,8 +428,7 @@ at::Tensor product(const at::Tensor& grad_output, const std::optional<at::Tensor
   b.out.dtype = to_dtype("grad_output", dtype);
   if (b.entries == Entries::Constant && dtype != at::kDouble && size[0] <= kMaxDepth) {
     const bool fast = tables_are_faster();
-    if (way.empty() && fast && lanes_are_rows() && dtype == at::kFloat && std::min(b.rows, b.cols) <= kFewSums &&
-        gemm_in_order()) {
+    if (way.empty() && fast && tiles_beat_tables(b, dtype)) {
       return tile_product(grad_output, b);
     }
     const at::Tensor out = (way.empty() ? fast : way == "tables") ? table_product(grad_output, b) : at::Tensor();
