@@ -279,8 +279,10 @@ at::Tensor slab_product(const at::Tensor& grad, const FeedbackParams& b) {
 // threads but in a parallel region: there the work is cut as for kUnits threads, whatever their number.
 class TileProduct {
  public:
-  TileProduct(const at::Tensor& grad, const FeedbackParams& b, const at::Tensor& out)
+  // `signs`: all of a B of ±s that is one block of columns, or none.
+  TileProduct(const at::Tensor& grad, const FeedbackParams& b, const at::Tensor& out, const SignColumns* signs)
       : b_(b),
+        signs_(signs),
         dtype_(grad.scalar_type()),
         half_(dtype_ != at::kFloat),
         native_(half_ && half_gemm_available(dtype_)),
@@ -350,7 +352,10 @@ class TileProduct {
     const int64_t ld = half_ ? width_ : b_.cols;
     for (int64_t k = 0; k < b_.rows; k += kDepthBlock) {
       const int64_t depth = std::min(kDepthBlock, b_.rows - k);
-      for (int64_t l = 0; l < depth; ++l) {
+      if (signs_) {
+        BK_PICK(expand_signs)(*signs_, k, depth, cols, static_cast<float>(b_.scale), b_.out.dtype, w.tile.get());
+      }
+      for (int64_t l = 0; l < depth && !signs_; ++l) {
         BK_PICK(feedback_run)(b_, k + l, first, cols, w.tile.get() + l * cols * element);
       }
       if (native_) {
@@ -386,6 +391,7 @@ class TileProduct {
   }
 
   const FeedbackParams& b_;
+  const SignColumns* signs_;
   at::ScalarType dtype_;
   bool half_;
   bool native_;
@@ -400,7 +406,14 @@ class TileProduct {
 
 at::Tensor tile_product(const at::Tensor& grad, const FeedbackParams& b) {
   const at::Tensor out = at::empty({grad.size(0), b.cols}, grad.options());
-  TileProduct(grad, b, out).run();
+  // A weight of dY's own dtype is read faster as it is.
+  const bool ready = b.weight.data && b.weight.dense && b.weight.dtype == b.out.dtype;
+  if (b.entries == Entries::Constant && b.cols <= kPanel && !ready) {
+    const SlabSigns signs(b, kPanel);
+    TileProduct(grad, b, out, &signs.form(0, b.cols)).run();
+  } else {
+    TileProduct(grad, b, out, nullptr).run();
+  }
   return out;
 }
 

@@ -69,6 +69,10 @@ struct SignColumns {
   int64_t rows;
 };
 
+// Rows first … first + rows − 1 of s·σ, densely, in float32 or a half type.
+BK_DECLARE(void expand_signs(const SignColumns& signs, int64_t first, int64_t rows, int64_t cols, float s, DType dtype,
+                             void* to))
+
 // Rows of dY in a tile, and bytes of all its digits.
 BK_DECLARE_PRODUCT(int64_t tile_rows(int bytes))
 BK_DECLARE_PRODUCT(int64_t digit_bytes(int64_t rows, int64_t depth, int bytes))

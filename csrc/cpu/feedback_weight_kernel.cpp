@@ -10,6 +10,7 @@
 #include "bits.h"
 #include "convert.h"
 #include "draw.h"
+#include "feedback_mm.h"
 #include "feedback_weight.h"
 #include "strided.h"
 
@@ -316,7 +317,39 @@ void form_run(const FeedbackParams& p, int64_t row, int64_t first, int64_t n, vo
   }
 }
 
+template <typename T, typename U>
+void expand(const SignColumns& signs, int64_t first, int64_t rows, int64_t cols, float scale, U* to) {
+  constexpr U kSign = static_cast<U>(U(1) << (8 * sizeof(U) - 1));
+  T rounded;
+  round_to(scale, rounded);
+  U s;
+  __builtin_memcpy(&s, &rounded, sizeof s);
+  for (int64_t row = first; row < first + rows; ++row, to += cols) {
+    for (int64_t t = 0; t < cols; t += 32) {
+      const int64_t word = t / 32, n = cols - t < 32 ? cols - t : 32;
+      const bool zeros = signs.zeros[word * (signs.rows / kTileRows) + row / kTileRows];
+      const uint32_t negative = static_cast<uint32_t>(signs.negative[word * signs.rows + row]);
+      const uint32_t nonzero = zeros ? static_cast<uint32_t>(signs.nonzero[word * signs.rows + row]) : ~0u;
+      for (int64_t l = 0; l < n; ++l) {
+        const U entry = static_cast<U>(s ^ (negative & kBit[l] ? kSign : U(0)));
+        to[t + l] = nonzero & kBit[l] ? entry : static_cast<U>(s & kSign);
+      }
+    }
+  }
+}
+
 }  // namespace
+
+void expand_signs(const SignColumns& signs, int64_t first, int64_t rows, int64_t cols, float s, DType dtype, void* to) {
+  switch (dtype) {
+    case DType::BFloat16:
+      return expand<BF16>(signs, first, rows, cols, s, static_cast<uint16_t*>(to));
+    case DType::Float16:
+      return expand<FP16>(signs, first, rows, cols, s, static_cast<uint16_t*>(to));
+    default:
+      return expand<float>(signs, first, rows, cols, s, static_cast<uint32_t*>(to));
+  }
+}
 
 void feedback_run(const FeedbackParams& p, int64_t row, int64_t first, int64_t n, void* out) {
   if (by_bits(p)) {
