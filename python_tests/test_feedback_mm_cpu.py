@@ -175,6 +175,21 @@ def test_shapes(dtype: torch.dtype) -> None:
             assert ((actual.double() - expected).abs() <= allowed)[finite].all(), (m, k, n)
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_large_entries_that_do_not_reach_a_result(dtype: torch.dtype, way: str) -> None:
+    """They meet zeros, or cancel: what is left has the rounding of what is left."""
+    for k, large in ((257, 12000), (40, 12000), (4096, 60000)):
+        g = torch.from_numpy(draws(k, 64, k)).to(dtype)
+        w = torch.from_numpy(draws(k + 1, k, 66)).float()
+        g[:, 0], w[0] = large, 0
+        g[:, 1], g[:, 2], w[1:3] = large, -large, 1
+        wanted = g.double() @ w.sign().double()
+        found = by(way, g, w, None, None, None, "constant", 1.0, 66)
+        lost = (found.double() - wanted).norm() / wanted.norm()
+        assert lost <= torch.finfo(dtype).eps, (k, lost)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_half_types_by_tables(dtype: torch.dtype) -> None:
     """float32's sums of the same numbers, rounded once; s is what a B of the half type would hold."""

@@ -28,11 +28,27 @@ def test_frozen_signs_gives_the_same_gradients(rule: str) -> None:
 def test_frozen_signs_holds_the_signs_it_began_with() -> None:
     layer = bk.nn.Linear(6, 5, feedback=bk.SignSymmetry(scale=1.0))
     signs = layer.weight.detach().sign()
-    with bk.frozen_signs(layer):
+    written = r"the weight of Linear\(.*\) was written in the block: step the optimizer"
+    with pytest.raises(RuntimeError, match=written), bk.frozen_signs(layer):
         with torch.no_grad():
             layer.weight.neg_()
         assert torch.equal(layer.feedback_matrix(), signs)
     assert torch.equal(layer.feedback_matrix(), -signs)
+
+
+@pytest.mark.parametrize("change", ["step", "load"])
+def test_frozen_signs_says_that_weights_were_written(change: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    bk.convert_(model, "usf")
+    optimizer, state = torch.optim.Adam(model.parameters()), {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="frozen_signs: the weight of"), bk.frozen_signs(model):
+        model(torch.randn(3, 6)).sum().backward()
+        if change == "step":
+            optimizer.step()
+        else:
+            model.load_state_dict(state)
+    with bk.frozen_signs(model):
+        optimizer.zero_grad()
 
 
 def test_frozen_signs_nested_raises_and_the_outer_block_goes_on() -> None:

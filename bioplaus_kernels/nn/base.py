@@ -15,7 +15,7 @@ from ..backends.reference import checks
 from ..feedback import BACKPROP, Fans, Operands, Record, Rule, State, as_rule, encode, fill, weight_rms, whole
 from ..functional import CUT, captured, formed, needs_feedback
 from .agree import mean_over_ranks
-from .held import FrozenSigns
+from .held import FrozenSigns, version_of
 from .in_forward import in_forward
 from .state import StatefulLayer
 
@@ -181,19 +181,29 @@ def frozen_signs(model: torch.nn.Module) -> Iterator[None]:
     """Pack the signs of every weight of `model` once, for all forward and backward calls in the block.
 
     For gradient accumulation: no optimizer step inside, since the block keeps the signs it began with. Layers whose
-    rule does not take its signs from W are unaffected. Raises RuntimeError for a block within a block, TypeError for a
-    model that is no torch.nn.Module.
+    rule does not take its signs from W are unaffected. Raises RuntimeError for a block within a block, and at the end
+    of one in which such a weight was written; TypeError for a model that is no torch.nn.Module.
     """
     checks.module("model", model)
     layers = [m for m in model.modules() if isinstance(m, FeedbackLayer) and m.feedback.sign_of_weight]
     if nested := next((m for m in layers if m._frozen is not None), None):
         raise RuntimeError(f"frozen_signs: the signs of {nested} are frozen already")
+    versions = [
+        (layer, name, weight, version_of(weight))
+        for layer in layers
+        for name in layer._held
+        if (weight := layer._parameters.get(name)) is not None and layer._rule(name).sign_of_weight
+    ]
     try:
         for layer in layers:
             named = [name for name in layer._held if layer._rule(name).sign_of_weight]
             signs = {name: ops.pack_signs(whole(layer.weight_of(name)).detach()) for name in named}
             layer._frozen = FrozenSigns(signs)
         yield
+        for layer, name, weight, version in versions:
+            if version_of(weight) != version:
+                wanted = "step the optimizer, or load a state, after the block, which kept the signs that it began with"
+                raise RuntimeError(f"frozen_signs: the {name} of {layer} was written in the block: {wanted}")
     finally:
         for layer in layers:
             vars(layer).pop("_frozen", None)

@@ -90,11 +90,11 @@ inline const float* row_floats(const SignProduct& p, int64_t row, float* scratch
   }
 }
 
-// Of a row: Σq, where the operand is biased; of two bytes Σy² and Σ(y − q)² for y rounded to q, floats in 16 lanes in a
-// fixed order, so that every level comes to the same answer; where NORM, Σ⌊q/2²⁰⌋².
+// Of a row: Σq, where the operand is biased; of two bytes Σ|y| and Σ(y − q)² for y rounded to q, floats in 16 lanes in
+// a fixed order, so that every level comes to the same answer; where NORM, Σ⌊q/2²⁰⌋².
 #if defined(__AVX512VNNI__)
 struct Totals {
-  __m512 square = _mm512_setzero_ps();
+  __m512 size = _mm512_setzero_ps();
   __m512 lost = _mm512_setzero_ps();
   __m512i digits[4] = {};
   __m512i high = _mm512_setzero_si512();
@@ -115,14 +115,14 @@ void cut(const float* x, float up, float more, Digit* to, Totals& totals) {
   const __m512i carry = _mm512_set1_epi32(BYTES == 2 ? 0x80 : 0x808080);
   const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   __m512i q[4];
-  __m512 square[4], lost[4];
+  __m512 size[4], lost[4];
   for (int i = 0; i < 4; ++i) {
     const __m512 y =
         _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + 16 * i), _mm512_set1_ps(up)), _mm512_set1_ps(more));
     q[i] = _mm512_cvtps_epi32(y);
     if (BYTES == 2) {
       const __m512 r = _mm512_sub_ps(y, _mm512_cvtepi32_ps(q[i]));
-      square[i] = _mm512_mul_ps(y, y);
+      size[i] = _mm512_abs_ps(y);
       lost[i] = _mm512_mul_ps(r, r);
     }
     if (NORM) {
@@ -134,7 +134,7 @@ void cut(const float* x, float up, float more, Digit* to, Totals& totals) {
     q[i] = _mm512_shuffle_epi8(_mm512_xor_si512(_mm512_add_epi32(q[i], carry), carry), bytes);
   }
   for (int i = 0; BYTES == 2 && i < 4; i += 2) {
-    totals.square = _mm512_add_ps(totals.square, _mm512_add_ps(square[i], square[i + 1]));
+    totals.size = _mm512_add_ps(totals.size, _mm512_add_ps(size[i], size[i + 1]));
     totals.lost = _mm512_add_ps(totals.lost, _mm512_add_ps(lost[i], lost[i + 1]));
   }
   // Double words 4·lane + d hold digit d of four entries: a transposition.
@@ -159,7 +159,7 @@ void cut(const float* x, float up, float more, Digit* to, Totals& totals) {
 float in_order(const __m512& lanes, int l) { return reinterpret_cast<const float*>(&lanes)[l]; }
 #else
 struct Totals {
-  float square[16] = {};
+  float size[16] = {};
   float lost[16] = {};
   int64_t digits = 0;
   int64_t high = 0;
@@ -180,15 +180,15 @@ void cut(const float* x, float up, float more, Digit* to, Totals& totals) {
     q[t] = static_cast<int32_t>(__builtin_rintf(y[t]));
   }
   for (int b = 0; BYTES == 2 && b < kDepth; b += 32) {
-    float square[32];
+    float size[32];
     float lost[32];
     for (int t = 0; t < 32; ++t) {
       const float r = y[b + t] - static_cast<float>(q[b + t]);
-      square[t] = y[b + t] * y[b + t];
+      size[t] = __builtin_fabsf(y[b + t]);
       lost[t] = r * r;
     }
     for (int l = 0; l < 16; ++l) {
-      totals.square[l] += square[l] + square[l + 16];
+      totals.size[l] += size[l] + size[l + 16];
       totals.lost[l] += lost[l] + lost[l + 16];
     }
   }
@@ -281,16 +281,15 @@ void quantise_row(const SignProduct& p, const float* x, int8_t* to, FixedPoint& 
   if (BYTES == 4) {
     return;
   }
-  double square = 0;
+  double size = 0;
   double lost = 0;
   for (int l = 0; l < 16; ++l) {
-    square += static_cast<double>(in_order(totals.square, l));
+    size += static_cast<double>(in_order(totals.size, l));
     lost += static_cast<double>(in_order(totals.lost, l));
   }
-  // The errors of a row add up to about √lost; a rounding of the output is 2^-9 (bf16) or 2^-12 (fp16) of √square on
-  // average. An eighth and a quarter of that may be lost.
-  const double allowed = p.dtype == DType::BFloat16 ? 0x1p-24 : 0x1p-28;
-  fixed.lossy = !(lost <= allowed * square);
+  // The errors of a row add up to about √lost. What may be lost is 2^-14 of √K entries of mean size, not of the row's
+  // norm: that may be a few large entries', which a column can cancel or have zeros for.
+  fixed.lossy = !(lost * static_cast<double>(p.depth) <= 0x1p-28 * size * size);
 }
 
 }  // namespace

@@ -10,7 +10,8 @@
 // Rows of the activations are brought into the product's layout in a small cache of rows; there is no im2col tensor.
 //
 // Every output element is formed by one thread in an order that the geometry alone decides: the same bits for any
-// number of threads. In the input gradient a thread owns rows of the input, and visits the positions that reach them.
+// number of threads, with oneDNN's micro-kernel. In the input gradient a thread owns rows of the input, and visits the
+// positions that reach them.
 //
 // Roofline, float32: max(2·N operations per weight at the tile product's speed, 4 bytes per weight at memory
 // bandwidth); the weight gradient writes its 4 bytes into a fresh tensor, is bound by page faults there and asks for
