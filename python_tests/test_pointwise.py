@@ -178,8 +178,10 @@ def test_one_graph(kernel: int, dtype: torch.dtype) -> None:
     x = channels_last(torch.randn(2, 2 * IN, 3, 4, dtype=dtype)).requires_grad_()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     grads = [torch.autograd.grad(f(x).square().sum(), x)[0] for f in (layer, compiled)]
-    # The bits of our own product, which the vendor's would not have.
-    torch.testing.assert_close(*grads, rtol=0, atol=0)
+    if WAY == "tables":
+        # The bits of our own product, which the vendor's would not have.
+        assert torch.equal(*grads)
+    torch.testing.assert_close(*grads)
 
 
 def test_stored_feedback_is_not_copied() -> None:
