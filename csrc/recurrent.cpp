@@ -197,9 +197,30 @@ struct Plain {
 // Fewer units than this are not worth a second thread.
 constexpr int64_t kGrain = 4096;
 
-// Whether csrc/cpu/lstm_kernel.cpp has the pass.
-bool in_one_pass(const Tensor& x) {
-  return x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
+// Calls f with the element of csrc/cpu/lstm_kernel.cpp's pass for `dtype`.
+template <typename F>
+void with_element(at::ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case at::kFloat:
+      return f(float());
+    case at::kDouble:
+      return f(double());
+    case at::kBFloat16:
+      return f(BF16());
+    default:
+      TORCH_INTERNAL_ASSERT(dtype == at::kHalf);
+      return f(FP16());
+  }
+}
+
+template <typename T>
+const T* from(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+template <typename T>
+T* to(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
 }
 
 template <typename Params>
@@ -212,10 +233,9 @@ void over_rows(int64_t rows, const Params& p) {
 // contiguous.
 void lstm_step(const Tensor& g, const Tensor& before, const Tensor& c, const Tensor& out) {
   const int64_t u = c.size(1);
-  if (in_one_pass(g)) {
-    AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "recurrent_forward", [&] {
-      over_rows(g.size(0), LstmStep<scalar_t>{u, g.mutable_data_ptr<scalar_t>(), before.const_data_ptr<scalar_t>(),
-                                              c.mutable_data_ptr<scalar_t>(), out.mutable_data_ptr<scalar_t>()});
+  if (g.is_cpu()) {
+    with_element(g.scalar_type(), [&]<typename T>(T) {
+      over_rows(g.size(0), LstmStep<T>{u, to<T>(g), from<T>(before), to<T>(c), to<T>(out)});
     });
     return;
   }
@@ -331,7 +351,7 @@ Backward recurrent_backward(const Tensor& grad_output, const Tensor& grad_hidden
   // What multiplies each gate's gradient, and then the gradients themselves. GRU's are n's of the hidden state, r, z
   // and n's of the input, so that the hidden state's and the input's lie together each.
   Tensor d = at::empty({l.rows, lstm || gru ? 4 : 1, u}, output.options());
-  const bool one_pass = lstm && in_one_pass(output);
+  const bool one_pass = lstm && output.is_cpu();
   const Tensor g = lstm || gru ? gates.reshape({l.rows, 4, u}).contiguous() : Tensor();
   const auto gate = [&](int64_t k) { return g.select(1, k); };
   const auto factor = [&](int64_t k) { return d.select(1, k); };
@@ -385,12 +405,9 @@ Backward recurrent_backward(const Tensor& grad_output, const Tensor& grad_hidden
         by_projection.run(out, dh_t);
       }
       if (one_pass) {
-        AT_DISPATCH_FLOATING_TYPES(output.scalar_type(), "recurrent_backward", [&] {
-          const auto from = [&, start = start](const Tensor& x) {
-            return x.const_data_ptr<scalar_t>() + start * x.stride(0);
-          };
-          over_rows(rows, LstmStepBack<scalar_t>{u, from(g), from(c_before), from(c), out.const_data_ptr<scalar_t>(),
-                                                 dc.mutable_data_ptr<scalar_t>(), d_t.mutable_data_ptr<scalar_t>()});
+        with_element(output.scalar_type(), [&, start = start]<typename T>(T) {
+          const auto at = [&](const Tensor& x) { return from<T>(x) + start * x.stride(0); };
+          over_rows(rows, LstmStepBack<T>{u, at(g), at(c_before), at(c), from<T>(out), to<T>(dc), to<T>(d_t)});
         });
       } else {
         Tensor dc_t = first(dc, rows);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "convert.h"
 #include "level.h"
 
 namespace bioplaus {
@@ -28,7 +29,7 @@ struct LstmStepBack {
   T* grad_gates;
 };
 
-// Rows begin … end − 1, forward of LstmStep, backward of LstmStepBack, each of float or double.
+// Rows begin … end − 1, forward of LstmStep, backward of LstmStepBack, each of float, double, BF16 or FP16.
 BK_DECLARE(template <typename Params> void lstm_step(const Params& p, int64_t begin, int64_t end))
 
 }  // namespace bioplaus

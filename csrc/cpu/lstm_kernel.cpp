@@ -3,6 +3,7 @@
 // Roofline: arithmetic. An exponential, and with it a division, for each of three sigmoids and two tanh a unit, about
 // 25 operations on vectors each; ten numbers a unit are read or written, most of them in the caches. The share reached:
 // `python -m bench run --op recurrent`.
+// Half types are widened, and what is kept of them rounded.
 #include "lstm.h"
 
 namespace bioplaus {
@@ -85,12 +86,14 @@ void step(const LstmStep<T>& p, int64_t begin, int64_t end) {
     T *c = p.cells + row * u, *out = p.output + row * u;
 #pragma omp simd
     for (int64_t k = 0; k < u; ++k) {
-      i[k] = sigmoid(i[k]);
-      f[k] = sigmoid(f[k]);
-      g[k] = tanh(g[k]);
-      o[k] = sigmoid(o[k]);
-      c[k] = f[k] * before[k] + i[k] * g[k];
-      out[k] = o[k] * tanh(c[k]);
+      const auto in = sigmoid(to_float(i[k])), keep = sigmoid(to_float(f[k])), proposed = tanh(to_float(g[k]));
+      const auto open = sigmoid(to_float(o[k])), cell = keep * to_float(before[k]) + in * proposed;
+      round_to(in, i[k]);
+      round_to(keep, f[k]);
+      round_to(proposed, g[k]);
+      round_to(open, o[k]);
+      round_to(cell, c[k]);
+      round_to(open * tanh(cell), out[k]);
     }
   }
 }
@@ -106,12 +109,14 @@ void step(const LstmStepBack<T>& p, int64_t begin, int64_t end) {
     T *df = di + u, *dg = df + u, *d_o = dg + u;
 #pragma omp simd
     for (int64_t k = 0; k < u; ++k) {
-      const T squashed = tanh(c[k]), along = dc[k] + grad[k] * o[k] * (1 - squashed * squashed);
-      di[k] = along * g[k] * i[k] * (1 - i[k]);
-      df[k] = along * before[k] * f[k] * (1 - f[k]);
-      dg[k] = along * i[k] * (1 - g[k] * g[k]);
-      d_o[k] = grad[k] * squashed * o[k] * (1 - o[k]);
-      dc[k] = along * f[k];
+      const auto in = to_float(i[k]), keep = to_float(f[k]), proposed = to_float(g[k]), open = to_float(o[k]);
+      const auto out = to_float(grad[k]), squashed = tanh(to_float(c[k]));
+      const auto along = to_float(dc[k]) + out * open * (1 - squashed * squashed);
+      round_to(along * proposed * in * (1 - in), di[k]);
+      round_to(along * to_float(before[k]) * keep * (1 - keep), df[k]);
+      round_to(along * in * (1 - proposed * proposed), dg[k]);
+      round_to(out * squashed * open * (1 - open), d_o[k]);
+      round_to(along * keep, dc[k]);
     }
   }
 }
@@ -124,8 +129,12 @@ void lstm_step(const Params& p, int64_t begin, int64_t end) {
 }
 template void lstm_step(const LstmStep<float>&, int64_t, int64_t);
 template void lstm_step(const LstmStep<double>&, int64_t, int64_t);
+template void lstm_step(const LstmStep<BF16>&, int64_t, int64_t);
+template void lstm_step(const LstmStep<FP16>&, int64_t, int64_t);
 template void lstm_step(const LstmStepBack<float>&, int64_t, int64_t);
 template void lstm_step(const LstmStepBack<double>&, int64_t, int64_t);
+template void lstm_step(const LstmStepBack<BF16>&, int64_t, int64_t);
+template void lstm_step(const LstmStepBack<FP16>&, int64_t, int64_t);
 
 }  // namespace BK_LEVEL
 }  // namespace bioplaus
