@@ -19,22 +19,23 @@ SIZES = ((100, 32, 256), (50, 16, 64), (100, 1, 128))
 
 @register("recurrent")
 def cases() -> Iterator[Case]:
-    """One layer of LSTM, GRU and RNN, as many inputs as units; --quick keeps the smallest."""
+    """One layer of LSTM, GRU and RNN, as many inputs as units; --quick keeps the smallest in float32."""
     for name in ("LSTM", "GRU", "RNN"):
         for steps, batch, units in SIZES:
             label = f"{name} T={steps} N={batch} H={units} forward + backward"
             make = partial(build, name=name, steps=steps, batch=batch, units=units)
             yield Case("recurrent", label, make, quick=(steps, batch) == (100, 1))
+            yield Case("recurrent", f"{label} bfloat16", partial(make, dtype=torch.bfloat16))
 
 
-def build(device: Device, name: str, steps: int, batch: int, units: int) -> Bench:
+def build(device: Device, name: str, steps: int, batch: int, units: int, dtype: torch.dtype = torch.float32) -> Bench:
     """All gradients, of the input too; the gate is the input's gradient."""
     torch.manual_seed(0)
-    plain: Any = getattr(torch.nn, name)(units, units)
-    x, g = torch.randn(steps, batch, units), torch.randn(steps, batch, units)
+    plain: Any = getattr(torch.nn, name)(units, units, dtype=dtype)
+    x, g = torch.randn(2, steps, batch, units).to(dtype)
 
     def layer(rule: Any) -> Any:
-        ours = getattr(bk.nn, name)(units, units, feedback=rule)
+        ours = getattr(bk.nn, name)(units, units, feedback=rule, dtype=dtype)
         ours.load_state_dict(plain.state_dict(), strict=False)
         return ours
 
@@ -43,12 +44,12 @@ def build(device: Device, name: str, steps: int, batch: int, units: int) -> Benc
         return lambda: torch.autograd.grad(module(wanted[0])[0], wanted, g)
 
     layers = {f"bioplaus, {rule}": layer(rule) for rule in ("usf", "fa")}
-    loop = _Loop(layer("fa"))
+    loop = _Loop(layer("fa"), dtype)
     variants = {"torch.nn": run(plain)} | {n: run(m) for n, m in layers.items()} | {"Python loop, fa": run(loop)}
 
     def error(module: torch.nn.Module) -> float:
-        # B in W's place everywhere, in float64, by the loop; the bound is of the loop in float32.
-        loops = [_Loop(module), _Loop(module, torch.float64)]
+        # B in W's place everywhere, in float64, by the loop; the bound is of the loop in the layer's dtype.
+        loops = [_Loop(module, dtype), _Loop(module, torch.float64)]
         torchs, exact = (run(m, x.to(m.dtype), g.to(m.dtype))()[0] for m in loops)
         return relative_gate(run(module)()[0], exact, torchs)
 
@@ -58,7 +59,7 @@ def build(device: Device, name: str, steps: int, batch: int, units: int) -> Benc
 class _Loop(torch.nn.Module):
     """The layer as a cell in a loop, each product a Linear with the same B."""
 
-    def __init__(self, layer: Any, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.mode, self.units, self.dtype = layer.mode, layer.hidden_size, dtype
         for part in ("ih", "hh"):
