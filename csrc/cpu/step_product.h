@@ -1,7 +1,8 @@
 // Products by one right operand, again and again: those of a recurrent layer's steps.
 //
 // In float32 on the CPU the operand is copied once into panels of columns, which oneDNN's micro-kernel reads from end
-// to end. The BLAS library packs it anew for every product of several rows.
+// to end. The BLAS library packs it anew for every product of several rows. So are, widened, small ones of half types,
+// of which calls are most of the time, and any of one that the processor does not multiply itself.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -24,9 +25,11 @@ class StepProduct {
   StepProduct(const at::Tensor& right, int64_t most, int64_t rows) : right_(right) {
     // A single row is multiplied from where the operand lies: there the copy saves less, of a small one.
     const int64_t least = right.numel() > kLarge ? kManyRows : kSomeRows;
-    if (right.is_cpu() && right.scalar_type() == at::kFloat && right.numel() > 0 && rows > most && rows >= least &&
-        (most > 1 || right.numel() <= kSmall) && gemm_in_order()) {
-      copy();
+    const at::ScalarType dtype = right.scalar_type();
+    const bool small = right.numel() <= kSmall, slow = dtype == at::kFloat || !half_units(dtype);
+    if (right.is_cpu() && dtype != at::kDouble && right.numel() > 0 && rows > most && rows >= least &&
+        (small || (slow && most > 1)) && gemm_in_order()) {
+      copy(right.to(at::kFloat));
     }
   }
 
@@ -36,17 +39,52 @@ class StepProduct {
       plus.defined() ? at::addmm_out(out, plus, left, right_) : at::mm_out(out, left, right_);
       return;
     }
-    if (plus.defined() && !plus.is_same(out)) {
-      out.copy_(plus);
-    }
     const bool add = plus.defined();
-    const int64_t rows = out.size(0), depth = right_.size(0), cols = right_.size(1), panels = panels_.size(0);
+    const int64_t rows = out.size(0), depth = right_.size(0), cols = right_.size(1);
+    if (out.scalar_type() == at::kFloat) {
+      if (add && !plus.is_same(out)) {
+        out.copy_(plus);
+      }
+      multiply(left, rows, out.mutable_data_ptr<float>(), add);
+      return;
+    }
+    const at::Tensor wide = at::empty({rows, depth}, out.options().dtype(at::kFloat));
+    const at::Tensor x = left.stride(1) == 1 ? left : left.contiguous();
+    const DType dtype = to_dtype("left", out.scalar_type());
+    copy_rows(wide.mutable_data_ptr(), DType::Float32, depth, x.const_data_ptr(), dtype, x.stride(0), rows, depth);
+    const Buffer<float> sums(rows * cols);
+    if (add) {
+      const at::Tensor y = plus.contiguous();
+      copy_rows(sums.get(), DType::Float32, cols, y.const_data_ptr(), dtype, y.dim() > 1 ? cols : 0, rows, cols);
+    }
+    multiply(wide, rows, sums.get(), add);
+    copy_rows(out.mutable_data_ptr(), dtype, cols, sums.get(), DType::Float32, cols, rows, cols);
+  }
+
+ private:
+  static constexpr int64_t kColumns = 64;
+  static constexpr int64_t kDepth = 128;
+  static constexpr int64_t kRows = 32;
+  static constexpr int64_t kFewRows = 8;
+  // What one thread is given at least: multiply-adds, and elements to copy.
+  static constexpr int64_t kGrain = int64_t{1} << 18;
+  static constexpr int64_t kCopyGrain = int64_t{1} << 15;
+  // Rows in all from which the copy is worth it, of an operand whose copy is memory fresh from the system more.
+  static constexpr int64_t kSomeRows = 64;
+  static constexpr int64_t kManyRows = 256;
+  static constexpr int64_t kLarge = int64_t{1} << 23;
+  static constexpr int64_t kSmall = int64_t{1} << 17;
+  // Terms of a column that are copied at once where they are adjacent: those of a cache line.
+  static constexpr int64_t kTerms = 16;
+
+  // c (rows, N) = left · right, or + where `add`.
+  void multiply(const at::Tensor& left, int64_t rows, float* c, bool add) const {
+    const int64_t depth = right_.size(0), cols = right_.size(1), panels = panels_.size(0);
     // Every distance from row to row is a kernel of its own, and must be within 32 bits.
     const bool near = left.stride(0) >= depth && left.stride(0) <= 2 * depth;
     const at::Tensor dense = left.stride(1) == 1 && near ? left : left.contiguous();
     const int64_t ld = rows > 1 ? dense.stride(0) : depth;
     const float* a = dense.const_data_ptr<float>();
-    float* c = out.mutable_data_ptr<float>();
     const int64_t parts = std::clamp<int64_t>(at::get_num_threads() / panels, 1, divide_up(rows, kFewRows));
     const int64_t step = divide_up(rows, parts);
     const int64_t grain = std::max<int64_t>(1, kGrain / (step * depth * kColumns));
@@ -66,29 +104,13 @@ class StepProduct {
     });
   }
 
- private:
-  static constexpr int64_t kColumns = 64;
-  static constexpr int64_t kDepth = 128;
-  static constexpr int64_t kRows = 32;
-  static constexpr int64_t kFewRows = 8;
-  // What one thread is given at least: multiply-adds, and elements to copy.
-  static constexpr int64_t kGrain = int64_t{1} << 18;
-  static constexpr int64_t kCopyGrain = int64_t{1} << 15;
-  // Rows in all from which the copy is worth it, of an operand whose copy is memory fresh from the system more.
-  static constexpr int64_t kSomeRows = 64;
-  static constexpr int64_t kManyRows = 256;
-  static constexpr int64_t kLarge = int64_t{1} << 23;
-  static constexpr int64_t kSmall = int64_t{1} << 17;
-  // Terms of a column that are copied at once where they are adjacent: those of a cache line.
-  static constexpr int64_t kTerms = 16;
-
   // Columns beyond the last are left as they are: no kernel reads them.
-  void copy() {
-    const int64_t depth = right_.size(0), cols = right_.size(1), panels = divide_up(cols, kColumns);
-    panels_ = at::empty({panels, depth, kColumns}, right_.options());
-    const float* from = right_.const_data_ptr<float>();
+  void copy(const at::Tensor& right) {
+    const int64_t depth = right.size(0), cols = right.size(1), panels = divide_up(cols, kColumns);
+    panels_ = at::empty({panels, depth, kColumns}, right.options());
+    const float* from = right.const_data_ptr<float>();
     float* to = panels_.mutable_data_ptr<float>();
-    const int64_t down = right_.stride(0), across = right_.stride(1);
+    const int64_t down = right.stride(0), across = right.stride(1);
     at::parallel_for(0, panels, divide_up(kCopyGrain, depth * kColumns), [&](int64_t begin, int64_t end) {
       for (int64_t first = begin * kColumns; first < std::min(end * kColumns, cols); first += kColumns) {
         const int64_t n = std::min(kColumns, cols - first);
