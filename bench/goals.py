@@ -83,7 +83,9 @@ def _step(result: Result, case: str, variants: Iterable[str], state: str = "") -
 
 
 def _lstm(result: Result) -> float | None:
-    found = [rows for case, rows in cases(result, "recurrent").items() if re.match("LSTM((?!bfloat16).)*$", case)]
+    found = [
+        rows for case, rows in cases(result, "recurrent").items() if case.startswith("LSTM") and "bfloat16" not in case
+    ]
     ours = ("bioplaus, usf", "bioplaus, fa")
     return max((rows[way]["ratio"] for rows in found for way in ours if way in rows), default=None)
 

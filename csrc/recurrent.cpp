@@ -6,7 +6,7 @@
 // The backward forms what multiplies each gate's gradient for all steps at once, before its loop, which is left with
 // one product, by B in the weight's place, and three or four pointwise operators a step. The weights' gradients are one
 // product each after it. What is pointwise in an LSTM is one pass on the CPU, where calls of nine operators a step are
-// as long as its product in small layers; float32's products there are those of cpu/step_product.h.
+// as long as its product in small layers; products there are those of cpu/step_product.h.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
@@ -405,7 +405,7 @@ Backward recurrent_backward(const Tensor& grad_output, const Tensor& grad_hidden
         by_projection.run(out, dh_t);
       }
       if (one_pass) {
-        with_element(output.scalar_type(), [&, start = start]<typename T>(T) {
+        with_element(output.scalar_type(), [&, start = start, rows = rows]<typename T>(T) {
           const auto at = [&](const Tensor& x) { return from<T>(x) + start * x.stride(0); };
           over_rows(rows, LstmStepBack<T>{u, at(g), at(c_before), at(c), from<T>(out), to<T>(dc), to<T>(d_t)});
         });

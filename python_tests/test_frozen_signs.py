@@ -28,27 +28,37 @@ def test_frozen_signs_gives_the_same_gradients(rule: str) -> None:
 def test_frozen_signs_holds_the_signs_it_began_with() -> None:
     layer = bk.nn.Linear(6, 5, feedback=bk.SignSymmetry(scale=1.0))
     signs = layer.weight.detach().sign()
-    written = r"the weight of Linear\(.*\) was written in the block: step the optimizer"
-    with pytest.raises(RuntimeError, match=written), bk.frozen_signs(layer):
+    changed = r"signs of the weight of Linear\(.*\) changed in the block: step the optimizer"
+    with pytest.raises(RuntimeError, match=changed), bk.frozen_signs(layer):
         with torch.no_grad():
             layer.weight.neg_()
         assert torch.equal(layer.feedback_matrix(), signs)
     assert torch.equal(layer.feedback_matrix(), -signs)
 
 
-@pytest.mark.parametrize("change", ["step", "load"])
-def test_frozen_signs_says_that_weights_were_written(change: str) -> None:
+@pytest.mark.parametrize("change", ["step", "load", "assign"])
+def test_frozen_signs_says_that_signs_changed(change: str) -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
     bk.convert_(model, "usf")
-    optimizer, state = torch.optim.Adam(model.parameters()), {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match="frozen_signs: the weight of"), bk.frozen_signs(model):
+    optimizer, state = torch.optim.SGD(model.parameters(), lr=100), {k: -v for k, v in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="frozen_signs: signs of the weight of"), bk.frozen_signs(model):
         model(torch.randn(3, 6)).sum().backward()
         if change == "step":
             optimizer.step()
         else:
-            model.load_state_dict(state)
+            model.load_state_dict(
+                {k: v for k, v in state.items() if "weight" in k}, strict=False, assign=change == "assign"
+            )
     with bk.frozen_signs(model):
         optimizer.zero_grad()
+
+
+def test_frozen_signs_lets_a_weight_be_scaled() -> None:
+    """As an embedding with max_norm, whose weight the last layer shares, does in its forward."""
+    embedding, last = nn.Embedding(7, 5, max_norm=0.1), bk.nn.Linear(5, 7, bias=False, feedback="usf")
+    last.weight = embedding.weight
+    with bk.frozen_signs(last):
+        last(embedding(torch.arange(7)).detach().requires_grad_()).sum().backward()
 
 
 def test_frozen_signs_nested_raises_and_the_outer_block_goes_on() -> None:

@@ -182,7 +182,8 @@ def frozen_signs(model: torch.nn.Module) -> Iterator[None]:
 
     For gradient accumulation: no optimizer step inside, since the block keeps the signs it began with. Layers whose
     rule does not take its signs from W are unaffected. Raises RuntimeError for a block within a block, and at the end
-    of one in which such a weight was written; TypeError for a model that is no torch.nn.Module.
+    of one in which the signs of a Parameter changed, by writes that torch counts (`.data`'s are not) or another one in
+    its place; TypeError for a model that is no torch.nn.Module.
     """
     checks.module("model", model)
     layers = [m for m in model.modules() if isinstance(m, FeedbackLayer) and m.feedback.sign_of_weight]
@@ -201,9 +202,12 @@ def frozen_signs(model: torch.nn.Module) -> Iterator[None]:
             layer._frozen = FrozenSigns(signs)
         yield
         for layer, name, weight, version in versions:
-            if version_of(weight) != version:
+            now, frozen = layer._parameters.get(name), vars(layer).get("_frozen")
+            if now is None or frozen is None or (now is weight and version_of(now) == version):
+                continue
+            if not torch.equal(ops.pack_signs(whole(now).detach()), frozen.signs[name]):
                 wanted = "step the optimizer, or load a state, after the block, which kept the signs that it began with"
-                raise RuntimeError(f"frozen_signs: the {name} of {layer} was written in the block: {wanted}")
+                raise RuntimeError(f"frozen_signs: signs of the {name} of {layer} changed in the block: {wanted}")
     finally:
         for layer in layers:
             vars(layer).pop("_frozen", None)

@@ -1,5 +1,5 @@
 // Half types on the CPU, as bits: conversions to and from float by integer arithmetic, which every level vectorises.
-// Round to nearest even, subnormals kept, NaN stays NaN. For *_kernel.cpp files.
+// Round to nearest even, subnormals kept, NaN stays NaN. The functions are for *_kernel.cpp files.
 #pragma once
 
 #include "../common/philox.h"

@@ -287,6 +287,7 @@ class TileProduct {
         half_(dtype_ != at::kFloat),
         native_(half_ && half_gemm_available(dtype_)),
         grad_(in_pairs(readable(grad), native_)),
+        ld_(grad_.size(0) > 1 ? grad_.stride(0) : grad_.size(1)),
         out_(static_cast<char*>(out.mutable_data_ptr())),
         rows_(grad.size(0)),
         in_order_(gemm_in_order()),
@@ -365,17 +366,17 @@ class TileProduct {
       }
       for (int64_t i = 0; i < rows; i += kRowBlock) {
         const int64_t m = std::min(kRowBlock, rows - i);
-        const char* a = static_cast<const char*>(grad_.const_data_ptr()) + ((row + i) * grad_.stride(0) + k) * element;
+        const char* a = static_cast<const char*>(grad_.const_data_ptr()) + ((row + i) * ld_ + k) * element;
         float* c = sums + i * ld;
         if (native_) {
-          half_gemm(dtype_, m, cols, divide_up(depth, 2) * 2, reinterpret_cast<const uint16_t*>(a), grad_.stride(0),
-                    w.packed.get(), cols, c, ld, k > 0);
+          half_gemm(dtype_, m, cols, divide_up(depth, 2) * 2, reinterpret_cast<const uint16_t*>(a), ld_, w.packed.get(),
+                    cols, c, ld, k > 0);
         } else if (half_) {
-          widen(a, grad_.stride(0), m, depth, w.wide_grad.get());
+          widen(a, ld_, m, depth, w.wide_grad.get());
           gemm(m, cols, depth, w.wide_grad.get(), depth, w.wide_tile.get(), cols, c, ld, k > 0);
         } else {
           for (int64_t l = 0; l < depth; l += terms_) {
-            gemm(m, cols, std::min(terms_, depth - l), reinterpret_cast<const float*>(a) + l, grad_.stride(0),
+            gemm(m, cols, std::min(terms_, depth - l), reinterpret_cast<const float*>(a) + l, ld_,
                  reinterpret_cast<const float*>(w.tile.get()) + l * cols, cols, c, ld, k + l > 0);
           }
         }
@@ -396,6 +397,7 @@ class TileProduct {
   bool half_;
   bool native_;
   at::Tensor grad_;
+  int64_t ld_;  // of one row its stride says nothing
   char* out_;
   int64_t rows_;
   bool in_order_;

@@ -20,7 +20,7 @@ constexpr int64_t kMaxDepth = int64_t{1} << 20;
 struct FixedPoint {
   double unit;  // value of the last place; NaN marks a row that holds an infinity or a NaN
   double sum;   // of the row's entries, in units
-  bool lossy;   // two bytes lose more than a rounding of the output
+  bool lossy;   // two bytes lose too much
 };
 
 struct SignProduct {

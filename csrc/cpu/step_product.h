@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "../common/checks.h"
 #include "buffer.h"
 #include "gemm.h"
 
@@ -26,9 +27,12 @@ class StepProduct {
     // A single row is multiplied from where the operand lies: there the copy saves less, of a small one.
     const int64_t least = right.numel() > kLarge ? kManyRows : kSomeRows;
     const at::ScalarType dtype = right.scalar_type();
-    const bool small = right.numel() <= kSmall, slow = dtype == at::kFloat || !half_units(dtype);
-    if (right.is_cpu() && dtype != at::kDouble && right.numel() > 0 && rows > most && rows >= least &&
-        (small || (slow && most > 1)) && gemm_in_order()) {
+    if (!right.is_cpu() || dtype == at::kDouble || right.numel() == 0 || rows <= most || rows < least ||
+        !gemm_in_order()) {
+      return;
+    }
+    const bool small = right.numel() <= kSmall;
+    if (dtype == at::kFloat || !half_units(dtype) ? small || most > 1 : most * right.numel() <= kCall) {
       copy(right.to(at::kFloat));
     }
   }
@@ -74,6 +78,8 @@ class StepProduct {
   static constexpr int64_t kManyRows = 256;
   static constexpr int64_t kLarge = int64_t{1} << 23;
   static constexpr int64_t kSmall = int64_t{1} << 17;
+  // Multiply-adds of a half type's product that take no longer than its call.
+  static constexpr int64_t kCall = int64_t{1} << 21;
   // Terms of a column that are copied at once where they are adjacent: those of a cache line.
   static constexpr int64_t kTerms = 16;
 
