@@ -189,15 +189,12 @@ def frozen_signs(model: torch.nn.Module) -> Iterator[None]:
     layers = [m for m in model.modules() if isinstance(m, FeedbackLayer) and m.feedback.sign_of_weight]
     if nested := next((m for m in layers if m._frozen is not None), None):
         raise RuntimeError(f"frozen_signs: the signs of {nested} are frozen already")
-    versions = [
-        (layer, name, weight, version_of(weight))
-        for layer in layers
-        for name in layer._held
-        if (weight := layer._parameters.get(name)) is not None and layer._rule(name).sign_of_weight
-    ]
+    versions = []
     try:
         for layer in layers:
             named = [name for name in layer._held if layer._rule(name).sign_of_weight]
+            parameters = [(name, layer._parameters.get(name)) for name in named]
+            versions += [(layer, name, w, version_of(w)) for name, w in parameters if w is not None]
             signs = {name: ops.pack_signs(whole(layer.weight_of(name)).detach()) for name in named}
             layer._frozen = FrozenSigns(signs)
         yield
