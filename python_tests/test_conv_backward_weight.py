@@ -44,7 +44,7 @@ def test_against_float64(shape: Sequence, samples: int, dtype: torch.dtype, last
 
 
 @needs_library
-@pytest.mark.skipif(native.product_level() in ("", "DEFAULT", "AMX"), reason="the vendor's")
+@pytest.mark.skipif(native.product_level() in ("", "DEFAULT"), reason="the vendor's")
 @pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: str(dtype)[6:])
 def test_half_types_are_float32_rounded_once(dtype: torch.dtype) -> None:
     grad, x, *rest = operands(MANY, 3, dtype)

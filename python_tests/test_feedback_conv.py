@@ -163,6 +163,27 @@ def test_what_is_for_tables() -> None:
 
 
 @needs_library
+@pytest.mark.skipif(native.product_level() != "AMX", reason="no tile units")
+@pytest.mark.parametrize(
+    ("out", "channels", "kernel", "size", "way"),
+    [
+        (128, 128, 3, 4, "digits"),
+        (256, 64, 3, 5, "digits"),
+        (128, 64, 3, 4, "tables"),
+        (512, 32, 3, 4, "tables"),
+        (128, 128, 3, 3, "tables"),
+        (128, 128, 1, 4, "tables"),
+    ],
+)
+def test_the_way_on_tile_units(out: int, channels: int, kernel: int, size: int, way: str) -> None:
+    grad, weight, rest = problem((out, channels, [kernel] * 2, [size] * 2, (1, 1), [kernel // 2] * 2, (1, 1)))
+    arguments = grad, weight, None, None, None, "constant", 0.25, *rest
+    ways = {name: torch.ops.bioplaus.feedback_conv_by(*arguments, name) for name in ("digits", "tables")}
+    assert not torch.equal(*ways.values())
+    assert torch.equal(ops.feedback_conv(*arguments), ways[way])
+
+
+@needs_library
 def test_many_zeros_are_not_for_tables() -> None:
     """Pruned: the same bits as B formed and torch's convolution. One in 4,096, and one more, is not many."""
     grad, weight, geometry = problem(SHAPES[0])

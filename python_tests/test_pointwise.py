@@ -1,9 +1,8 @@
 """Convolutions whose backward is not the vendor's with a B formed for it: digits, tables, a stored B, few pixels.
 
-Fed back by ±s. On tile units, in float32, a large 1x1 one that is channels-last is a feedback_mm, a larger kernel of
-64 channels and more a feedback_conv; on other AVX-512 and AVX2 the same from 64 channels on (larger kernels from 32),
-and a feedback_conv also a 1x1 one that is not channels-last, or is strided or padded. There half types are too, from
-more channels on where the processor multiplies them itself.
+Fed back by ±s from AVX2 on. A 1x1 one of 64 channels and more that is channels-last is a feedback_mm, on tile units
+from more on; else, and where the kernel is larger and has 32 channels, it is a feedback_conv. Half types are too where
+there are no tile units, from more channels on where the processor multiplies them itself.
 """
 
 import os
@@ -19,8 +18,7 @@ from bioplaus_kernels.backends import native
 
 OUT, IN = 256, 128
 LEVEL = native.product_level()
-WAY = "digits" if LEVEL == "AMX" else "tables" if LEVEL.startswith("AVX") else ""
-WINDOW = 32 if LEVEL.startswith("AVX") else 64
+OURS, TILES = LEVEL not in ("", "DEFAULT"), LEVEL == "AMX"
 RULES = ["usf", bk.FeedbackAlignment(entries="constant"), "fa_signed_init"]
 
 
@@ -54,21 +52,22 @@ def channels_last(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("d", [1, 2, 3])
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
-def test_input_gradient(d: int, rule: object, trained: bool) -> None:
-    layer = getattr(bk.nn, f"Conv{d}d")(IN, OUT, 1, feedback=rule).requires_grad_(trained)
+@pytest.mark.parametrize("out", [OUT, 64])
+def test_input_gradient(d: int, rule: object, trained: bool, out: int) -> None:
+    layer = getattr(bk.nn, f"Conv{d}d")(IN, out, 1, feedback=rule).requires_grad_(trained)
     x = channels_last(torch.randn(2, IN, *(3, 4, 5)[:d])).requires_grad_()
     found, names = backward(layer, x)
-    product = bool(WAY) and found["output"].movedim(1, -1).is_contiguous()
+    product = OURS and found["output"].movedim(1, -1).is_contiguous() and (out == OUT or not TILES)
     assert ("bioplaus::feedback_mm" in names) == product
-    assert ("bioplaus::feedback_conv" in names) == (WAY == "tables" and not product)
-    if not trained and (product or WAY == "tables"):
+    assert ("bioplaus::feedback_conv" in names) == (OURS and not product)
+    if not trained and OURS:
         assert "aten::convolution_backward" not in names
     b = layer.feedback_matrix().flatten(1).double()
     exact = torch.einsum("no...,oi->ni...", found["output"].double(), b)
     assert (found["input"] - exact).abs().max() < 1e-5 * exact.abs().max()
     if d > 1:
         # oneDNN keeps the layout of 4-D and on some processors of 5-D inputs.
-        plain, _ = backward(getattr(torch.nn, f"Conv{d}d")(IN, OUT, 1), x)
+        plain, _ = backward(getattr(torch.nn, f"Conv{d}d")(IN, out, 1), x)
         assert found["input"].stride() == plain["input"].stride()
     if trained:
         g = found["output"].double()
@@ -96,39 +95,27 @@ OTHERS = [
     {"dtype": torch.float64},
 ]
 HALVES = (torch.bfloat16, torch.float16)
-# Fewer channels than are done by tables where the processor multiplies bfloat16, and where it does not.
-FEW_OF_HALVES = [
+# Fewer channels than are done by tables, of half types where the processor multiplies bfloat16 and where it does not.
+SMALL = [{"in_channels": 63}, {"out_channels": 63}] + [
+    {"kernel_size": 3, f"{side}_channels": 31} for side in ("in", "out")
+]
+SMALL_HALVES = [
     change | {"dtype": dtype}
     for dtype in HALVES
     for change in (
         [{}, {"out_channels": 127, "in_channels": 256}, {"kernel_size": 3, "in_channels": 63}]
         if native.half_instructions(dtype)
-        else [{"in_channels": 63}, {"kernel_size": 3, "out_channels": 31}]
+        else SMALL
     )
 ]
-# Small ones, and on tile units 1x1 ones that are no product.
-SMALL = {
-    "tables": [
-        {"in_channels": 63},
-        {"out_channels": 63},
-        {"kernel_size": 3, "in_channels": WINDOW - 1},
-        {"kernel_size": 3, "out_channels": WINDOW - 1},
-        *FEW_OF_HALVES,
-    ],
-    "digits": [
-        {"stride": 2},
-        {"padding": 1},
-        {"in_channels": 64},
-        {"out_channels": 128},
-        {"kernel_size": 3, "in_channels": 63},
-        {"kernel_size": 3, "out_channels": 63},
-        *({"kernel_size": kernel, "dtype": dtype} for kernel in (1, 3) for dtype in HALVES),
-    ],
-    "": [{}, {"kernel_size": 3}, {"dtype": torch.bfloat16}],
-}
+ANY = [{"kernel_size": kernel, "dtype": dtype} for kernel in (1, 3) for dtype in (torch.float32, *HALVES)]
+if OURS:
+    OTHERS += SMALL + (ANY[1:3] + ANY[4:] if TILES else SMALL_HALVES)
+else:
+    OTHERS += ANY
 
 
-@pytest.mark.parametrize("change", OTHERS + SMALL[WAY], ids=str)
+@pytest.mark.parametrize("change", OTHERS, ids=str)
 def test_others_take_the_vendors_convolution(change: dict) -> None:
     arguments = {"in_channels": IN, "out_channels": OUT, "kernel_size": 1, "feedback": "usf"} | change
     layer = bk.nn.Conv2d(**arguments)
@@ -149,7 +136,7 @@ def test_windows(d: int, rule: object, last: bool) -> None:
     x = torch.randn(2, 64, *(9, 8, 7)[:d])
     x = (channels_last(x) if last else x).requires_grad_()
     found, names = backward(layer, x)
-    assert ("bioplaus::feedback_conv" in names) == bool(WAY)
+    assert ("bioplaus::feedback_conv" in names) == OURS
     leaf = x.detach().double().requires_grad_()
     exact = torch.autograd.grad(plain(leaf), leaf, found["output"].double())[0]
     assert (found["input"] - exact).abs().max() < 1e-5 * exact.abs().max()
@@ -164,8 +151,8 @@ def test_half_types(kernel: int, dtype: torch.dtype, autocast: bool) -> None:
     b = layer.feedback_matrix()
     with torch.autocast("cpu", dtype, enabled=autocast):
         found, names = backward(layer if autocast else layer.to(dtype), x)
-    assert ("bioplaus::feedback_mm" in names) == (WAY == "tables" and kernel == 1)
-    assert ("bioplaus::feedback_conv" in names) == (WAY == "tables" and kernel == 3)
+    assert ("bioplaus::feedback_mm" in names) == (OURS and not TILES and kernel == 1)
+    assert ("bioplaus::feedback_conv" in names) == (OURS and not TILES and kernel == 3)
     assert found["output"].dtype == found["input"].dtype == dtype
     exact = torch.nn.grad.conv2d_input(x.shape, b.double(), found["output"].double(), padding=kernel // 2)
     assert (found["input"] - exact).abs().max() < torch.finfo(dtype).eps * exact.abs().max()
@@ -178,7 +165,7 @@ def test_one_graph(kernel: int, dtype: torch.dtype) -> None:
     x = channels_last(torch.randn(2, 2 * IN, 3, 4, dtype=dtype)).requires_grad_()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     grads = [torch.autograd.grad(f(x).square().sum(), x)[0] for f in (layer, compiled)]
-    if WAY == "tables":
+    if OURS and not TILES:
         # The bits of our own product, which the vendor's would not have.
         assert torch.equal(*grads)
     torch.testing.assert_close(*grads)
@@ -236,8 +223,7 @@ def test_weight_gradient_of_few_pixels(
     x = (channels_last(x) if last else x).requires_grad_()
     found, names = backward(layer, x)
     if native.library is not None:
-        ours = dtype == torch.float32 or (dtype in HALVES and WAY == "tables")
-        assert ("bioplaus::conv_backward_weight" in names) == ours
+        assert ("bioplaus::conv_backward_weight" in names) == (dtype != torch.float64)
     if d == 2:
         assert found["weight"].stride() == backward(twin, x)[0]["weight"].stride()
     exact = torch.autograd.grad(twin.double()(x.double()), list(twin.parameters()), found["output"].double())

@@ -32,56 +32,47 @@ from ._common import (
 )
 
 
-class _Way(NamedTuple):
-    name: str
-    # The channels (out, in) from which it is faster than the vendor's convolution, of a 1x1 kernel (by digits a
-    # channels-last product alone) and of a larger one.
+class _Channels(NamedTuple):
+    """The least (out, in) of ±s that beat the vendor's convolution, by `python -m bench run --op convolution`."""
+
     pointwise: tuple[int, int]
     window: tuple[int, int]
 
 
-# How ±s are multiplied: by digits on tile units, else by tables. Measured by `python -m bench run --op convolution`,
-# but for larger kernels by digits: arithmetic, four products of 1024 multiply-adds a cycle against 32.
-_DIGITS = _Way("digits", (256, 128), (64, 64))
-_TABLES = _Way("tables", (64, 64), (32, 32))
+_ALONE = _Channels((64, 64), (32, 32))
 # Beside a half type's own instructions.
-_TABLES_BESIDE = _Way("tables", (128, 256), (64, 64))
-_WAYS = {
-    "AMX": _DIGITS,
-    "AVX512_VNNI": _TABLES,
-    "AVX512": _TABLES,
-    "AVX2_VNNI": _TABLES,
-    "AVX2": _TABLES,
-}
+_BESIDE = _Channels((128, 256), (64, 64))
+# Of a channels-last product by digits, on tile units: of others tables are faster, as a convolution.
+_DIGITS = 256, 128
 
 _CONV: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSE: tuple[Any, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
-def _fastest(dtype: torch.dtype) -> _Way | None:
+def _least(dtype: torch.dtype) -> _Channels | None:
     # On tile units torch multiplies half types by them.
-    way = _WAYS.get(native.product_level())
-    if way is None or dtype == torch.float32:
-        return way
-    if way.name == "digits" or dtype not in (torch.bfloat16, torch.float16):
+    level = native.product_level()
+    if level in ("", "DEFAULT") or dtype == torch.float64 or (level == "AMX" and dtype != torch.float32):
         return None
-    return _TABLES_BESIDE if native.half_instructions(dtype) else way
+    return _BESIDE if dtype != torch.float32 and native.half_instructions(dtype) else _ALONE
 
 
 def _way(ctx: Any, grad_output: Tensor, entries: str, shape: torch.Size) -> str:
     # Of these by a matrix product of the pixels, "product", or as a convolution, "taps", if any.
-    way = _fastest(grad_output.dtype)
+    least = _least(grad_output.dtype)
     stride, padding, _, transposed, _, groups = ctx.geometry
-    if way is None or entries != "constant" or transposed or groups > 1 or grad_output.device.type != "cpu":
+    if least is None or entries != "constant" or transposed or groups > 1 or grad_output.device.type != "cpu":
         return ""
     pointwise = shape[2:].numel() == 1
-    least_out, least_in = way.pointwise if pointwise else way.window
-    if shape[0] < least_out or shape[1] < least_in:
+    if not _at_least(shape, least.pointwise if pointwise else least.window):
         return ""
     moves = any(s > 1 for s in stride) or any(padding)
-    if pointwise and not moves and grad_output.movedim(1, -1).is_contiguous():
-        return "product"
-    return "taps" if way.name == "tables" or not pointwise else ""
+    rows = pointwise and not moves and grad_output.movedim(1, -1).is_contiguous()
+    return "product" if rows and (native.product_level() != "AMX" or _at_least(shape, _DIGITS)) else "taps"
+
+
+def _at_least(shape: torch.Size, channels: tuple[int, int]) -> bool:
+    return shape[0] >= channels[0] and shape[1] >= channels[1]
 
 
 class _Conv(torch.autograd.Function):
@@ -135,7 +126,7 @@ def _is_small(ctx: Any, grad_output: Tensor, shape: torch.Size) -> bool:
     return (
         (not transposed and groups == 1 and grad_output.device.type == "cpu")
         and type(grad_output) is Tensor
-        and (grad_output.dtype == torch.float32 or _fastest(grad_output.dtype) is not None)
+        and grad_output.dtype != torch.float64
         and not torch.compiler.is_compiling()
         and shape[2:].numel() > 1
         and grad_output.numel() < shape[0] ** 2

@@ -110,8 +110,7 @@ at::Tensor conv_backward_weight_cpu(const at::Tensor& grad_output, const at::Ten
   const int64_t pixels = grad_output.numel() / g.out_channels;
   const at::ScalarType dtype = input.scalar_type();
   const bool half = dtype == at::kBFloat16 || dtype == at::kHalf;
-  const bool tile_units = half && product_level() == ProductLevel::AMX;
-  if (dtype == at::kDouble || tile_units || pixels > kMostPixels || !gemm_in_order()) {
+  if (dtype == at::kDouble || pixels > kMostPixels || !gemm_in_order()) {
     const at::Tensor weight = at::empty(size, input.options(), format);
     return std::get<1>(at::convolution_backward(grad_output, input, weight, std::nullopt, stride, padding, dilation,
                                                 false, std::vector<int64_t>(d, 0), 1, {false, true, false}))

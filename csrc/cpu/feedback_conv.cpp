@@ -1,7 +1,7 @@
 // The input gradient of a convolution of one group on the CPU: checks, and which way it is computed.
 //
-// By ±s there are two ways, feedback_conv_digits.h in float32 for tile units, and feedback_conv_tables.h for AVX2 and
-// other AVX-512, in half types too; else B is formed and the product is the vendor's.
+// By ±s there are two ways, feedback_conv_digits.h in float32 for tile units, and feedback_conv_tables.h from AVX2 on,
+// in half types too; else B is formed and the product is the vendor's.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
@@ -15,6 +15,9 @@
 
 namespace bioplaus {
 namespace {
+
+constexpr int64_t kManyPixels = 16;
+constexpr int64_t kManyWeights = int64_t{1} << 14;
 
 // dX, or none where the shape, or zeros among the signs, are not for this way. `size`: dX's.
 at::Tensor by_digits(const ConvGeometry& g, const FeedbackArgs& args, const at::Tensor& grad_output,
@@ -57,7 +60,15 @@ at::Tensor by_tables(const ConvGeometry& given, const FeedbackArgs& args, const 
   return out;
 }
 
-// By ±s the way named, else and where it is not for them by B and the vendor's convolution.
+// Whether digits are faster than tables, by `python -m bench run --op convolution`: on tile units, but not where what
+// is done once a weight, or once a pixel of dY, takes longer than the product.
+bool digits_are_faster(const ConvGeometry& g) {
+  return !has_tables() ||
+         (!tables_are_faster() && g.taps() > 1 && g.pixels() >= kManyPixels &&
+          std::min(g.in_channels, g.out_channels) >= kTileRows && g.in_channels * g.out_channels >= kManyWeights);
+}
+
+// An empty `way`: the faster. By ±s the way named, else and where it is not for them by B and the vendor's convolution.
 at::Tensor product(const at::Tensor& grad_output, const std::optional<at::Tensor>& weight,
                    const std::optional<at::Tensor>& signs, const std::optional<at::Tensor>& magnitude,
                    const std::optional<at::Tensor>& key, c10::string_view entries, double scale,
@@ -75,8 +86,10 @@ at::Tensor product(const at::Tensor& grad_output, const std::optional<at::Tensor
     return at::zeros(size, grad_output.options()).contiguous(format);
   }
   const at::ScalarType dtype = grad_output.scalar_type();
-  if (to_entries(entries) == Entries::Constant && (way == "tables" ? dtype != at::kDouble : dtype == at::kFloat)) {
-    const at::Tensor out = (way == "digits" ? by_digits : by_tables)(g, args, grad_output, size);
+  const bool digits = way.empty() ? digits_are_faster(g) : way == "digits";
+  const bool any_dtype = !digits && (way == "tables" || tables_are_faster());
+  if (to_entries(entries) == Entries::Constant && (any_dtype ? dtype != at::kDouble : dtype == at::kFloat)) {
+    const at::Tensor out = (digits ? by_digits : by_tables)(g, args, grad_output, size);
     if (out.defined()) {
       return out;
     }
@@ -102,7 +115,7 @@ at::Tensor feedback_conv_cpu(const at::Tensor& grad_output, const std::optional<
                              at::IntArrayRef weight_size, at::IntArrayRef input_size, at::IntArrayRef stride,
                              at::IntArrayRef padding, at::IntArrayRef dilation) {
   return product(grad_output, weight, signs, magnitude, key, entries, scale, weight_size, input_size, stride, padding,
-                 dilation, tables_are_faster() ? "tables" : "digits");
+                 dilation, "");
 }
 
 at::Tensor feedback_conv_by_cpu(const at::Tensor& grad_output, const std::optional<at::Tensor>& weight,

@@ -202,9 +202,9 @@ at::Tensor in_pairs(const at::Tensor& grad, bool pairs) {
   return pairs && grad.size(1) % 2 ? at::constant_pad_nd(grad, {0, 1}) : grad;
 }
 
-// Whether a B of ±s takes less in tiles than by tables, whatever the number of rows.
-bool tiles_beat_tables(const FeedbackParams& b, at::ScalarType dtype) {
-  if (!gemm_in_order()) {
+// Whether a B of ±s takes less in tiles than by tables or digits, whatever the number of rows.
+bool tiles_are_fastest(const FeedbackParams& b, at::ScalarType dtype) {
+  if (!has_tables() || !gemm_in_order()) {
     return false;
   }
   if (lanes_are_rows()) {
@@ -442,11 +442,11 @@ at::Tensor product(const at::Tensor& grad_output, const std::optional<at::Tensor
   FeedbackParams& b = formula.p;
   b.out.dtype = to_dtype("grad_output", dtype);
   if (b.entries == Entries::Constant && dtype != at::kDouble && size[0] <= kMaxDepth) {
-    const bool fast = tables_are_faster();
-    if (way.empty() && fast && tiles_beat_tables(b, dtype)) {
+    if (way.empty() && tiles_are_fastest(b, dtype)) {
       return tile_product(grad_output, b);
     }
-    const at::Tensor out = (way.empty() ? fast : way == "tables") ? table_product(grad_output, b) : at::Tensor();
+    const bool tables = way.empty() ? tables_are_faster() : way == "tables";
+    const at::Tensor out = tables ? table_product(grad_output, b) : at::Tensor();
     return out.defined() ? out : sign_product(grad_output, b);
   }
   return torch_is_faster(dtype, grad_output.size(0), b.rows, b.cols) ? slab_product(grad_output, b)

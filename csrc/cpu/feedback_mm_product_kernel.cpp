@@ -34,24 +34,18 @@ inline __attribute__((always_inline)) void store_row(const double* v, double sum
   __builtin_memcpy(to, rounded, static_cast<size_t>(n) * sizeof(T));
 }
 
-// Sums of one row's digits, as one exact number per column.
+// Sums of one row's digits, as one exact number per column. A pass adds 2¹² digits of 7 bits: two such sums fit 32
+// bits.
 template <int COUNT>
 inline __attribute__((always_inline)) void combine(const int32_t* c, double* v) {
-  if (COUNT == 2 && kDigitBits == 8) {
-    // A pass adds 2¹² digits of 7 bits: two sums fit 32 bits.
-#pragma omp simd
-    for (int j = 0; j < kColumns; ++j) {
-      v[j] = c[kColumns + j] * (1 << kDigitBits) + c[j];
-    }
-    return;
-  }
+  constexpr bool kPairs = kDigitBits == 8;
+  constexpr int kWords = kPairs ? COUNT / 2 : COUNT;
 #pragma omp simd
   for (int j = 0; j < kColumns; ++j) {
-    double x = c[(COUNT - 1) * kColumns + j];
-    for (int d = COUNT - 2; d >= 0; --d) {
-      x = x * (1 << kDigitBits) + c[d * kColumns + j];
-    }
-    v[j] = x;
+    const auto word = [&](int w) {
+      return kPairs ? c[(2 * w + 1) * kColumns + j] * 256 + c[2 * w * kColumns + j] : c[w * kColumns + j];
+    };
+    v[j] = kWords == 2 ? word(1) * 65536.0 + word(0) : word(0);
   }
 }
 

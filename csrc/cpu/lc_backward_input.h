@@ -28,8 +28,9 @@ inline Operand weights_at(const FeedbackParams& b, int64_t rows, int64_t cols, i
 
 // Whether its signs alone are multiplied, in float32. One sample would fill one lane.
 inline bool takes_tables(const LcGeometry& g, const FeedbackParams& b) {
-  return b.entries == Entries::Constant && b.out.dtype != DType::Float64 && tables_are_faster() && g.n > 1 &&
-         g.o >= kTableDepth && lc_columns(g) >= kPlaceColumns;
+  const bool faster = b.out.dtype == DType::Float32 ? has_tables() : tables_are_faster();
+  return faster && b.entries == Entries::Constant && b.out.dtype != DType::Float64 && g.n > 1 && g.o >= kTableDepth &&
+         lc_columns(g) >= kPlaceColumns;
 }
 
 // Samples for which all columns of B are multiplied row by row; of more, rows of taps one after the other.
