@@ -212,6 +212,25 @@ def test_half_types_by_tables(dtype: torch.dtype) -> None:
                 assert torch.equal(found, wide.to(dtype)), (m, k, n)
 
 
+@pytest.mark.skipif(native.product_level() != "AMX", reason="no tile units")
+@pytest.mark.parametrize(
+    ("dtype", "k", "n", "way"),
+    [
+        (torch.float32, 257, 256, "digits"),
+        (torch.float32, 256, 256, "tables"),
+        (torch.float32, 400, 17, "digits"),
+        (torch.float32, 400, 16, ""),
+        (torch.bfloat16, 64, 65, "digits"),
+    ],
+)
+def test_the_way_on_tile_units(dtype: torch.dtype, k: int, n: int, way: str) -> None:
+    rest = None, None, None, "constant", 0.37, n
+    g, w = torch.randn(40, k, dtype=dtype), torch.randn(k, n, dtype=dtype)
+    ways = {name: by(name, g, w, *rest) for name in WAYS}
+    found = ops.feedback_mm(g, w, *rest)
+    assert [name for name, x in ways.items() if torch.equal(x, found)] == ([way] if way else [])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_for_tables(dtype: torch.dtype) -> None:
     """Few zeros: their bits are not those of digits, which many zeros take."""

@@ -1,8 +1,8 @@
 """Convolutions whose backward is not the vendor's with a B formed for it: digits, tables, a stored B, few pixels.
 
-Fed back by ±s from AVX2 on. A 1x1 one of 64 channels and more that is channels-last is a feedback_mm, on tile units
-from more on; else, and where the kernel is larger and has 32 channels, it is a feedback_conv. Half types are too where
-there are no tile units, from more channels on where the processor multiplies them itself.
+Fed back by ±s from AVX2 on. A 1x1 one of 64 channels and more that is channels-last is a feedback_mm; else, and where
+the kernel is larger and has 32 channels, it is a feedback_conv. Half types are too where there are no tile units, from
+more channels on where the processor multiplies them itself.
 """
 
 import os
@@ -52,12 +52,11 @@ def channels_last(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("d", [1, 2, 3])
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
-@pytest.mark.parametrize("out", [OUT, 64])
-def test_input_gradient(d: int, rule: object, trained: bool, out: int) -> None:
-    layer = getattr(bk.nn, f"Conv{d}d")(IN, out, 1, feedback=rule).requires_grad_(trained)
+def test_input_gradient(d: int, rule: object, trained: bool) -> None:
+    layer = getattr(bk.nn, f"Conv{d}d")(IN, OUT, 1, feedback=rule).requires_grad_(trained)
     x = channels_last(torch.randn(2, IN, *(3, 4, 5)[:d])).requires_grad_()
     found, names = backward(layer, x)
-    product = OURS and found["output"].movedim(1, -1).is_contiguous() and (out == OUT or not TILES)
+    product = OURS and found["output"].movedim(1, -1).is_contiguous()
     assert ("bioplaus::feedback_mm" in names) == product
     assert ("bioplaus::feedback_conv" in names) == (OURS and not product)
     if not trained and OURS:
@@ -67,7 +66,7 @@ def test_input_gradient(d: int, rule: object, trained: bool, out: int) -> None:
     assert (found["input"] - exact).abs().max() < 1e-5 * exact.abs().max()
     if d > 1:
         # oneDNN keeps the layout of 4-D and on some processors of 5-D inputs.
-        plain, _ = backward(getattr(torch.nn, f"Conv{d}d")(IN, out, 1), x)
+        plain, _ = backward(getattr(torch.nn, f"Conv{d}d")(IN, OUT, 1), x)
         assert found["input"].stride() == plain["input"].stride()
     if trained:
         g = found["output"].double()
@@ -165,7 +164,7 @@ def test_one_graph(kernel: int, dtype: torch.dtype) -> None:
     x = channels_last(torch.randn(2, 2 * IN, 3, 4, dtype=dtype)).requires_grad_()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     grads = [torch.autograd.grad(f(x).square().sum(), x)[0] for f in (layer, compiled)]
-    if OURS and not TILES:
+    if OURS and not (TILES and dtype == torch.bfloat16):
         # The bits of our own product, which the vendor's would not have.
         assert torch.equal(*grads)
     torch.testing.assert_close(*grads)

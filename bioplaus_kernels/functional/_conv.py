@@ -42,8 +42,6 @@ class _Channels(NamedTuple):
 _ALONE = _Channels((64, 64), (32, 32))
 # Beside a half type's own instructions.
 _BESIDE = _Channels((128, 256), (64, 64))
-# Of a channels-last product by digits, on tile units: of others tables are faster, as a convolution.
-_DIGITS = 256, 128
 
 _CONV: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSE: tuple[Any, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -64,15 +62,11 @@ def _way(ctx: Any, grad_output: Tensor, entries: str, shape: torch.Size) -> str:
     if least is None or entries != "constant" or transposed or groups > 1 or grad_output.device.type != "cpu":
         return ""
     pointwise = shape[2:].numel() == 1
-    if not _at_least(shape, least.pointwise if pointwise else least.window):
+    least_out, least_in = least.pointwise if pointwise else least.window
+    if shape[0] < least_out or shape[1] < least_in:
         return ""
     moves = any(s > 1 for s in stride) or any(padding)
-    rows = pointwise and not moves and grad_output.movedim(1, -1).is_contiguous()
-    return "product" if rows and (native.product_level() != "AMX" or _at_least(shape, _DIGITS)) else "taps"
-
-
-def _at_least(shape: torch.Size, channels: tuple[int, int]) -> bool:
-    return shape[0] >= channels[0] and shape[1] >= channels[1]
+    return "product" if pointwise and not moves and grad_output.movedim(1, -1).is_contiguous() else "taps"
 
 
 class _Conv(torch.autograd.Function):

@@ -37,6 +37,8 @@ constexpr int64_t kSlabBytes = int64_t{1} << 20;
 // Columns of B too few for what forming tables costs, beside tiles of float32 and of pairs.
 constexpr int64_t kFewSums = 16;
 constexpr int64_t kFewPairs = 64;
+// Rows of dY too short for what digits cost.
+constexpr int64_t kShortRows = 256;
 // Fewer entries of B than this are not worth a second thread.
 constexpr int64_t kFormGrain = 8192;
 
@@ -211,6 +213,12 @@ bool tiles_are_fastest(const FeedbackParams& b, at::ScalarType dtype) {
     return dtype == at::kFloat && std::min(b.rows, b.cols) <= kFewSums;
   }
   return b.cols <= (half_gemm_available(dtype) ? kFewPairs : kFewSums);
+}
+
+// Whether sums of table entries take less than digits. On tile units those of short rows cost more to make and to add
+// up than they save.
+bool tables_beat_digits(const FeedbackParams& b, at::ScalarType dtype) {
+  return tables_are_faster() || (has_tables() && dtype == at::kFloat && b.rows <= kShortRows);
 }
 
 // Whether a stored B takes less in tiles too.
@@ -445,7 +453,7 @@ at::Tensor product(const at::Tensor& grad_output, const std::optional<at::Tensor
     if (way.empty() && tiles_are_fastest(b, dtype)) {
       return tile_product(grad_output, b);
     }
-    const bool tables = way.empty() ? tables_are_faster() : way == "tables";
+    const bool tables = way.empty() ? tables_beat_digits(b, dtype) : way == "tables";
     const at::Tensor out = tables ? table_product(grad_output, b) : at::Tensor();
     return out.defined() ? out : sign_product(grad_output, b);
   }

@@ -17,9 +17,8 @@ namespace bioplaus {
 // Columns that a thread takes at a time, once for all rows. Wide, as a weight is read fastest in long runs; two slabs
 // of bits and their non-zero plane for every thread are at most the bits of the whole weight.
 constexpr int64_t kSlab = 1024;
-// Whether ±s are sums of table entries (tables.h) where there are no tile units, and so on tile units where digits are
-// not for a shape; and whether such sums beat digits in any product of matrices. By level alone, as the two differ in
-// their bits.
+// Whether there are sums of table entries (tables.h), and whether they beat digits whatever the shape: not on tile
+// units. By level alone, as the two differ in their bits.
 inline bool has_tables() { return product_level() != ProductLevel::DEFAULT; }
 inline bool tables_are_faster() { return has_tables() && product_level() != ProductLevel::AMX; }
 // Whether lanes of vectors are rows, as registers are too short for a table.
