@@ -15,6 +15,9 @@ import torch
 NEAR = 1.15
 FASTEST = 0.05
 LEAST = 20
+# Seconds in which a probe is tried again, far fewer than a spell has: what ran before may have driven its operands out of
+# the caches, and lowered the clock.
+PATIENCE = 0.002
 
 # Seconds of a call, and of the slower of the two probes around it.
 Sample = tuple[float, float]
@@ -43,11 +46,10 @@ class Probe:
 
     def __call__(self) -> float:
         """Seconds now."""
-        # The first few may pay for what ran before: it has driven operands and code out of the caches.
+        end = time.perf_counter() + PATIENCE
         taken = self._seconds()
-        for _ in range(4):
-            if taken > NEAR * self.best:
-                taken = min(taken, self._seconds())
+        while taken > NEAR * self.best and time.perf_counter() < end:
+            taken = min(taken, self._seconds())
         insort(self._all, taken)
         return taken
 
