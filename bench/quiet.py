@@ -15,8 +15,8 @@ import torch
 NEAR = 1.15
 FASTEST = 0.05
 LEAST = 20
-# Seconds in which a probe is tried again, far fewer than a spell has: what ran before may have driven its operands out of
-# the caches, and lowered the clock.
+# Seconds in which a probe is tried again, far fewer than a spell has: what ran before may have driven its operands out
+# of the caches, and lowered the clock.
 PATIENCE = 0.002
 
 # Seconds of a call, and of the slower of the two probes around it.
