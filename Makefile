@@ -52,7 +52,7 @@ test-all: lint
 	$(MAKE) test-amx test-torch-2.11
 
 # The kernels of level AMX where the processor has AVX512_VNNI only: a build of its own with the tile instructions in C++.
-FILES_AMX = $(addprefix python_tests/test_,feedback_conv.py feedback_mm_cpu.py pointwise.py)
+FILES_AMX = $(addprefix python_tests/test_,conv_backward_weight.py feedback_conv.py feedback_mm_cpu.py lc_cpu.py pointwise.py)
 test-amx: $(INSTALLED)
 	rm -rf build/amx && mkdir -p build/amx
 	cp -r CMakeLists.txt README.md setup.py pyproject.toml csrc bioplaus_kernels python_tests build/amx

@@ -1,7 +1,7 @@
 """Which samples count on a processor that others use as well: those with two fast probes around them.
 
 Programs beside this one take cores, vector and tile units and caches in spells of seconds; a probe is then slower than
-the fastest of the run.
+the fast ones of the run.
 """
 
 import time
@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-# As often as the fastest probes a quiet one may take, the share of them that are called that, as in rare moments the
-# clock is faster than it is kept, and quiet samples without which a row is none to be kept.
+# How many times as long as the fast probes a quiet one may take, the share of all that are faster still, as in rare
+# moments the clock is, and quiet samples without which a row is none to be kept.
 NEAR = 1.15
 FASTEST = 0.05
 LEAST = 20

@@ -123,7 +123,7 @@ def _rates(result: dict[str, Any]) -> dict[str, str]:
 def _missing(result: dict[str, Any]) -> str:
     ops = Counter(case.partition(":")[0] for case in result.get("left_out", ()))
     counts = ", ".join(f"{n} of {op}" for op, n in ops.items())
-    return f"\n\nCases not in this run, or with fewer than {LEAST} quiet samples: {counts}." if ops else ""
+    return f"\n\nCases that the last run left out, or with fewer than {LEAST} quiet samples: {counts}." if ops else ""
 
 
 def loud(result: dict[str, Any]) -> set[tuple[str, str]]:

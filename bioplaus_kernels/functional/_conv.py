@@ -47,10 +47,14 @@ _CONV: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSE: tuple[Any, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
+def _has_kernels() -> bool:
+    return native.product_level() not in ("", "DEFAULT")
+
+
 def _least(dtype: torch.dtype) -> _Channels | None:
     # On tile units torch multiplies half types by them.
-    level = native.product_level()
-    if level in ("", "DEFAULT") or dtype == torch.float64 or (level == "AMX" and dtype != torch.float32):
+    on_tiles = native.product_level() == "AMX" and dtype != torch.float32
+    if not _has_kernels() or dtype == torch.float64 or on_tiles:
         return None
     return _BESIDE if dtype != torch.float32 and native.half_instructions(dtype) else _ALONE
 
@@ -120,7 +124,7 @@ def _is_small(ctx: Any, grad_output: Tensor, shape: torch.Size) -> bool:
     return (
         (not transposed and groups == 1 and grad_output.device.type == "cpu")
         and type(grad_output) is Tensor
-        and grad_output.dtype != torch.float64
+        and (grad_output.dtype == torch.float32 or (grad_output.dtype != torch.float64 and _has_kernels()))
         and not torch.compiler.is_compiling()
         and shape[2:].numel() > 1
         and grad_output.numel() < shape[0] ** 2

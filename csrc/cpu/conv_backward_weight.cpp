@@ -5,7 +5,7 @@
 // as a product of dY's pixels by the patches of X that they see, which is for few pixels: of some columns (c, k) at a
 // time, whose patches and sums stay in the L2 cache. dW is written once. A sum is in parts of kTerms pixels, as longer
 // ones have larger errors than the vendor's; its order is the geometry's alone. Half types are widened first, and their
-// sums rounded once. Else, and where there are tile units for half types, the vendor's.
+// sums rounded once. Else the vendor's.
 //
 // Roofline: max(2 operations for each of dW's entries and pixel, the bytes written, 4 or 2 an entry).
 #include <ATen/Parallel.h>

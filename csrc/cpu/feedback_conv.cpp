@@ -1,7 +1,7 @@
 // The input gradient of a convolution of one group on the CPU: checks, and which way it is computed.
 //
-// By ±s there are two ways, feedback_conv_digits.h in float32 for tile units, and feedback_conv_tables.h from AVX2 on,
-// in half types too; else B is formed and the product is the vendor's.
+// By ±s there are two ways, feedback_conv_digits.h in float32 for tile units and below AVX2, and feedback_conv_tables.h
+// from AVX2 on, in half types too but on tile units; else B is formed and the product is the vendor's.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
@@ -60,8 +60,8 @@ at::Tensor by_tables(const ConvGeometry& given, const FeedbackArgs& args, const 
   return out;
 }
 
-// Whether digits are faster than tables, by `python -m bench run --op convolution`: on tile units, but not where what
-// is done once a weight, or once a pixel of dY, takes longer than the product.
+// Whether digits are faster than tables, where there are any, by `python -m bench run --op convolution`: on tile units,
+// but not where there are few channels or pixels.
 bool digits_are_faster(const ConvGeometry& g) {
   return !has_tables() ||
          (!tables_are_faster() && g.taps() > 1 && g.pixels() >= kManyPixels &&

@@ -1,6 +1,7 @@
 // dX_p (N × K) = dY_p B_p of the positions p, added to the rows of the input that they read. For lc.cpp.
 //
-// Where B is ±s, float32 and half types are sums of table entries (tables.h) at the levels where these are faster.
+// Where B is ±s, float32 is sums of table entries (tables.h) at the levels that have them; half types are too where
+// there are no tile units.
 #pragma once
 
 #include <optional>

@@ -18,7 +18,7 @@ namespace bioplaus {
 // of bits and their non-zero plane for every thread are at most the bits of the whole weight.
 constexpr int64_t kSlab = 1024;
 // Whether there are sums of table entries (tables.h), and whether they beat digits whatever the shape: not on tile
-// units. By level alone, as the two differ in their bits.
+// units. Which is taken is decided by level, dtype and B's shape, never by rows, as the two differ in their bits.
 inline bool has_tables() { return product_level() != ProductLevel::DEFAULT; }
 inline bool tables_are_faster() { return has_tables() && product_level() != ProductLevel::AMX; }
 // Whether lanes of vectors are rows, as registers are too short for a table.
