@@ -265,7 +265,8 @@ def install_prepared() -> str:
     filled = PREPARED / "triton.tar.gz"
     if cache and filled.exists():
         with tarfile.open(filled) as archive:
-            archive.extractall(cache, filter="data")
+            # Python 3.11.4 and later has the filter.
+            archive.extractall(cache, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     stamp = PREPARED / "sources"
     if not stamp.exists():
         return "nothing was prepared"
