@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 import torch
 
-# How many times as long as the fast probes a quiet one may take, the share of all that are faster still, as in rare
-# moments the clock is, and quiet samples without which a row is none to be kept.
+# How many times as long as the fast probes a quiet one may take, the share of all that are faster still, as a few are far
+# faster on some processors, and quiet samples without which a row is none to be kept.
 NEAR = 1.15
 FASTEST = 0.05
 LEAST = 20
 # Seconds in which a probe is tried again, far fewer than a spell has: what ran before may have driven its operands out
-# of the caches, and lowered the clock.
+# of the caches, and a long call leaves the processor slower for a while.
 PATIENCE = 0.002
 
 # Seconds of a call, and of the slower of the two probes around it.

@@ -37,7 +37,7 @@ constexpr int64_t kSlabBytes = int64_t{1} << 20;
 // Columns of B too few for what forming tables costs, beside tiles of float32 and of pairs.
 constexpr int64_t kFewSums = 16;
 constexpr int64_t kFewPairs = 64;
-// Rows of dY too short for what digits cost.
+// Rows of dY of which tables are faster than digits on tile units.
 constexpr int64_t kShortRows = 256;
 // Fewer entries of B than this are not worth a second thread.
 constexpr int64_t kFormGrain = 8192;
@@ -215,8 +215,7 @@ bool tiles_are_fastest(const FeedbackParams& b, at::ScalarType dtype) {
   return b.cols <= (half_gemm_available(dtype) ? kFewPairs : kFewSums);
 }
 
-// Whether sums of table entries take less than digits. On tile units those of short rows cost more to make and to add
-// up than they save.
+// Whether sums of table entries take less than digits: on tile units of short rows alone.
 bool tables_beat_digits(const FeedbackParams& b, at::ScalarType dtype) {
   return tables_are_faster() || (has_tables() && dtype == at::kFloat && b.rows <= kShortRows);
 }
