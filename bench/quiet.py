@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-# How many times as long as the fast probes a quiet one may take, the share of all that are faster still, as a few are far
-# faster on some processors, and quiet samples without which a row is none to be kept.
+# How many times as long as the fast probes a quiet one may take, the share of all that are faster still, as a few are
+# far faster on some processors, and quiet samples without which a row is none to be kept.
 NEAR = 1.15
 FASTEST = 0.05
 LEAST = 20
