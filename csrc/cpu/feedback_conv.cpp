@@ -28,12 +28,11 @@ at::Tensor by_digits(const ConvGeometry& g, const FeedbackArgs& args, const at::
   if (!blocks) {
     return {};
   }
-  const at::Tensor grad = grad_output.movedim(1, -1).contiguous();
-  std::vector<int64_t> last(size.begin(), size.end());
-  std::rotate(last.begin() + 1, last.begin() + 2, last.end());
-  const at::Tensor out = at::empty(last, grad.options());
-  ConvProduct(g, *blocks, args, grad, out).run();
-  return out.movedim(-1, 1).contiguous(lc_memory_format(grad_output));
+  const at::MemoryFormat format = lc_memory_format(grad_output);
+  const at::Tensor grad = grad_output.contiguous(format);
+  const at::Tensor out = at::empty(size, grad.options(), format);
+  ConvProduct(g, *blocks, args, format == at::MemoryFormat::Contiguous, grad, out).run();
+  return out;
 }
 
 at::Tensor by_tables(const ConvGeometry& given, const FeedbackArgs& args, const at::Tensor& grad_output,

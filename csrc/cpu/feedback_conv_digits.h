@@ -80,13 +80,17 @@ inline std::optional<Blocks> blocks_of(const ConvGeometry& g, int64_t bytes) {
 
 class ConvProduct {
  public:
-  ConvProduct(const ConvGeometry& g, const Blocks& blocks, const FeedbackArgs& args, const at::Tensor& grad,
-              const at::Tensor& out)
+  // `planes`: dY and dX have their channels outermost, else innermost.
+  ConvProduct(const ConvGeometry& g, const Blocks& blocks, const FeedbackArgs& args, bool planes,
+              const at::Tensor& grad, const at::Tensor& out)
       : g_(g),
         signs_(g, args),
         panel_(BK_PICK_PRODUCT(panel_bytes)(signs_.depth(g))),
         operand_(divide_up(g.in_channels, 32) * panel_),
+        planes_(planes),
         grad_(grad.const_data_ptr<float>()),
+        out_(out.mutable_data_ptr<float>()),
+        inner_(g.out[0] * g.out[1] * g.out[2] / g.out[blocks.outer]),
         outer_(blocks.outer),
         low_(blocks.low),
         size_(blocks.size),
@@ -97,7 +101,6 @@ class ConvProduct {
     });
     p_.cols = g.in_channels;
     p_.dtype = DType::Float32;
-    p_.out = out.mutable_data_ptr();
     p_.scale = static_cast<float>(args.scale);
     p_.bytes = 4;
     in_tile_ = BK_PICK_PRODUCT(tile_rows)(p_.bytes);
@@ -130,22 +133,29 @@ class ConvProduct {
         // A tile may end beyond its row, and so beyond the image.
         : image(group * c.image_pixels() * c.blocks_ * c.pixel_bytes_ + kTileBytes * c.blocks_),
           sums(c.image_pixels()),
+          reached(c.size_[2]),
           tops(c.image_pixels()),
           fixed(group * c.out_pixels()),
+          grad(c.planes_ ? group * c.held() * c.g_.out_channels : 0),
+          out(c.planes_ ? group * c.out_pixels() * c.g_.in_channels : 0),
           scratch(BK_PICK_PRODUCT(panels_scratch)(c.p_, static_cast<int64_t>(c.in_order_.size()))) {}
 
     Buffer<int8_t> image;
-    Buffer<PixelSums> sums;
+    Buffer<PixelSums> sums, reached;
     Buffer<uint32_t> tops;
     Buffer<FixedPoint> fixed;
+    Buffer<float> grad, out;  // of planes: channels innermost
     Buffer<char> scratch;
-    double unit = 0;  // of the last sample's image
+    const float* pixels;        // of dY
+    int64_t first_pixel, step;  // pixel 0 of the block's first sample among them, and from a sample to the next
+    double unit = 0;            // of the last sample's image
     std::vector<DigitTile> tiles;
     std::vector<int64_t> anew;  // pixels of dX, counted from the block's first
   };
 
   int64_t image_pixels() const { return size_[0] * size_[1] * size_[2]; }
-  // Of a block of one sample.
+  // Pixels of dY that a block of one sample reads, at most, and of dX that it writes.
+  int64_t held() const { return std::min(size_[outer_], g_.out[outer_]) * inner_; }
   int64_t out_pixels() const { return g_.pixels() / g_.in[outer_] * std::min(band_, g_.in[outer_]); }
 
   void add_phases(int64_t depth_blocks) {
@@ -196,16 +206,42 @@ class ConvProduct {
     }
   }
 
+  const float* pixel_of_grad(const Workspace& w, int64_t s, int64_t pixel) const {
+    return w.pixels + (w.first_pixel + s * w.step + pixel) * g_.out_channels;
+  }
+
+  // dY of some samples, as far as the block needs it.
+  void read(Workspace& w, int64_t sample, int64_t samples, int64_t from) const {
+    const int64_t all = g_.out[outer_] * inner_;
+    if (!planes_) {
+      w.pixels = grad_;
+      w.first_pixel = sample * all;
+      w.step = all;
+      return;
+    }
+    const int64_t low = low_[outer_] + from / g_.stride[outer_];
+    const int64_t begin = std::clamp<int64_t>(low, 0, g_.out[outer_]) * inner_;
+    const int64_t end = std::clamp<int64_t>(low + size_[outer_], 0, g_.out[outer_]) * inner_;
+    w.pixels = w.grad.get();
+    w.first_pixel = -begin;
+    w.step = end - begin;
+    for (int64_t s = 0; s < samples; ++s) {
+      to_pixels(w.grad.get() + s * w.step * g_.out_channels, grad_ + (sample + s) * all * g_.out_channels + begin,
+                p_.dtype, all, g_.out_channels, w.step);
+    }
+  }
+
   // Pixels of dX of some samples, `from` on along the outermost dimension.
   void block(Workspace& w, int64_t sample, int64_t samples, int64_t from) const {
     const int64_t inner = g_.pixels() / g_.in[outer_];
-    const int64_t first = sample * g_.pixels() + from * inner;
+    float* out = out_ + sample * g_.pixels() * g_.in_channels + from * inner * (planes_ ? 1 : g_.in_channels);
     SignProduct p = p_;
     p.fixed = w.fixed.get();
-    p.out = static_cast<float*>(p_.out) + first * p.cols;
+    p.out = planes_ ? w.out.get() : out;
+    read(w, sample, samples, from);
     w.anew.clear();
     for (int64_t s = 0; s < samples; ++s) {
-      quantise(w, sample + s, s, from);
+      quantise(w, s, from);
       for (const Phase& phase : phases_) {
         weigh(w, phase, s * g_.pixels(), from);
       }
@@ -231,7 +267,13 @@ class ConvProduct {
        w.scratch.get());
     }
     for (size_t i = 0; i < w.anew.size(); i += kGathered) {
-      gather(w, first, i, std::min<int64_t>(kGathered, static_cast<int64_t>(w.anew.size() - i)));
+      gather(w, from * inner, i, std::min<int64_t>(kGathered, static_cast<int64_t>(w.anew.size() - i)),
+             static_cast<float*>(p.out));
+    }
+    const int64_t mine = std::min(band_, g_.in[outer_] - from) * inner, sample_entries = g_.pixels() * g_.in_channels;
+    for (int64_t s = 0; planes_ && s < samples; ++s) {
+      to_planes(out + s * sample_entries, p.dtype, g_.pixels(), w.out.get() + s * sample_entries, g_.in_channels,
+                g_.in_channels, mine);
     }
   }
 
@@ -247,7 +289,7 @@ class ConvProduct {
   }
 
   // The image of a sample's block, and in `fixed` its unit.
-  void quantise(Workspace& w, int64_t sample, int64_t s, int64_t from) const {
+  void quantise(Workspace& w, int64_t s, int64_t from) const {
     ConvSize low = low_;
     low[outer_] += from / g_.stride[outer_];
     const int64_t begin = std::clamp<int64_t>(-low[2], 0, size_[2]);
@@ -259,8 +301,8 @@ class ConvProduct {
           const int64_t oz = low[0] + z;
           const int64_t oy = low[1] + y;
           const bool inside = oz >= 0 && oz < g_.out[0] && oy >= 0 && oy < g_.out[1];
-          const int64_t pixel = ((sample * g_.out[0] + oz) * g_.out[1] + oy) * g_.out[2] + low[2] + begin;
-          row(z * size_[1] + y, PixelRun{inside ? grad_ + pixel * g_.out_channels : nullptr, g_.out_channels,
+          const int64_t pixel = (oz * g_.out[1] + oy) * g_.out[2] + low[2] + begin;
+          row(z * size_[1] + y, PixelRun{inside ? pixel_of_grad(w, s, pixel) : nullptr, g_.out_channels,
                                          inside ? end - begin : 0, g_.out_channels});
         }
       }
@@ -296,25 +338,29 @@ class ConvProduct {
   void weigh(Workspace& w, const Phase& phase, int64_t base, int64_t from) const {
     // √(K/12) last places against 2^−24 of the norm, of which ⌊q/2²⁰⌋ is counted.
     const double least = 0x1p8 * std::max(static_cast<double>(phase.taps * g_.out_channels) / 12, 1.0);
+    PixelSums* reached = w.reached.get();
+    FixedPoint* fixed = w.fixed.get() + base;
     for_rows(phase, from, [&](int64_t at, int64_t pixel, int64_t count) {
-      for (int64_t j = 0; j < count; ++j) {
-        PixelSums x{0, 0};
-        for (const int64_t to : phase.reached) {
-          const PixelSums& y = w.sums.get()[at + j + to];
-          x.sum += y.sum;
-          x.norm += y.norm;
+      std::fill_n(reached, count, PixelSums{0, 0});
+      for (const int64_t to : phase.reached) {
+        const PixelSums* sums = w.sums.get() + at + to;
+        for (int64_t j = 0; j < count; ++j) {
+          reached[j].sum += sums[j].sum;
+          reached[j].norm += sums[j].norm;
         }
-        const int64_t row = base + pixel + j * g_.stride[2];
-        w.fixed.get()[row] = {w.unit, x.sum, false};
-        if (x.norm != 0 && !(x.norm >= least)) {
-          w.anew.push_back(row);
+      }
+      for (int64_t j = 0; j < count; ++j, pixel += g_.stride[2]) {
+        fixed[pixel] = {w.unit, reached[j].sum, false};
+        if (reached[j].norm != 0 && !(reached[j].norm >= least)) {
+          w.anew.push_back(base + pixel);
         }
       }
     });
   }
 
-  // Pixels w.anew[begin … begin + rows − 1], counted from pixel `first` of all: their patches, each with its own scale.
-  void gather(Workspace& w, int64_t first, size_t begin, int64_t rows) const {
+  // Pixels w.anew[begin … begin + rows − 1] of dX, counted from pixel `first` of the block's first sample, to `to`:
+  // their patches, each with its own scale.
+  void gather(Workspace& w, int64_t first, size_t begin, int64_t rows, float* to) const {
     const Buffer<float> patches(rows * p_.depth);
     std::fill(patches.get(), patches.get() + rows * p_.depth, 0.0f);
     for (int64_t i = 0; i < rows; ++i) {
@@ -323,7 +369,7 @@ class ConvProduct {
       const ConvSize x{pixel / (g_.in[1] * g_.in[2]) % g_.in[0], pixel / g_.in[2] % g_.in[1], pixel % g_.in[2]};
       for (int64_t tap = 0; tap < g_.taps(); ++tap) {
         const ConvSize k{tap / (g_.kernel[1] * g_.kernel[2]), tap / g_.kernel[2] % g_.kernel[1], tap % g_.kernel[2]};
-        int64_t at = sample;
+        int64_t at = 0;
         bool inside = true;
         for (int d = 0; d < kConvDims; ++d) {
           int64_t o;
@@ -331,7 +377,7 @@ class ConvProduct {
           at = at * g_.out[d] + o;
         }
         if (inside) {
-          std::copy_n(grad_ + at * g_.out_channels, g_.out_channels,
+          std::copy_n(pixel_of_grad(w, sample, at), g_.out_channels,
                       patches.get() + i * p_.depth + tap * signs_.channels());
         }
       }
@@ -359,8 +405,7 @@ class ConvProduct {
      w.scratch.get());
     BK_PICK_PRODUCT(multiply_nonfinite)(p, signs_.signs(), 0, rows, 0, p.cols);
     for (int64_t i = 0; i < rows; ++i) {
-      std::copy_n(out.get() + i * p.cols, p.cols,
-                  static_cast<float*>(p_.out) + (first + w.anew[begin + static_cast<size_t>(i)]) * p.cols);
+      std::copy_n(out.get() + i * p.cols, p.cols, to + w.anew[begin + static_cast<size_t>(i)] * p.cols);
     }
   }
 
@@ -368,10 +413,13 @@ class ConvProduct {
   ConvSigns signs_;
   int64_t panel_;
   Buffer<int8_t> operand_;
+  bool planes_;
   const float* grad_;
+  float* out_;
   SignProduct p_{};
   int64_t in_tile_, blocks_, pixel_bytes_;
-  int outer_;  // Blocks
+  int64_t inner_;  // pixels of dY for each along the outermost dimension
+  int outer_;      // Blocks
   ConvSize low_, size_;
   int64_t band_;
   std::vector<Phase> phases_;

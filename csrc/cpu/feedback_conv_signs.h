@@ -14,6 +14,20 @@
 
 namespace bioplaus {
 
+// `pixels` of each channel, channels `plane` elements apart, become float32 pixels of adjacent channels.
+inline void to_pixels(float* to, const void* from, DType dtype, int64_t plane, int64_t channels, int64_t pixels) {
+  constexpr int64_t kAhead = 64;
+  // Of one box: the distance to the next one only says what is fetched ahead.
+  BK_PICK(lc_copy)
+  ({to, from, DType::Float32, dtype, {1, channels, pixels}, {0, 1, channels}, {kAhead, plane, 1}});
+}
+
+// The way back, from pixels `step` floats apart.
+inline void to_planes(void* to, DType dtype, int64_t plane, const float* from, int64_t step, int64_t channels,
+                      int64_t pixels) {
+  BK_PICK(lc_copy)({to, from, dtype, DType::Float32, {1, channels, pixels}, {0, plane, 1}, {0, 1, step}});
+}
+
 // σ of all taps: rows tap · padded channels + o.
 class ConvSigns {
  public:

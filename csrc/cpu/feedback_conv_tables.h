@@ -29,9 +29,8 @@ constexpr int64_t kTableTaps = 128;
 // would leave lanes empty, in floats.
 constexpr int64_t kTablesFloats = int64_t{1} << 17;
 constexpr int64_t kMostFloats = 4 * kTablesFloats;
-// Floats of dY that are fetched ahead of those that become tables, and of each plane that is brought into pixels.
+// Floats of dY that are fetched ahead of those that become tables.
 constexpr int64_t kAhead = 1024;
-constexpr int64_t kPlaneAhead = 64;
 
 // Coordinates x = first + stride · j of dX, j in [begin, end), that see the same taps: pixels j + shift of dY.
 struct ReachClass {
@@ -281,10 +280,7 @@ class TableProduct {
     constexpr DType kFloat = DType::Float32;
     for (int64_t s = 0; s < samples; ++s) {
       if (planes_) {
-        // Of one sample: the distance to the next one only says what is fetched ahead.
-        float* to = w.grad.get() + s * grad_step;
-        BK_PICK(lc_copy)
-        ({to, of_grad(sample + s), kFloat, dtype_, {1, o, held}, {0, 1, o}, {kPlaneAhead, all, 1}});
+        to_pixels(w.grad.get() + s * grad_step, of_grad(sample + s), dtype_, all, o, held);
       } else if (copied_) {
         copy_rows(w.grad.get() + s * grad_step, kFloat, o, of_grad(sample + s), dtype_, o, held, o);
       }
@@ -350,8 +346,7 @@ class TableProduct {
     for (int64_t s = 0; copied_ && s < samples; ++s) {
       const float* sums = out + s * out_step;
       if (planes_) {
-        BK_PICK(lc_copy)
-        ({of_out(sample + s), sums, dtype_, kFloat, {1, w.cols, mine}, {0, g_.pixels(), 1}, {0, 1, c}});
+        to_planes(of_out(sample + s), dtype_, g_.pixels(), sums, c, w.cols, mine);
       } else {
         copy_rows(of_out(sample + s), dtype_, c, sums, kFloat, c, mine, w.cols);
       }

@@ -29,7 +29,7 @@ constexpr int64_t kRows = 512;
 constexpr int64_t kRowsOfWeight = 1024;
 // An operand of so many bytes is formed whole and stays in the L2 cache, beside the digits that a thread makes at once.
 constexpr int64_t kOperandBytes = int64_t{1} << 20;
-constexpr int64_t kGroupBytes = int64_t{1} << 17;
+constexpr int64_t kGroupBytes = int64_t{1} << 18;
 // Rows at once whose digits take more bytes than the rows themselves.
 constexpr size_t kLossyRows = 256;
 // A block of B that is never too large to hold.
@@ -129,7 +129,10 @@ std::vector<int64_t> row_product(const at::Tensor& grad, const FeedbackParams& b
   const int64_t in_tile = BK_PICK_PRODUCT(tile_rows)(bytes);
   const int64_t tile = BK_PICK_PRODUCT(digit_bytes)(1, p.depth, bytes);
   const int64_t tiles = divide_up(p.rows, in_tile);
-  const int64_t group = std::clamp<int64_t>(kGroupBytes / tile, 2, divide_up(tiles, at::get_num_threads()));
+  // As many for every thread, in pairs, which the tile product takes at once.
+  const int64_t share = divide_up(tiles, at::get_num_threads());
+  const int64_t passes = divide_up(share, std::max<int64_t>(kGroupBytes / tile, 2));
+  const int64_t group = divide_up(divide_up(share, passes), 2) * 2;
   const std::vector<int64_t> digit_steps = steps(tile / kTileBytes, kTileBytes);
   const std::vector<int64_t> operand_steps = steps(tile / kTileBytes, panel / (tile / kTileBytes));
   const Run run{digit_steps.data(), operand_steps.data(), tile / kTileBytes};

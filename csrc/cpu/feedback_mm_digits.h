@@ -39,10 +39,9 @@ constexpr int kColumns = 16;                // of dX in a tile of the operand
 constexpr int kGroups = 32 / kColumns;      // tiles of the operand side by side: the columns of a word of signs
 constexpr int kTileInts = kTileBytes / 4;   // 16 rows × 16 columns of sums
 
-// The operand is formed for kFormBlocks tiles along K, or read for kHeldBlocks, which stay in the L1 cache; sums stay
-// int32 for kPassBlocks tiles; kRowTiles tiles of dY's digits of that depth stay in the L2 cache.
+// The operand is formed for kFormBlocks tiles along K, which stay in the L1 cache; sums stay int32 for kPassBlocks
+// tiles; kRowTiles tiles of dY's digits of that depth stay in the L2 cache.
 constexpr int64_t kFormBlocks = 8;
-constexpr int64_t kHeldBlocks = 16;
 constexpr int64_t kPassBlocks = 4096 / kDepth;
 constexpr int64_t kRowTiles = 16;
 

@@ -204,23 +204,22 @@ void multiply_formed(const SignProduct& p, const DigitTile* tiles, int64_t count
 #if defined(__AMX_INT8__)
   configure(16);
 #endif
+  const int64_t step = divide_up(run.blocks, divide_up(run.blocks, kPassBlocks));
   for (int64_t word = 0; word * 32 < p.cols; ++word) {
     const int8_t* panel = operand + word * panel_bytes(p.depth);
     for (int64_t t = 0; t < count; t += kRowTiles) {
       const int64_t some = min(count - t, kRowTiles);
-      for (int64_t block = 0; block < run.blocks; block += kPassBlocks) {
-        const int64_t end = min(run.blocks, block + kPassBlocks);
-        for (int64_t b = block; b < end; b += kHeldBlocks) {
-          multiply_panel({tiles + t,
-                          some,
-                          COUNT,
-                          {run.digits + b, run.operand + b, min(end - b, kHeldBlocks)},
-                          panel,
-                          kTileBytes,
-                          groups_of(p.cols - word * 32),
-                          c,
-                          b > block});
-        }
+      for (int64_t block = 0; block < run.blocks; block += step) {
+        const int64_t end = min(run.blocks, block + step);
+        multiply_panel({tiles + t,
+                        some,
+                        COUNT,
+                        {run.digits + block, run.operand + block, end - block},
+                        panel,
+                        kTileBytes,
+                        groups_of(p.cols - word * 32),
+                        c,
+                        false});
         finish<COUNT, T>(p, tiles + t, some, row_step, word * 32, min(p.cols - word * 32, 32), c,
                          run.blocks > kPassBlocks ? v : nullptr, block == 0, end == run.blocks);
       }

@@ -37,6 +37,8 @@ void configure(int rows) {
     config.row_bytes[t] = 64;
     config.rows[t] = t < 6 ? static_cast<uint8_t>(rows) : 16;
   }
+  // GCC takes the instruction to read 8 of its bytes, and leaves out what is written to the others.
+  __asm__ volatile("" : : "m"(config));
   _tile_loadconfig(&config);
 }
 
