@@ -113,16 +113,16 @@ class ConvProduct {
   }
 
   void run() const {
-    const int64_t bands = divide_up(g_.in[outer_], band_);
+    const int64_t bands = divide_up(g_.in[outer_], band_), threads = at::get_num_threads();
     const int64_t bytes = image_pixels() * blocks_ * pixel_bytes_;
-    // Small samples share a pass over the operand.
-    const int64_t group =
-        bands > 1 ? 1 : std::clamp<int64_t>(g_.samples / at::get_num_threads(), 1, divide_up(kImageBytes, bytes));
-    at::parallel_for(0, divide_up(g_.samples, group) * bands, 1, [&](int64_t begin, int64_t end) {
-      Workspace w(*this, group);
+    // Small samples share a pass over the operand; as many of them for each thread.
+    const int64_t fewest = divide_up(divide_up(g_.samples, divide_up(kImageBytes, bytes)), threads) * threads;
+    const int64_t groups = bands > 1 ? g_.samples : std::min(fewest, g_.samples);
+    at::parallel_for(0, groups * bands, 1, [&](int64_t begin, int64_t end) {
+      Workspace w(*this, divide_up(g_.samples, groups));
       for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t sample = unit / bands * group;
-        block(w, sample, std::min(group, g_.samples - sample), unit % bands * band_);
+        const int64_t group = unit / bands, sample = g_.samples * group / groups;
+        block(w, sample, g_.samples * (group + 1) / groups - sample, unit % bands * band_);
       }
     });
   }
