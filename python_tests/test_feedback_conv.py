@@ -167,12 +167,13 @@ def test_what_is_for_tables() -> None:
 @pytest.mark.parametrize(
     ("out", "channels", "kernel", "size", "way"),
     [
-        (128, 128, 3, 4, "digits"),
-        (256, 64, 3, 5, "digits"),
-        (128, 64, 3, 4, "tables"),
-        (512, 32, 3, 4, "tables"),
+        (33, 3, 3, 4, "digits"),
+        (64, 64, 3, 5, "digits"),
+        (257, 64, 1, 4, "digits"),
+        (32, 128, 3, 4, "tables"),
+        (64, 64, 2, 4, "tables"),
         (128, 128, 3, 3, "tables"),
-        (128, 128, 1, 4, "tables"),
+        (256, 128, 1, 4, "tables"),
     ],
 )
 def test_the_way_on_tile_units(out: int, channels: int, kernel: int, size: int, way: str) -> None:

@@ -17,7 +17,6 @@ namespace bioplaus {
 namespace {
 
 constexpr int64_t kManyPixels = 16;
-constexpr int64_t kManyWeights = int64_t{1} << 14;
 
 // dX, or none where the shape, or zeros among the signs, are not for this way. `size`: dX's.
 at::Tensor by_digits(const ConvGeometry& g, const FeedbackArgs& args, const at::Tensor& grad_output,
@@ -60,11 +59,10 @@ at::Tensor by_tables(const ConvGeometry& given, const FeedbackArgs& args, const 
 }
 
 // Whether digits are faster than tables, where there are any, by `python -m bench run --op convolution`: on tile units,
-// but not where there are few channels or pixels.
+// but not where channels fill less than half of a tile's depth, or terms or pixels are few.
 bool digits_are_faster(const ConvGeometry& g) {
-  return !has_tables() ||
-         (!tables_are_faster() && g.taps() > 1 && g.pixels() >= kManyPixels &&
-          std::min(g.in_channels, g.out_channels) >= kTileRows && g.in_channels * g.out_channels >= kManyWeights);
+  return !has_tables() || (!tables_are_faster() && g.out_channels > kTileRows / 2 &&
+                           g.taps() * g.out_channels > kShortRows && g.pixels() >= kManyPixels);
 }
 
 // An empty `way`: the faster. By ±s the way named, else and where it is not for them by B and the vendor's convolution.

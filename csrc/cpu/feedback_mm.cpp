@@ -37,8 +37,6 @@ constexpr int64_t kSlabBytes = int64_t{1} << 20;
 // Columns of B too few for what forming tables costs, beside tiles of float32 and of pairs.
 constexpr int64_t kFewSums = 16;
 constexpr int64_t kFewPairs = 64;
-// Rows of dY of which tables are faster than digits on tile units.
-constexpr int64_t kShortRows = 256;
 // Fewer entries of B than this are not worth a second thread.
 constexpr int64_t kFormGrain = 8192;
 

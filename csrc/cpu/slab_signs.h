@@ -21,6 +21,8 @@ constexpr int64_t kSlab = 1024;
 // units. Which is taken is decided by level, dtype and B's shape, never by rows, as the two differ in their bits.
 inline bool has_tables() { return product_level() != ProductLevel::DEFAULT; }
 inline bool tables_are_faster() { return has_tables() && product_level() != ProductLevel::AMX; }
+// Rows of dY, or a convolution's patches of it, of which tables are faster than digits on tile units.
+constexpr int64_t kShortRows = 256;
 // Whether lanes of vectors are rows, as registers are too short for a table.
 inline bool lanes_are_rows() { return cpu_level() == Level::AVX2; }
 
