@@ -86,7 +86,8 @@ class ConvProduct {
       : g_(g),
         signs_(g, args),
         panel_(BK_PICK_PRODUCT(panel_bytes)(signs_.depth(g))),
-        operand_(divide_up(g.in_channels, 32) * panel_),
+        panels_(divide_up(g.in_channels, 32)),
+        operand_(panels_ * panel_),
         planes_(planes),
         grad_(grad.const_data_ptr<float>()),
         out_(out.mutable_data_ptr<float>()),
@@ -96,7 +97,7 @@ class ConvProduct {
         size_(blocks.size),
         band_(blocks.band) {
     p_.depth = signs_.depth(g);
-    at::parallel_for(0, divide_up(g.in_channels, 32), 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, panels_, 1, [&](int64_t begin, int64_t end) {
       BK_PICK_PRODUCT(form_panels)(signs_.part(begin, 0), begin, end, p_.depth, operand_.get());
     });
     p_.cols = g.in_channels;
@@ -117,12 +118,16 @@ class ConvProduct {
     const int64_t bytes = image_pixels() * blocks_ * pixel_bytes_;
     // Small samples share a pass over the operand; as many of them for each thread.
     const int64_t fewest = divide_up(divide_up(g_.samples, divide_up(kImageBytes, bytes)), threads) * threads;
-    const int64_t groups = bands > 1 ? g_.samples : std::min(fewest, g_.samples);
-    at::parallel_for(0, groups * bands, 1, [&](int64_t begin, int64_t end) {
+    const int64_t groups = bands > 1 ? g_.samples : std::min(fewest, g_.samples), blocks = groups * bands;
+    // Where there are too few blocks, parts of the columns, which each form the digits.
+    const int64_t parts = std::clamp<int64_t>(threads / blocks, 1, panels_);
+    at::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
       Workspace w(*this, divide_up(g_.samples, groups));
       for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t group = unit / bands, sample = g_.samples * group / groups;
-        block(w, sample, g_.samples * (group + 1) / groups - sample, unit % bands * band_);
+        const int64_t group = unit / parts / bands, part = unit % parts, sample = g_.samples * group / groups;
+        w.begin = panels_ * part / parts;
+        w.end = panels_ * (part + 1) / parts;
+        block(w, sample, g_.samples * (group + 1) / groups - sample, unit / parts % bands * band_);
       }
     });
   }
@@ -149,6 +154,7 @@ class ConvProduct {
     const float* pixels;        // of dY
     int64_t first_pixel, step;  // pixel 0 of the block's first sample among them, and from a sample to the next
     double unit = 0;            // of the last sample's image
+    int64_t begin, end;         // panels of columns
     std::vector<DigitTile> tiles;
     std::vector<int64_t> anew;  // pixels of dX, counted from the block's first
   };
@@ -206,6 +212,8 @@ class ConvProduct {
     }
   }
 
+  int64_t columns(const Workspace& w) const { return std::min(w.end * 32, g_.in_channels) - w.begin * 32; }
+
   const float* pixel_of_grad(const Workspace& w, int64_t s, int64_t pixel) const {
     return w.pixels + (w.first_pixel + s * w.step + pixel) * g_.out_channels;
   }
@@ -248,7 +256,7 @@ class ConvProduct {
     }
     for (const Phase& phase : phases_) {
       if (phase.taps == 0) {
-        clear(phase, static_cast<float*>(p.out), samples, from);
+        clear(w, phase, static_cast<float*>(p.out), samples, from);
         continue;
       }
       w.tiles.clear();
@@ -263,8 +271,8 @@ class ConvProduct {
       }
       BK_PICK_PRODUCT(multiply_panels)
       (p, w.tiles.data(), static_cast<int64_t>(w.tiles.size()), g_.stride[2],
-       {phase.digits.data(), phase.operand.data(), static_cast<int64_t>(phase.digits.size())}, operand_.get(),
-       w.scratch.get());
+       {phase.digits.data(), phase.operand.data(), static_cast<int64_t>(phase.digits.size())}, operand_.get(), w.begin,
+       w.end, w.scratch.get());
     }
     for (size_t i = 0; i < w.anew.size(); i += kGathered) {
       gather(w, from * inner, i, std::min<int64_t>(kGathered, static_cast<int64_t>(w.anew.size() - i)),
@@ -272,17 +280,18 @@ class ConvProduct {
     }
     const int64_t mine = std::min(band_, g_.in[outer_] - from) * inner, sample_entries = g_.pixels() * g_.in_channels;
     for (int64_t s = 0; planes_ && s < samples; ++s) {
-      to_planes(out + s * sample_entries, p.dtype, g_.pixels(), w.out.get() + s * sample_entries, g_.in_channels,
-                g_.in_channels, mine);
+      to_planes(out + s * sample_entries + w.begin * 32 * g_.pixels(), p.dtype, g_.pixels(),
+                w.out.get() + s * sample_entries + w.begin * 32, g_.in_channels, columns(w), mine);
     }
   }
 
   // Pixels that no pixel of dY reaches.
-  void clear(const Phase& phase, float* out, int64_t samples, int64_t from) const {
+  void clear(const Workspace& w, const Phase& phase, float* out, int64_t samples, int64_t from) const {
     for (int64_t s = 0; s < samples; ++s) {
       for_rows(phase, from, [&](int64_t, int64_t pixel, int64_t count) {
         for (int64_t j = 0; j < count; ++j) {
-          std::fill_n(out + (s * g_.pixels() + pixel + j * g_.stride[2]) * g_.in_channels, g_.in_channels, 0.0f);
+          const int64_t row = s * g_.pixels() + pixel + j * g_.stride[2];
+          std::fill_n(out + row * g_.in_channels + w.begin * 32, columns(w), 0.0f);
         }
       });
     }
@@ -401,17 +410,18 @@ class ConvProduct {
     }
     BK_PICK_PRODUCT(multiply_panels)
     (p, w.tiles.data(), static_cast<int64_t>(w.tiles.size()), 1,
-     {in_order_.data(), operand_order_.data(), static_cast<int64_t>(in_order_.size())}, operand_.get(),
+     {in_order_.data(), operand_order_.data(), static_cast<int64_t>(in_order_.size())}, operand_.get(), w.begin, w.end,
      w.scratch.get());
     BK_PICK_PRODUCT(multiply_nonfinite)(p, signs_.signs(), 0, rows, 0, p.cols);
     for (int64_t i = 0; i < rows; ++i) {
-      std::copy_n(out.get() + i * p.cols, p.cols, to + w.anew[begin + static_cast<size_t>(i)] * p.cols);
+      const int64_t row = w.anew[begin + static_cast<size_t>(i)];
+      std::copy_n(out.get() + i * p.cols + w.begin * 32, columns(w), to + row * p.cols + w.begin * 32);
     }
   }
 
   ConvGeometry g_;
   ConvSigns signs_;
-  int64_t panel_;
+  int64_t panel_, panels_;
   Buffer<int8_t> operand_;
   bool planes_;
   const float* grad_;

@@ -162,7 +162,8 @@ std::vector<int64_t> row_product(const at::Tensor& grad, const FeedbackParams& b
         }
       }
       BK_PICK_PRODUCT(multiply_panels)
-      (part, some.data(), static_cast<int64_t>(some.size()), 1, run, operand.get(), scratch.get());
+      (part, some.data(), static_cast<int64_t>(some.size()), 1, run, operand.get(), 0, divide_up(p.cols, 32),
+       scratch.get());
     }
   });
   std::vector<int64_t> rows;

@@ -200,28 +200,28 @@ void multiply_as(const SignProduct& p, const SignColumns& s, int64_t tile_begin,
 
 template <int COUNT, typename T>
 void multiply_formed(const SignProduct& p, const DigitTile* tiles, int64_t count, int64_t row_step, const Run& run,
-                     const int8_t* operand, int32_t* c, double* v) {
+                     const int8_t* operand, int64_t begin, int64_t end, int32_t* c, double* v) {
 #if defined(__AMX_INT8__)
   configure(16);
 #endif
   const int64_t step = divide_up(run.blocks, divide_up(run.blocks, kPassBlocks));
-  for (int64_t word = 0; word * 32 < p.cols; ++word) {
+  for (int64_t word = begin; word < end; ++word) {
     const int8_t* panel = operand + word * panel_bytes(p.depth);
     for (int64_t t = 0; t < count; t += kRowTiles) {
       const int64_t some = min(count - t, kRowTiles);
       for (int64_t block = 0; block < run.blocks; block += step) {
-        const int64_t end = min(run.blocks, block + step);
+        const int64_t blocks = min(step, run.blocks - block);
         multiply_panel({tiles + t,
                         some,
                         COUNT,
-                        {run.digits + block, run.operand + block, end - block},
+                        {run.digits + block, run.operand + block, blocks},
                         panel,
                         kTileBytes,
                         groups_of(p.cols - word * 32),
                         c,
                         false});
         finish<COUNT, T>(p, tiles + t, some, row_step, word * 32, min(p.cols - word * 32, 32), c,
-                         run.blocks > kPassBlocks ? v : nullptr, block == 0, end == run.blocks);
+                         run.blocks > kPassBlocks ? v : nullptr, block == 0, block + blocks == run.blocks);
       }
     }
   }
@@ -326,10 +326,10 @@ int64_t panels_scratch(const SignProduct& p, int64_t blocks) {
 }
 
 void multiply_panels(const SignProduct& p, const DigitTile* tiles, int64_t count, int64_t row_step, const Run& run,
-                     const int8_t* operand, char* scratch) {
+                     const int8_t* operand, int64_t begin, int64_t end, char* scratch) {
   double* running = reinterpret_cast<double*>(scratch + kGroups * kRowTiles * kTileBytes);
   with_types(p, [&](auto digits, auto element) {
-    multiply_formed<digits.value, decltype(element)>(p, tiles, count, row_step, run, operand,
+    multiply_formed<digits.value, decltype(element)>(p, tiles, count, row_step, run, operand, begin, end,
                                                      reinterpret_cast<int32_t*>(scratch), running);
   });
 }
