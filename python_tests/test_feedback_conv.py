@@ -39,6 +39,9 @@ SHAPES = [
     # Bands where some of dY reaches padding alone, dilated, and strides that leave pixels out.
     (64, 16, (3, 3), (90, 60), (3, 2), (7, 5), (2, 1)),
     (64, 16, (2, 2), (91, 62), (4, 4), (1, 0), (1, 1)),
+    # dX has one pixel in a dimension and dY several.
+    (70, 16, (3, 1), (1, 16), (1, 1), (2, 1), (1, 1)),
+    (64, 16, (3, 3, 3), (1, 20, 30), (1, 1, 1), (2, 1, 1), (1, 1, 1)),
     # Pixels of 1x1, of any band.
     (70, 64, (1, 1), (50, 40), (1, 1), (0, 0), (1, 1)),
 ]
@@ -182,6 +185,20 @@ def test_the_way_on_tile_units(out: int, channels: int, kernel: int, size: int, 
     ways = {name: torch.ops.bioplaus.feedback_conv_by(*arguments, name) for name in ("digits", "tables")}
     assert not torch.equal(*ways.values())
     assert torch.equal(ops.feedback_conv(*arguments), ways[way])
+
+
+@needs_library
+@pytest.mark.skipif(native.product_level() != "AMX", reason="no tile units")
+def test_the_other_way_on_tile_units() -> None:
+    """Where bands would be mostly each other's images it is tables, and of many zeros digits."""
+    wide = problem((256, 32, (3, 3), (8, 128), (1, 1), (1, 1), (1, 1)))
+    pruned = problem(SHAPES[5])
+    pruned[1][:, 3] = 0
+    for (grad, weight, rest), way in ((wide, "tables"), (pruned, "digits")):
+        arguments = grad, weight, None, None, None, "constant", 0.25, *rest
+        found = by(way, *arguments)
+        assert not torch.equal(found, reference.feedback_conv(*arguments))
+        assert torch.equal(ops.feedback_conv(*arguments), found)
 
 
 @needs_library

@@ -59,13 +59,14 @@ at::Tensor by_tables(const ConvGeometry& given, const FeedbackArgs& args, const 
 }
 
 // Whether digits are faster than tables, where there are any, by `python -m bench run --op convolution`: on tile units,
-// but not where channels fill less than half of a tile's depth, or terms or pixels are few.
+// but not where channels fill half of a tile's depth or less, or terms or pixels are few.
 bool digits_are_faster(const ConvGeometry& g) {
   return !has_tables() || (!tables_are_faster() && g.out_channels > kTileRows / 2 &&
                            g.taps() * g.out_channels > kShortRows && g.pixels() >= kManyPixels);
 }
 
-// An empty `way`: the faster. By ±s the way named, else and where it is not for them by B and the vendor's convolution.
+// An empty `way`: the faster, or on tile units the other where that one is not for the shape or its zeros. By ±s the
+// way named, else and where it is not for them by B and the vendor's convolution.
 at::Tensor product(const at::Tensor& grad_output, const std::optional<at::Tensor>& weight,
                    const std::optional<at::Tensor>& signs, const std::optional<at::Tensor>& magnitude,
                    const std::optional<at::Tensor>& key, c10::string_view entries, double scale,
@@ -86,7 +87,10 @@ at::Tensor product(const at::Tensor& grad_output, const std::optional<at::Tensor
   const bool digits = way.empty() ? digits_are_faster(g) : way == "digits";
   const bool any_dtype = !digits && (way == "tables" || tables_are_faster());
   if (to_entries(entries) == Entries::Constant && (any_dtype ? dtype != at::kDouble : dtype == at::kFloat)) {
-    const at::Tensor out = (digits ? by_digits : by_tables)(g, args, grad_output, size);
+    at::Tensor out = (digits ? by_digits : by_tables)(g, args, grad_output, size);
+    if (!out.defined() && way.empty() && product_level() == ProductLevel::AMX) {
+      out = (digits ? by_tables : by_digits)(g, args, grad_output, size);
+    }
     if (out.defined()) {
       return out;
     }

@@ -66,7 +66,7 @@ inline std::optional<Blocks> blocks_of(const ConvGeometry& g, int64_t bytes) {
   if (image > std::min(kBorder * own, kPixels)) {
     return std::nullopt;
   }
-  while (b.outer + 1 < kConvDims && g.in[b.outer] == 1) {
+  while (b.outer + 1 < kConvDims && g.in[b.outer] == 1 && g.out[b.outer] == 1) {
     ++b.outer;
   }
   int64_t &size = b.size[b.outer], stride = g.stride[b.outer];
@@ -100,7 +100,7 @@ class ConvProduct {
     at::parallel_for(0, panels_, 1, [&](int64_t begin, int64_t end) {
       BK_PICK_PRODUCT(form_panels)(signs_.part(begin, 0), begin, end, p_.depth, operand_.get());
     });
-    p_.cols = g.in_channels;
+    p_.out_stride = g.in_channels;
     p_.dtype = DType::Float32;
     p_.scale = static_cast<float>(args.scale);
     p_.bytes = 4;
@@ -122,11 +122,11 @@ class ConvProduct {
     // Where there are too few blocks, parts of the columns, which each form the digits.
     const int64_t parts = std::clamp<int64_t>(threads / blocks, 1, panels_);
     at::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
-      Workspace w(*this, divide_up(g_.samples, groups));
+      Workspace w(*this, divide_up(g_.samples, groups), divide_up(panels_, parts) * 32);
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t group = unit / parts / bands, part = unit % parts, sample = g_.samples * group / groups;
-        w.begin = panels_ * part / parts;
-        w.end = panels_ * (part + 1) / parts;
+        w.panel = panels_ * part / parts;
+        w.cols = std::min(panels_ * (part + 1) / parts * 32, g_.in_channels) - w.panel * 32;
         block(w, sample, g_.samples * (group + 1) / groups - sample, unit / parts % bands * band_);
       }
     });
@@ -134,7 +134,7 @@ class ConvProduct {
 
  private:
   struct Workspace {
-    Workspace(const ConvProduct& c, int64_t group)
+    Workspace(const ConvProduct& c, int64_t group, int64_t most_cols)
         // A tile may end beyond its row, and so beyond the image.
         : image(group * c.image_pixels() * c.blocks_ * c.pixel_bytes_ + kTileBytes * c.blocks_),
           sums(c.image_pixels()),
@@ -142,7 +142,7 @@ class ConvProduct {
           tops(c.image_pixels()),
           fixed(group * c.out_pixels()),
           grad(c.planes_ ? group * c.held() * c.g_.out_channels : 0),
-          out(c.planes_ ? group * c.out_pixels() * c.g_.in_channels : 0),
+          out(c.planes_ ? group * c.out_pixels() * most_cols : 0),
           scratch(BK_PICK_PRODUCT(panels_scratch)(c.p_, static_cast<int64_t>(c.in_order_.size()))) {}
 
     Buffer<int8_t> image;
@@ -154,7 +154,7 @@ class ConvProduct {
     const float* pixels;        // of dY
     int64_t first_pixel, step;  // pixel 0 of the block's first sample among them, and from a sample to the next
     double unit = 0;            // of the last sample's image
-    int64_t begin, end;         // panels of columns
+    int64_t panel, cols;        // of dX
     std::vector<DigitTile> tiles;
     std::vector<int64_t> anew;  // pixels of dX, counted from the block's first
   };
@@ -212,8 +212,6 @@ class ConvProduct {
     }
   }
 
-  int64_t columns(const Workspace& w) const { return std::min(w.end * 32, g_.in_channels) - w.begin * 32; }
-
   const float* pixel_of_grad(const Workspace& w, int64_t s, int64_t pixel) const {
     return w.pixels + (w.first_pixel + s * w.step + pixel) * g_.out_channels;
   }
@@ -242,8 +240,11 @@ class ConvProduct {
   // Pixels of dX of some samples, `from` on along the outermost dimension.
   void block(Workspace& w, int64_t sample, int64_t samples, int64_t from) const {
     const int64_t inner = g_.pixels() / g_.in[outer_];
-    float* out = out_ + sample * g_.pixels() * g_.in_channels + from * inner * (planes_ ? 1 : g_.in_channels);
+    float* out = out_ + sample * g_.pixels() * g_.in_channels +
+                 (planes_ ? w.panel * 32 * g_.pixels() + from * inner : from * inner * g_.in_channels + w.panel * 32);
     SignProduct p = p_;
+    p.cols = w.cols;
+    p.out_stride = planes_ ? w.cols : g_.in_channels;
     p.fixed = w.fixed.get();
     p.out = planes_ ? w.out.get() : out;
     read(w, sample, samples, from);
@@ -256,7 +257,7 @@ class ConvProduct {
     }
     for (const Phase& phase : phases_) {
       if (phase.taps == 0) {
-        clear(w, phase, static_cast<float*>(p.out), samples, from);
+        clear(phase, p, samples, from);
         continue;
       }
       w.tiles.clear();
@@ -271,27 +272,26 @@ class ConvProduct {
       }
       BK_PICK_PRODUCT(multiply_panels)
       (p, w.tiles.data(), static_cast<int64_t>(w.tiles.size()), g_.stride[2],
-       {phase.digits.data(), phase.operand.data(), static_cast<int64_t>(phase.digits.size())}, operand_.get(), w.begin,
-       w.end, w.scratch.get());
+       {phase.digits.data(), phase.operand.data(), static_cast<int64_t>(phase.digits.size())},
+       operand_.get() + w.panel * panel_, w.scratch.get());
     }
     for (size_t i = 0; i < w.anew.size(); i += kGathered) {
-      gather(w, from * inner, i, std::min<int64_t>(kGathered, static_cast<int64_t>(w.anew.size() - i)),
-             static_cast<float*>(p.out));
+      gather(w, p, from * inner, i, std::min<int64_t>(kGathered, static_cast<int64_t>(w.anew.size() - i)));
     }
-    const int64_t mine = std::min(band_, g_.in[outer_] - from) * inner, sample_entries = g_.pixels() * g_.in_channels;
+    const int64_t mine = std::min(band_, g_.in[outer_] - from) * inner;
     for (int64_t s = 0; planes_ && s < samples; ++s) {
-      to_planes(out + s * sample_entries + w.begin * 32 * g_.pixels(), p.dtype, g_.pixels(),
-                w.out.get() + s * sample_entries + w.begin * 32, g_.in_channels, columns(w), mine);
+      to_planes(out + s * g_.pixels() * g_.in_channels, p.dtype, g_.pixels(), w.out.get() + s * g_.pixels() * w.cols,
+                w.cols, w.cols, mine);
     }
   }
 
   // Pixels that no pixel of dY reaches.
-  void clear(const Workspace& w, const Phase& phase, float* out, int64_t samples, int64_t from) const {
+  void clear(const Phase& phase, const SignProduct& p, int64_t samples, int64_t from) const {
     for (int64_t s = 0; s < samples; ++s) {
       for_rows(phase, from, [&](int64_t, int64_t pixel, int64_t count) {
         for (int64_t j = 0; j < count; ++j) {
           const int64_t row = s * g_.pixels() + pixel + j * g_.stride[2];
-          std::fill_n(out + row * g_.in_channels + w.begin * 32, columns(w), 0.0f);
+          std::fill_n(static_cast<float*>(p.out) + row * p.out_stride, p.cols, 0.0f);
         }
       });
     }
@@ -367,9 +367,10 @@ class ConvProduct {
     });
   }
 
-  // Pixels w.anew[begin … begin + rows − 1] of dX, counted from pixel `first` of the block's first sample, to `to`:
-  // their patches, each with its own scale.
-  void gather(Workspace& w, int64_t first, size_t begin, int64_t rows, float* to) const {
+  // Rows w.anew[begin … begin + rows − 1] of a block's product, which are pixels counted from pixel `first` of its
+  // first sample: their patches, each with its own scale.
+  void gather(Workspace& w, const SignProduct& block, int64_t first, size_t begin, int64_t rows) const {
+    SignProduct p = block;
     const Buffer<float> patches(rows * p_.depth);
     std::fill(patches.get(), patches.get() + rows * p_.depth, 0.0f);
     for (int64_t i = 0; i < rows; ++i) {
@@ -394,8 +395,7 @@ class ConvProduct {
     const int64_t tile = static_cast<int64_t>(in_order_.size()) * kTileBytes;
     const Buffer<int8_t> digits(divide_up(rows, in_tile_) * tile);
     const Buffer<FixedPoint> fixed(rows);
-    const Buffer<float> out(rows * p_.cols);
-    SignProduct p = p_;
+    const Buffer<float> out(rows * p.cols);
     p.rows = rows;
     p.grad = patches.get();
     p.row_stride = p.depth;
@@ -403,6 +403,7 @@ class ConvProduct {
     p.digits = digits.get();
     p.fixed = fixed.get();
     p.out = out.get();
+    p.out_stride = p.cols;
     BK_PICK_PRODUCT(quantise)(p, 0, divide_up(rows, in_tile_), nullptr);
     w.tiles.clear();
     for (int64_t i = 0; i < rows; i += in_tile_) {
@@ -410,12 +411,12 @@ class ConvProduct {
     }
     BK_PICK_PRODUCT(multiply_panels)
     (p, w.tiles.data(), static_cast<int64_t>(w.tiles.size()), 1,
-     {in_order_.data(), operand_order_.data(), static_cast<int64_t>(in_order_.size())}, operand_.get(), w.begin, w.end,
-     w.scratch.get());
-    BK_PICK_PRODUCT(multiply_nonfinite)(p, signs_.signs(), 0, rows, 0, p.cols);
+     {in_order_.data(), operand_order_.data(), static_cast<int64_t>(in_order_.size())},
+     operand_.get() + w.panel * panel_, w.scratch.get());
+    BK_PICK_PRODUCT(multiply_nonfinite)(p, signs_.part(w.panel, 0), 0, rows, 0, p.cols);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = w.anew[begin + static_cast<size_t>(i)];
-      std::copy_n(out.get() + i * p.cols + w.begin * 32, columns(w), to + row * p.cols + w.begin * 32);
+      std::copy_n(out.get() + i * p.cols, p.cols, static_cast<float*>(block.out) + row * block.out_stride);
     }
   }
 

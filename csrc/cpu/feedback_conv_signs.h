@@ -50,7 +50,6 @@ class ConvSigns {
 
   int64_t channels() const { return channels_; }
   int64_t depth(const ConvGeometry& g) const { return g.taps() * channels_; }
-  const SignColumns& signs() const { return signs_; }
   // From a word and a tap on.
   SignColumns part(int64_t word, int64_t tap) const {
     const int64_t at = word * signs_.rows + tap * channels_;

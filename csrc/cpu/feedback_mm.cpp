@@ -85,6 +85,7 @@ SignProduct describe(const at::Tensor& grad, const FeedbackParams& b, int bytes,
   p.row_stride = grad.stride(0);
   p.column_stride = grad.stride(1);
   p.out = out.mutable_data_ptr();
+  p.out_stride = p.cols;
   p.scale = entry_scale(b.scale, p.dtype);
   p.bytes = bytes;
   return p;
@@ -128,23 +129,23 @@ std::vector<int64_t> row_product(const at::Tensor& grad, const FeedbackParams& b
   const int64_t tile = BK_PICK_PRODUCT(digit_bytes)(1, p.depth, bytes);
   const int64_t tiles = divide_up(p.rows, in_tile);
   // As many for every thread, in pairs, which the tile product takes at once.
-  const int64_t share = divide_up(tiles, at::get_num_threads());
-  const int64_t passes = divide_up(share, std::max<int64_t>(kGroupBytes / tile, 2));
-  const int64_t group = divide_up(divide_up(share, passes), 2) * 2;
+  const int64_t pairs = divide_up(tiles, 2), threads = at::get_num_threads();
+  const int64_t fewest = divide_up(divide_up(pairs, std::max<int64_t>(kGroupBytes / (2 * tile), 1)), threads) * threads;
+  const int64_t groups = std::min(pairs, fewest);
   const std::vector<int64_t> digit_steps = steps(tile / kTileBytes, kTileBytes);
   const std::vector<int64_t> operand_steps = steps(tile / kTileBytes, panel / (tile / kTileBytes));
   const Run run{digit_steps.data(), operand_steps.data(), tile / kTileBytes};
   const Buffer<FixedPoint> fixed(p.rows);
   const auto left = [&](int64_t row) { return fixed.get()[row].lossy || std::isnan(fixed.get()[row].unit); };
-  at::parallel_for(0, divide_up(tiles, group), 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     const Buffer<float> row(p.depth);
-    const Buffer<int8_t> digits(group * tile);
+    const Buffer<int8_t> digits(2 * divide_up(pairs, groups) * tile);
     const Buffer<char> scratch(BK_PICK_PRODUCT(panels_scratch)(p, run.blocks));
     std::vector<DigitTile> some;
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t first = unit * group * in_tile;
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t first = pairs * group / groups * 2 * in_tile;
       SignProduct part = p;
-      part.rows = std::min(group * in_tile, p.rows - first);
+      part.rows = std::min(pairs * (group + 1) / groups * 2 * in_tile, p.rows) - first;
       part.grad = static_cast<const char*>(p.grad) + first * p.row_stride * size_of(p.dtype);
       part.out = static_cast<char*>(p.out) + first * p.cols * size_of(p.dtype);
       part.digits = digits.get();
@@ -162,8 +163,7 @@ std::vector<int64_t> row_product(const at::Tensor& grad, const FeedbackParams& b
         }
       }
       BK_PICK_PRODUCT(multiply_panels)
-      (part, some.data(), static_cast<int64_t>(some.size()), 1, run, operand.get(), 0, divide_up(p.cols, 32),
-       scratch.get());
+      (part, some.data(), static_cast<int64_t>(some.size()), 1, run, operand.get(), scratch.get());
     }
   });
   std::vector<int64_t> rows;

@@ -28,7 +28,8 @@ struct SignProduct {
   const void* grad;
   DType dtype;  // of dY and dX
   int64_t row_stride, column_stride;
-  void* out;  // contiguous
+  void* out;
+  int64_t out_stride;  // from a row to the next
   double scale;
 
   int bytes;  // of a fixed-point entry: 2 or 4
@@ -99,11 +100,10 @@ BK_DECLARE_PRODUCT(void form_panels(const SignColumns& signs, int64_t begin, int
 BK_DECLARE_PRODUCT(void multiply_nonfinite(const SignProduct& p, const SignColumns& signs, int64_t begin, int64_t end,
                                            int64_t first, int64_t cols))
 
-// Columns of panels begin … end − 1 of some tiles, by an operand formed whole. `scratch`: panels_scratch(…) bytes.
+// All columns of some tiles by an operand formed whole. `scratch`: panels_scratch(…) bytes.
 BK_DECLARE_PRODUCT(int64_t panels_scratch(const SignProduct& p, int64_t blocks))
 BK_DECLARE_PRODUCT(void multiply_panels(const SignProduct& p, const DigitTile* tiles, int64_t count, int64_t row_step,
-                                        const Run& run, const int8_t* operand, int64_t begin, int64_t end,
-                                        char* scratch))
+                                        const Run& run, const int8_t* operand, char* scratch))
 
 // Tiles tile_begin … tile_end − 1 of the rows, columns first … first + cols − 1, whose signs are `signs`. `scratch`:
 // multiply_scratch(…) bytes.

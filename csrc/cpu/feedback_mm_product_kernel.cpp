@@ -73,7 +73,7 @@ void nonfinite_row(const SignProduct& p, const SignColumns& s, int64_t row, int6
       }
     }
     const int64_t n = min(cols - j, kColumns);
-    const int64_t at = row * p.cols + first + j;
+    const int64_t at = row * p.out_stride + first + j;
     switch (p.dtype) {
       case DType::BFloat16:
         store_row<BF16>(v, 0, p.scale, n, p.out, at);
@@ -162,7 +162,8 @@ void finish(const SignProduct& p, const DigitTile* tiles, int64_t count, int64_t
           }
         }
         if (last) {
-          store_row<T>(x, sum, unit, min(cols - g * kColumns, kColumns), p.out, row * p.cols + column + g * kColumns);
+          store_row<T>(x, sum, unit, min(cols - g * kColumns, kColumns), p.out,
+                       row * p.out_stride + column + g * kColumns);
         }
       }
     }
@@ -200,12 +201,12 @@ void multiply_as(const SignProduct& p, const SignColumns& s, int64_t tile_begin,
 
 template <int COUNT, typename T>
 void multiply_formed(const SignProduct& p, const DigitTile* tiles, int64_t count, int64_t row_step, const Run& run,
-                     const int8_t* operand, int64_t begin, int64_t end, int32_t* c, double* v) {
+                     const int8_t* operand, int32_t* c, double* v) {
 #if defined(__AMX_INT8__)
   configure(16);
 #endif
   const int64_t step = divide_up(run.blocks, divide_up(run.blocks, kPassBlocks));
-  for (int64_t word = begin; word < end; ++word) {
+  for (int64_t word = 0; word * 32 < p.cols; ++word) {
     const int8_t* panel = operand + word * panel_bytes(p.depth);
     for (int64_t t = 0; t < count; t += kRowTiles) {
       const int64_t some = min(count - t, kRowTiles);
@@ -326,10 +327,10 @@ int64_t panels_scratch(const SignProduct& p, int64_t blocks) {
 }
 
 void multiply_panels(const SignProduct& p, const DigitTile* tiles, int64_t count, int64_t row_step, const Run& run,
-                     const int8_t* operand, int64_t begin, int64_t end, char* scratch) {
+                     const int8_t* operand, char* scratch) {
   double* running = reinterpret_cast<double*>(scratch + kGroups * kRowTiles * kTileBytes);
   with_types(p, [&](auto digits, auto element) {
-    multiply_formed<digits.value, decltype(element)>(p, tiles, count, row_step, run, operand, begin, end,
+    multiply_formed<digits.value, decltype(element)>(p, tiles, count, row_step, run, operand,
                                                      reinterpret_cast<int32_t*>(scratch), running);
   });
 }
