@@ -114,6 +114,8 @@ def _measure(args: argparse.Namespace, cases: list[registry.Case], where: device
         commit = machine.header(where)["commit"]
         if commit not in result["machine"]["commit"]:
             result["machine"]["commit"] += f", then {commit}"
+        if where.probe:
+            where.probe.known = result["machine"].get("probe_seconds", float("inf"))
         these = {(case.op, case.label) for case in cases}
         if args.go_on:
             these &= report.loud(result)
@@ -137,6 +139,8 @@ def _measure(args: argparse.Namespace, cases: list[registry.Case], where: device
         lost = {row["variant"]: row["failed"] for row in here}
         try:
             result["rows"] += runner.run(case, args.seconds, where, args.state, args.without, lost, args.patience)
+            if where.probe:
+                result["machine"]["probe_seconds"] = where.probe.best
         except runner.DeviceLost as error:
             result["lost"].append({"op": case.op, "case": case.label, "variant": error.variant, "failed": str(error)})
             _save(result, out)

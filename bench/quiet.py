@@ -24,12 +24,14 @@ Sample = tuple[float, float]
 
 
 class Probe:
-    """Seconds of about 20 µs of int8 products: by all threads, on tile units where there are, in the L2 caches.
+    """Seconds of an int8 product, a mean over 20 µs: by all threads, on tile units where there are, in the L2 caches.
 
-    Of float32 products where those are faster, as on AVX2, where torch multiplies int8 in loops.
+    Of a float32 one where that is faster, as on AVX2, where torch multiplies int8 in loops. known: `best` of an earlier
+    process on this processor, as one that begins in a spell may see nothing else.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: float = float("inf")) -> None:
+        self.known = known
         x = torch.randint(-9, 9, (192, 192), dtype=torch.int8, device="cpu")
         y = x[:128, :128].float()
         out, sums = torch.empty(192, 192, dtype=torch.int32, device="cpu"), torch.empty_like(y)
@@ -41,8 +43,8 @@ class Probe:
 
     @property
     def best(self) -> float:
-        """Of all so far, what one in twenty stays below."""
-        return self._all[int(FASTEST * len(self._all))]
+        """Of all so far, what one in twenty stays below, or what is known."""
+        return min(self.known, self._all[int(FASTEST * len(self._all))])
 
     def __call__(self) -> float:
         """Seconds now."""
@@ -61,7 +63,7 @@ class Probe:
         start = time.perf_counter()
         for _ in range(self._calls):
             self._product()
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / self._calls
 
 
 def quiet(samples: list[Sample], best: float) -> list[float]:

@@ -140,3 +140,25 @@ def test_probe() -> None:
     fastest, taken = probe._all[:7], [probe() for _ in range(20)]
     # Of 120 the seventh.
     assert 0 < probe.best == sorted([*fastest, *taken])[6] < 1e-3
+    assert Probe(known=1e-9).best == 1e-9
+
+
+def test_a_process_that_begins_in_a_spell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier one found quiet counts in the next."""
+    monkeypatch.setattr(
+        registry, "cases", lambda *_: [registry.Case("op", "a", lambda _: registry.Bench({"base": int}))]
+    )
+    monkeypatch.setattr(machine, "roofline", lambda *_: {})
+    out = tmp_path / "cpu.json"
+
+    def run(*words: str) -> dict:
+        monkeypatch.setattr(sys, "argv", ["bench", "run", "--seconds=0.001", "--patience=0", "--out", str(out), *words])
+        command.main()
+        return json.loads(out.read_text())
+
+    result = run()
+    assert 0 < result["machine"]["probe_seconds"] < 1e-3
+    result["machine"]["probe_seconds"] = 1e-9
+    out.write_text(json.dumps(result))
+    result = run("--again")
+    assert result["machine"]["probe_seconds"] == 1e-9 and [row["quiet"] for row in result["rows"]] == [0]
