@@ -111,11 +111,11 @@ def _measure(args: argparse.Namespace, cases: list[registry.Case], where: device
     out.parent.mkdir(parents=True, exist_ok=True)
     if (args.go_on or args.again) and out.exists():
         result: dict[str, Any] = json.loads(out.read_text())
-        commit = machine.header(where)["commit"]
-        if commit not in result["machine"]["commit"]:
-            result["machine"]["commit"] += f", then {commit}"
-        if where.probe:
-            where.probe.known = result["machine"].get("probe_seconds", float("inf"))
+        header, before = machine.header(where), result["machine"]
+        if header["commit"] not in before["commit"]:
+            before["commit"] += f", then {header['commit']}"
+        if where.probe and all(header[k] == before[k] for k in ("processor", "threads", "library_level")):
+            where.probe.known = before.get("probe_seconds", float("inf"))
         these = {(case.op, case.label) for case in cases}
         if args.go_on:
             these &= report.loud(result)

@@ -162,3 +162,6 @@ def test_a_process_that_begins_in_a_spell(tmp_path: Path, monkeypatch: pytest.Mo
     out.write_text(json.dumps(result))
     result = run("--again")
     assert result["machine"]["probe_seconds"] == 1e-9 and [row["quiet"] for row in result["rows"]] == [0]
+    result["machine"]["processor"] = "another"
+    out.write_text(json.dumps(result))
+    assert run("--again")["machine"]["probe_seconds"] > 1e-9

@@ -190,15 +190,12 @@ def test_the_way_on_tile_units(out: int, channels: int, kernel: int, size: int, 
 @needs_library
 @pytest.mark.skipif(native.product_level() != "AMX", reason="no tile units")
 def test_the_other_way_on_tile_units() -> None:
-    """Where bands would be mostly each other's images it is tables, and of many zeros digits."""
-    wide = problem((256, 32, (3, 3), (8, 128), (1, 1), (1, 1), (1, 1)))
-    pruned = problem(SHAPES[5])
-    pruned[1][:, 3] = 0
-    for (grad, weight, rest), way in ((wide, "tables"), (pruned, "digits")):
-        arguments = grad, weight, None, None, None, "constant", 0.25, *rest
-        found = by(way, *arguments)
-        assert not torch.equal(found, reference.feedback_conv(*arguments))
-        assert torch.equal(ops.feedback_conv(*arguments), found)
+    """Where bands would be mostly each other's images it is tables."""
+    grad, weight, rest = problem((256, 32, (3, 3), (8, 128), (1, 1), (1, 1), (1, 1)))
+    arguments = grad, weight, None, None, None, "constant", 0.25, *rest
+    found = by("tables", *arguments)
+    assert not torch.equal(found, reference.feedback_conv(*arguments))
+    assert torch.equal(ops.feedback_conv(*arguments), found)
 
 
 @needs_library

@@ -65,8 +65,8 @@ bool digits_are_faster(const ConvGeometry& g) {
                            g.taps() * g.out_channels > kShortRows && g.pixels() >= kManyPixels);
 }
 
-// An empty `way`: the faster, or on tile units the other where that one is not for the shape or its zeros. By ±s the
-// way named, else and where it is not for them by B and the vendor's convolution.
+// An empty `way`: the faster, of those that are for the shape. By ±s the way named, else and where it is not for them
+// by B and the vendor's convolution.
 at::Tensor product(const at::Tensor& grad_output, const std::optional<at::Tensor>& weight,
                    const std::optional<at::Tensor>& signs, const std::optional<at::Tensor>& magnitude,
                    const std::optional<at::Tensor>& key, c10::string_view entries, double scale,
@@ -88,8 +88,8 @@ at::Tensor product(const at::Tensor& grad_output, const std::optional<at::Tensor
   const bool any_dtype = !digits && (way == "tables" || tables_are_faster());
   if (to_entries(entries) == Entries::Constant && (any_dtype ? dtype != at::kDouble : dtype == at::kFloat)) {
     at::Tensor out = (digits ? by_digits : by_tables)(g, args, grad_output, size);
-    if (!out.defined() && way.empty() && product_level() == ProductLevel::AMX) {
-      out = (digits ? by_tables : by_digits)(g, args, grad_output, size);
+    if (!out.defined() && digits && way.empty() && has_tables()) {
+      out = by_tables(g, args, grad_output, size);
     }
     if (out.defined()) {
       return out;

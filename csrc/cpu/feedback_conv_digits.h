@@ -13,7 +13,7 @@
 // that every level agrees.
 //
 // Blocks depend on shapes alone, so that neither threads nor the rest of the batch change a sample's bits. Where their
-// images are mostly border, or mostly each other's, B is formed and the product is the vendor's.
+// images are mostly border, mostly each other's, or large, there are none.
 // Roofline: feedback_mm_product_kernel.cpp's, and 8 bytes an entry of dY.
 #pragma once
 
@@ -33,6 +33,8 @@ namespace {
 // Digits of a block that stay in the L2 cache, and pixels that are done anew together.
 constexpr int64_t kImageBytes = int64_t{1} << 19;
 constexpr int64_t kGathered = 32;
+// The most of a block that cannot be cut.
+constexpr int64_t kMostImageBytes = 8 * kImageBytes;
 // Pixels of a block's image for each of dY that is its own, at most.
 constexpr double kBorder = 16;
 // Pixels of an image at most: its bytes stay within 64 bits, whatever the channels.
@@ -53,7 +55,7 @@ struct Blocks {
   int64_t band;        // pixels of dX in a block, along the outermost dimension
 };
 
-// `bytes`: of a pixel of the image. None where its images are mostly border or each other's.
+// `bytes`: of a pixel of the image. None where its images are mostly border or each other's, or large.
 inline std::optional<Blocks> blocks_of(const ConvGeometry& g, int64_t bytes) {
   Blocks b;
   double image = 1, own = 1;
@@ -75,7 +77,7 @@ inline std::optional<Blocks> blocks_of(const ConvGeometry& g, int64_t bytes) {
   const int64_t mine = divide_up(all, bands);
   b.band = mine * stride;
   size = floor_divide(b.band - 1 + g.padding[b.outer], stride) - b.low[b.outer] + 1;
-  return bands > 1 && size > 2 * mine ? std::nullopt : std::optional(b);
+  return (bands > 1 && size > 2 * mine) || row * size * bytes > kMostImageBytes ? std::nullopt : std::optional(b);
 }
 
 class ConvProduct {
