@@ -26,19 +26,19 @@ Sample = tuple[float, float]
 class Probe:
     """Seconds of an int8 product: by all threads, on tile units where there are, in the L2 caches.
 
-    It is large enough that these units take most of its time. Of a small float32 one, a mean over 20 µs, where torch
+    Large enough to be slower where others use these units. Of a small float32 one, a mean over 20 µs, where torch
     multiplies int8 in loops, as on AVX2. known: `best` of an earlier process on this processor, as one that begins in a
     spell may see nothing else.
     """
 
-    def __init__(self, known: float = float("inf")) -> None:
-        self.known = known
+    def __init__(self) -> None:
+        self.known = float("inf")
         x = torch.randint(-9, 9, (384, 384), dtype=torch.int8, device="cpu")
         y = x.float()
         out, sums = torch.empty(384, 384, dtype=torch.int32, device="cpu"), torch.empty_like(y)
         small, small_sums = y[:128, :128].contiguous(), sums[:128, :128].contiguous()
         self._calls = 1
-        wide, narrow = (lambda: torch.mm(y, y, out=sums)), (lambda: torch._int_mm(x, x, out=out))
+        narrow, wide = (lambda: torch._int_mm(x, x, out=out)), (lambda: torch.mm(y, y, out=sums))
         in_loops = self._least(narrow) > self._least(wide)
         self._product = (lambda: torch.mm(small, small, out=small_sums)) if in_loops else narrow
         self._calls = max(1, round(20e-6 / min(self._seconds() for _ in range(100))))
