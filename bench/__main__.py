@@ -112,9 +112,13 @@ def _measure(args: argparse.Namespace, cases: list[registry.Case], where: device
     if (args.go_on or args.again) and out.exists():
         result: dict[str, Any] = json.loads(out.read_text())
         header, before = machine.header(where), result["machine"]
+        which = ("gpu",) if isinstance(where, device.Cuda) else ("processor", "threads")
+        if other := [k for k in (*which, "library_level", "torch") if header[k] != before.get(k)]:
+            was, here = (", ".join(f"{k} {of.get(k)}" for k in other) for of in (before, header))
+            raise SystemExit(f"--out: {out} has results of {was}; here it is {here}: expected a file of its own")
         if header["commit"] not in before["commit"]:
             before["commit"] += f", then {header['commit']}"
-        if where.probe and all(header[k] == before[k] for k in ("processor", "threads", "library_level")):
+        if where.probe:
             where.probe.known = before.get("probe_seconds", float("inf"))
         these = {(case.op, case.label) for case in cases}
         if args.go_on:
@@ -130,9 +134,12 @@ def _measure(args: argparse.Namespace, cases: list[registry.Case], where: device
             result["machine"] |= machine.driver_and_clocks(where)
     done = {(row["op"], row["case"]) for row in result["rows"]}
     left = [case for case in cases if (case.op, case.label) not in done]
+    names = [f"{case.op}: {case.label}" for case in left]
+    others = [name for name in result["left_out"] if name not in names]
     for i, case in enumerate(tqdm(left, unit="case", disable=None)):
-        result["left_out"] = [f"{c.op}: {c.label}" for c in left[i:]] if time.monotonic() > end else []
-        if result["left_out"]:
+        late = time.monotonic() > end
+        result["left_out"] = others + (names[i:] if late else [])
+        if late:
             _save(result, out)
             break
         here = (row for row in result["lost"] if (row["op"], row["case"]) == (case.op, case.label))

@@ -122,6 +122,8 @@ def test_a_run_has_a_budget_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert run("--match", "one")["left_out"] == [] and built == ["one"]
     result = run("--continue", "--budget", "0")
     assert result["left_out"] == ["op: two"] and built == ["one"]
+    assert run("--again", "--match", "one")["left_out"] == ["op: two"]
+    built.pop()
     monkeypatch.setenv("BIOPLAUS_COMMIT", "later")
     result = run("--continue")
     assert built == ["one", "two"] and result["left_out"] == [] and result["machine"]["commit"].endswith(", then later")
@@ -165,4 +167,6 @@ def test_a_process_that_begins_in_a_spell(tmp_path: Path, monkeypatch: pytest.Mo
     assert result["machine"]["probe_seconds"] == 1e-9 and [row["quiet"] for row in result["rows"]] == [0]
     result["machine"]["processor"] = "another"
     out.write_text(json.dumps(result))
-    assert run("--again")["machine"]["probe_seconds"] > 1e-9
+    with pytest.raises(SystemExit, match=r"of processor another; here it is processor .*expected a file of its own"):
+        run("--again")
+    assert json.loads(out.read_text()) == result

@@ -18,24 +18,21 @@ namespace {
 
 constexpr int64_t kManyPixels = 16;
 
-// dX, or none where the shape, or zeros among the signs, are not for this way. `size`: dX's.
-at::Tensor by_digits(const ConvGeometry& g, const FeedbackArgs& args, const at::Tensor& grad_output,
-                     at::IntArrayRef size) {
+// False where the shape is not for this way. `grad` and `out` are in the same of the two formats.
+bool by_digits(const ConvGeometry& g, const FeedbackArgs& args, bool planes, const at::Tensor& grad,
+               const at::Tensor& out) {
   const int64_t channels = divide_up(g.out_channels, kTileRows) * kTileRows;
   const int64_t bytes = BK_PICK_PRODUCT(digit_bytes)(1, channels, 4) / BK_PICK_PRODUCT(tile_rows)(4);
   const std::optional<Blocks> blocks = g.taps() <= kMaxDepth / channels ? blocks_of(g, bytes) : std::nullopt;
-  if (!blocks) {
-    return {};
+  if (blocks) {
+    ConvProduct(g, *blocks, args, planes, grad, out).run();
   }
-  const at::MemoryFormat format = lc_memory_format(grad_output);
-  const at::Tensor grad = grad_output.contiguous(format);
-  const at::Tensor out = at::empty(size, grad.options(), format);
-  ConvProduct(g, *blocks, args, format == at::MemoryFormat::Contiguous, grad, out).run();
-  return out;
+  return blocks.has_value();
 }
 
-at::Tensor by_tables(const ConvGeometry& given, const FeedbackArgs& args, const at::Tensor& grad_output,
-                     at::IntArrayRef size) {
+// False where the shape, or zeros among the signs, are not for this way.
+bool by_tables(const ConvGeometry& given, const FeedbackArgs& args, bool planes, const at::Tensor& grad,
+               const at::Tensor& out) {
   ConvGeometry g = given;
   if (g.taps() == 1 && g.in == g.out && g.stride == ConvSize{1, 1, 1}) {
     // Its bands can be of any pixels.
@@ -43,19 +40,15 @@ at::Tensor by_tables(const ConvGeometry& given, const FeedbackArgs& args, const 
   }
   const std::optional<Bands> bands = table_bands(g);
   if (!bands) {
-    return {};
+    return false;
   }
   const ConvSigns signs(g, args);
   const std::optional<std::vector<ZeroSign>> zeros = zero_signs(g, signs);
-  if (!zeros) {
-    return {};
+  if (zeros) {
+    const DType dtype = to_dtype("grad_output", grad.scalar_type());
+    TableProduct(g, *bands, signs, *zeros, args.scale, dtype, planes, grad, out).run();
   }
-  const at::MemoryFormat format = lc_memory_format(grad_output);
-  const at::Tensor grad = grad_output.contiguous(format);
-  const at::Tensor out = at::empty(size, grad.options(), format);
-  const DType dtype = to_dtype("grad_output", grad.scalar_type());
-  TableProduct(g, *bands, signs, *zeros, args.scale, dtype, format == at::MemoryFormat::Contiguous, grad, out).run();
-  return out;
+  return zeros.has_value();
 }
 
 // Whether digits are faster than tables, where there are any, by `python -m bench run --op convolution`: on tile units,
@@ -84,14 +77,15 @@ at::Tensor product(const at::Tensor& grad_output, const std::optional<at::Tensor
     return at::zeros(size, grad_output.options()).contiguous(format);
   }
   const at::ScalarType dtype = grad_output.scalar_type();
+  const at::Tensor grad = grad_output.contiguous(format);
+  const at::Tensor out = at::empty(size, grad.options(), format);
   const bool digits = way.empty() ? digits_are_faster(g) : way == "digits";
   const bool any_dtype = !digits && (way == "tables" || tables_are_faster());
   if (to_entries(entries) == Entries::Constant && (any_dtype ? dtype != at::kDouble : dtype == at::kFloat)) {
-    at::Tensor out = (digits ? by_digits : by_tables)(g, args, grad_output, size);
-    if (!out.defined() && digits && way.empty() && has_tables()) {
-      out = by_tables(g, args, grad_output, size);
-    }
-    if (out.defined()) {
+    const bool planes = format == at::MemoryFormat::Contiguous;
+    const bool tables_next = digits && way.empty() && has_tables();
+    if ((digits ? by_digits : by_tables)(g, args, planes, grad, out) ||
+        (tables_next && by_tables(g, args, planes, grad, out))) {
       return out;
     }
   }
@@ -101,11 +95,10 @@ at::Tensor product(const at::Tensor& grad_output, const std::optional<at::Tensor
           .typed<at::Tensor(const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
                             const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, c10::string_view,
                             double, c10::SymIntArrayRef, at::ScalarType)>();
-  const at::Tensor b = form_weight.call(weight, signs, magnitude, key, entries, scale,
-                                        c10::fromIntArrayRefSlow(weight_size), grad_output.scalar_type());
+  const at::Tensor b =
+      form_weight.call(weight, signs, magnitude, key, entries, scale, c10::fromIntArrayRefSlow(weight_size), dtype);
   const std::vector<int64_t> none(stride.size(), 0);
-  return std::get<0>(at::convolution_backward(grad_output, at::empty(size, grad_output.options(), format), b,
-                                              std::nullopt, stride, padding, dilation, false, none, 1,
+  return std::get<0>(at::convolution_backward(grad, out, b, std::nullopt, stride, padding, dilation, false, none, 1,
                                               {true, false, false}))
       .contiguous(format);
 }

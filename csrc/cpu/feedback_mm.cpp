@@ -147,7 +147,7 @@ std::vector<int64_t> row_product(const at::Tensor& grad, const FeedbackParams& b
       SignProduct part = p;
       part.rows = std::min(pairs * (group + 1) / groups * 2 * in_tile, p.rows) - first;
       part.grad = static_cast<const char*>(p.grad) + first * p.row_stride * size_of(p.dtype);
-      part.out = static_cast<char*>(p.out) + first * p.cols * size_of(p.dtype);
+      part.out = static_cast<char*>(p.out) + first * p.out_stride * size_of(p.dtype);
       part.digits = digits.get();
       part.fixed = fixed.get() + first;
       BK_PICK_PRODUCT(quantise)(part, 0, divide_up(part.rows, in_tile), row.get());
