@@ -39,6 +39,8 @@ def build(device: Device, size: tuple[int, ...]) -> Bench:
     for name, cell in cells.items():
         variants[name] = lambda c=cell: ops.feedback_weight(*c, w.shape, dtype=w.dtype)
     variants["pack_signs"] = lambda: ops.pack_signs(w)
+    if w.dim() == 2:
+        variants["pack_signs, transposed W"] = lambda: ops.pack_signs(w.t())
     variants["unpack_signs"] = lambda: ops.unpack_signs(signs, w.shape, dtype=w.dtype)
     return Bench(variants, work=(Work(read=2.0 * w.numel() * w.element_size()),))
 

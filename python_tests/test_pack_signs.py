@@ -40,6 +40,17 @@ def test_layout_by_hand(device: torch.device) -> None:
     assert flags.tolist() == [[1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0, 0]]
 
 
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(130, 4200), (9, 9000), (7, 4097), (1, 8192)])
+def test_wide(rows: int, columns: int, dtype: torch.dtype) -> None:
+    """More columns than the kernel reads at once, adjacent and not."""
+    weight = torch.randn(rows, columns, dtype=dtype)
+    weight[rows // 2, 4095:] = 0
+    for w in (weight, weight.t().contiguous().t(), torch.cat([weight, weight], 1)[:, 5 : columns + 5]):
+        assert torch.equal(torch.ops.bioplaus.pack_signs(w), reference.pack_signs(w))
+
+
 @each_device
 def test_zeros_and_nan(device: torch.device) -> None:
     """What torch.sign makes of NaN is 0, and that is what is packed; subnormals have a sign."""

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "../common/form.h"
@@ -22,11 +23,10 @@
 namespace bioplaus {
 namespace {
 
-// Rows whose digits are held at once: as stay in the L2 cache, and so many at least that forming the signs again costs
-// little; from a weight, which then is read again, more. More rows would be memory fresh from the system, too.
+// Rows whose digits are held at once: as stay in the L2 cache, and so many at least that unfolding the signs again
+// costs little. More rows would be memory fresh from the system, too.
 constexpr int64_t kDigitBytes = int64_t{1} << 20;
 constexpr int64_t kRows = 512;
-constexpr int64_t kRowsOfWeight = 1024;
 // An operand of so many bytes is formed whole and stays in the L2 cache, beside the digits that a thread makes at once.
 constexpr int64_t kOperandBytes = int64_t{1} << 20;
 constexpr int64_t kGroupBytes = int64_t{1} << 18;
@@ -37,6 +37,8 @@ constexpr int64_t kSlabBytes = int64_t{1} << 20;
 // Columns of B too few for what forming tables costs, beside tiles of float32 and of pairs.
 constexpr int64_t kFewSums = 16;
 constexpr int64_t kFewPairs = 64;
+// Entries of B too few for what digits of a half type cost, where tile units take it as it is, too.
+constexpr int64_t kFewOfHalf = int64_t{1} << 20;
 // Fewer entries of B than this are not worth a second thread.
 constexpr int64_t kFormGrain = 8192;
 
@@ -49,7 +51,7 @@ void quantise_rows(const SignProduct& p) {
   });
 }
 
-void multiply_slabs(const SignProduct& p, const FeedbackParams& b) {
+void multiply_slabs(const SignProduct& p, const FeedbackParams& b, const WeightSigns& whole) {
   const auto kernel = BK_PICK_PRODUCT(multiply);
   const int64_t tiles = divide_up(p.rows, BK_PICK_PRODUCT(tile_rows)(p.bytes));
   // Parts of the rows where there are too few slabs.
@@ -59,7 +61,7 @@ void multiply_slabs(const SignProduct& p, const FeedbackParams& b) {
   const int64_t parts = std::clamp<int64_t>(threads / slabs, 1, tiles);
   at::parallel_for(0, slabs * parts, 1, [&](int64_t begin, int64_t end) {
     const Buffer<char> scratch(BK_PICK_PRODUCT(multiply_scratch)(p, width));
-    const SlabSigns signs(b, width);
+    const SlabSigns signs(b, width, &whole);
     SignColumns columns{};
     int64_t formed = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -92,7 +94,8 @@ SignProduct describe(const at::Tensor& grad, const FeedbackParams& b, int bytes,
 }
 
 // out = s · (grad · σ) in digits of `bytes`. The rows for which two bytes lose too much come back, not yet computed.
-std::vector<int64_t> digit_product(const at::Tensor& grad, const FeedbackParams& b, int bytes, const at::Tensor& out) {
+std::vector<int64_t> digit_product(const at::Tensor& grad, const FeedbackParams& b, const WeightSigns& whole, int bytes,
+                                   const at::Tensor& out) {
   SignProduct p = describe(grad, b, bytes, out);
   const int64_t digits = BK_PICK_PRODUCT(digit_bytes)(p.rows, p.depth, bytes);
   const Buffer<int8_t> memory(digits + p.rows * static_cast<int64_t>(sizeof(FixedPoint)));
@@ -106,19 +109,20 @@ std::vector<int64_t> digit_product(const at::Tensor& grad, const FeedbackParams&
     }
   }
   if (static_cast<int64_t>(lossy.size()) < p.rows) {
-    multiply_slabs(p, b);
+    multiply_slabs(p, b, whole);
   }
   return lossy;
 }
 
 // The same by an operand that is formed whole, once: each thread multiplies the digits of some rows as soon as it has
 // made them. Rows that hold an infinity or a NaN come back as well.
-std::vector<int64_t> row_product(const at::Tensor& grad, const FeedbackParams& b, int bytes, const at::Tensor& out) {
+std::vector<int64_t> row_product(const at::Tensor& grad, const FeedbackParams& b, const WeightSigns& whole, int bytes,
+                                 const at::Tensor& out) {
   const SignProduct p = describe(grad, b, bytes, out);
   const int64_t panel = BK_PICK_PRODUCT(panel_bytes)(p.depth);
   const Buffer<int8_t> operand(divide_up(p.cols, 32) * panel);
   at::parallel_for(0, divide_up(p.cols, kPanel), 1, [&](int64_t begin, int64_t end) {
-    const SlabSigns signs(b, kPanel);
+    const SlabSigns signs(b, kPanel, &whole);
     for (int64_t first = begin * kPanel; first < std::min(end * kPanel, p.cols); first += kPanel) {
       const int64_t cols = std::min(kPanel, p.cols - first);
       BK_PICK_PRODUCT(form_panels)
@@ -182,18 +186,19 @@ at::Tensor sign_product(const at::Tensor& grad, const FeedbackParams& b) {
   const int64_t rows = grad.size(0);
   const bool by_rows = divide_up(b.cols, 32) * BK_PICK_PRODUCT(panel_bytes)(b.rows) <= kOperandBytes &&
                        rows >= 2 * at::get_num_threads() * BK_PICK_PRODUCT(tile_rows)(bytes);
-  const int64_t step = by_rows ? rows : std::max(b.weight.data ? kRowsOfWeight : kRows, kDigitBytes / (b.rows * bytes));
+  const int64_t step = by_rows ? rows : std::max(kRows, kDigitBytes / (b.rows * bytes));
+  const WeightSigns whole(b);
   for (int64_t first = 0; first < rows; first += step) {
     const int64_t n = std::min(step, rows - first);
     const bool all = n == rows;
     const at::Tensor some = all ? grad : grad.narrow(0, first, n);
     at::Tensor to = all ? out : out.narrow(0, first, n);
-    std::vector<int64_t> left = (by_rows ? row_product : digit_product)(some, b, bytes, to);
+    std::vector<int64_t> left = (by_rows ? row_product : digit_product)(some, b, whole, bytes, to);
     for (size_t i = 0; i < left.size(); i += kLossyRows) {
       const int64_t count = static_cast<int64_t>(std::min(kLossyRows, left.size() - i));
       const at::Tensor index = at::from_blob(left.data() + i, {count}, at::kLong);
       const at::Tensor part = at::empty({count, b.cols}, grad.options());
-      digit_product(some.index_select(0, index), b, 4, part);
+      digit_product(some.index_select(0, index), b, whole, 4, part);
       to.index_copy_(0, index, part);
     }
   }
@@ -214,7 +219,9 @@ bool tiles_are_fastest(const FeedbackParams& b, at::ScalarType dtype) {
   if (lanes_are_rows()) {
     return dtype == at::kFloat && std::min(b.rows, b.cols) <= kFewSums;
   }
-  return b.cols <= (half_gemm_available(dtype) ? kFewPairs : kFewSums);
+  const bool half = half_gemm_available(dtype);
+  return b.cols <= (half ? kFewPairs : kFewSums) ||
+         (half && product_level() == ProductLevel::AMX && b.rows * b.cols <= kFewOfHalf);
 }
 
 // Whether sums of table entries take less than digits: on tile units of short rows alone.
@@ -288,10 +295,9 @@ at::Tensor slab_product(const at::Tensor& grad, const FeedbackParams& b) {
 // threads but in a parallel region: there the work is cut as for kUnits threads, whatever their number.
 class TileProduct {
  public:
-  // `signs`: all of a B of ±s that is one block of columns, or none.
-  TileProduct(const at::Tensor& grad, const FeedbackParams& b, const at::Tensor& out, const SignColumns* signs)
+  // `by_signs`: B is ±s, whose signs are formed first.
+  TileProduct(const at::Tensor& grad, const FeedbackParams& b, const at::Tensor& out, bool by_signs)
       : b_(b),
-        signs_(signs),
         dtype_(grad.scalar_type()),
         half_(dtype_ != at::kFloat),
         native_(half_ && half_gemm_available(dtype_)),
@@ -301,8 +307,15 @@ class TileProduct {
         rows_(grad.size(0)),
         in_order_(gemm_in_order()),
         threads_(in_order_ ? at::get_num_threads() : kUnits),
-        width_(std::min(b.cols, std::clamp(divide_up(b.cols, 2 * threads_), kMinColumns, kColumns))),
-        terms_(b.cols < kNarrow && b.rows <= kShallow ? kFewTerms : kDepthBlock) {}
+        pairs_(native_ && by_signs),
+        width_(std::min(b.cols,
+                        std::clamp(divide_up(b.cols, 2 * threads_), kMinColumns, pairs_ ? kMinColumns : kColumns))),
+        depth_(pairs_ ? kDeep : kDepthBlock),
+        terms_(b.cols < kNarrow && b.rows <= kShallow ? kFewTerms : kDepthBlock) {
+    if (by_signs) {
+      whole_.emplace(b);
+    }
+  }
 
   void run() const {
     const int64_t slabs = divide_up(b_.cols, width_);
@@ -314,7 +327,15 @@ class TileProduct {
       const Workspace w(*this, step);
       for (int64_t unit = begin; unit < std::min(end, units); ++unit) {
         const int64_t row = unit % parts * step;
-        block(w, row, std::min(step, rows_ - row), unit / parts * width_);
+        const int64_t first = unit / parts * width_, rows = std::min(step, rows_ - row);
+        SignColumns signs{};
+        if (w.signs) {
+          signs = w.signs->form(first, std::min(width_, b_.cols - first));
+        }
+        const int64_t most = pairs_ ? kHeldRows : rows;
+        for (int64_t i = 0; i < rows; i += most) {
+          block(w, signs, row + i, std::min(most, rows - i), first);
+        }
       }
       if (native_) {
         half_gemm_release();
@@ -330,19 +351,29 @@ class TileProduct {
   static constexpr int64_t kShallow = 1024;
   static constexpr int64_t kFewTerms = 32;
   static constexpr int64_t kRowBlock = 128;
+  // Where tiles are formed of signs, which takes little: fewer sums at once and longer ones, which stay in the L2
+  // cache.
+  static constexpr int64_t kHeldRows = 512;
+  static constexpr int64_t kDeep = 512;
   static constexpr int64_t kUnits = 16;
   static constexpr int64_t kMinColumns = 256;
   static constexpr int64_t kColumns = 1024;
 
   struct Workspace {
-    Workspace(const TileProduct& p, int64_t rows) : Workspace(p, rows, std::min(kDepthBlock, p.b_.rows + 1)) {}
+    Workspace(const TileProduct& p, int64_t rows)
+        : Workspace(p, p.pairs_ ? std::min(rows, kHeldRows) : rows, std::min(p.depth_, p.b_.rows + 1)) {}
     Workspace(const TileProduct& p, int64_t rows, int64_t depth)
-        : tile(depth * p.width_ * p.grad_.element_size()),
+        : tile(p.pairs_ ? 0 : depth * p.width_ * p.grad_.element_size()),
           packed(p.native_ ? depth * p.width_ : 0),
           wide_tile(p.half_ && !p.native_ ? depth * p.width_ : 0),
           wide_grad(p.half_ && !p.native_ ? std::min(kRowBlock, rows) * depth : 0),
-          sums(p.half_ ? rows * p.width_ : 0) {}
+          sums(p.half_ ? rows * p.width_ : 0) {
+      if (p.whole_) {
+        signs.emplace(p.b_, p.width_, &*p.whole_);
+      }
+    }
 
+    std::optional<SlabSigns> signs;
     Buffer<char> tile;
     Buffer<uint16_t> packed;
     Buffer<float> wide_tile, wide_grad, sums;
@@ -354,25 +385,15 @@ class TileProduct {
   }
 
   // dX [row, row + rows) × a block of columns from `first` on.
-  void block(const Workspace& w, int64_t row, int64_t rows, int64_t first) const {
+  void block(const Workspace& w, const SignColumns& signs, int64_t row, int64_t rows, int64_t first) const {
     const int64_t cols = std::min(width_, b_.cols - first);
     const int64_t element = grad_.element_size();
     char* out = out_ + (row * b_.cols + first) * element;
     float* sums = half_ ? w.sums.get() : reinterpret_cast<float*>(out);
     const int64_t ld = half_ ? width_ : b_.cols;
-    for (int64_t k = 0; k < b_.rows; k += kDepthBlock) {
-      const int64_t depth = std::min(kDepthBlock, b_.rows - k);
-      if (signs_) {
-        BK_PICK(expand_signs)(*signs_, k, depth, cols, static_cast<float>(b_.scale), b_.out.dtype, w.tile.get());
-      }
-      for (int64_t l = 0; l < depth && !signs_; ++l) {
-        BK_PICK(feedback_run)(b_, k + l, first, cols, w.tile.get() + l * cols * element);
-      }
-      if (native_) {
-        BK_PICK(pack_pairs)(depth, cols, reinterpret_cast<const uint16_t*>(w.tile.get()), cols, w.packed.get());
-      } else if (half_) {
-        widen(w.tile.get(), cols, depth, cols, w.wide_tile.get());
-      }
+    for (int64_t k = 0; k < b_.rows; k += depth_) {
+      const int64_t depth = std::min(depth_, b_.rows - k);
+      form(w, signs, k, depth, first, cols);
       for (int64_t i = 0; i < rows; i += kRowBlock) {
         const int64_t m = std::min(kRowBlock, rows - i);
         const char* a = static_cast<const char*>(grad_.const_data_ptr()) + ((row + i) * ld_ + k) * element;
@@ -396,12 +417,32 @@ class TileProduct {
     }
   }
 
+  // Rows k … k + depth − 1 of a block of columns of B, as they are multiplied.
+  void form(const Workspace& w, const SignColumns& signs, int64_t k, int64_t depth, int64_t first, int64_t cols) const {
+    const auto scale = static_cast<float>(b_.scale);
+    if (pairs_) {
+      BK_PICK(expand_pairs)(signs, k, depth, cols, scale, b_.out.dtype, w.packed.get());
+      return;
+    }
+    if (w.signs) {
+      BK_PICK(expand_signs)(signs, k, depth, cols, scale, b_.out.dtype, w.tile.get());
+    }
+    for (int64_t l = 0; l < depth && !w.signs; ++l) {
+      BK_PICK(feedback_run)(b_, k + l, first, cols, w.tile.get() + l * cols * grad_.element_size());
+    }
+    if (native_) {
+      BK_PICK(pack_pairs)(depth, cols, reinterpret_cast<const uint16_t*>(w.tile.get()), cols, w.packed.get());
+    } else if (half_) {
+      widen(w.tile.get(), cols, depth, cols, w.wide_tile.get());
+    }
+  }
+
   void widen(const void* from, int64_t ld, int64_t rows, int64_t cols, float* to) const {
     copy_rows(to, DType::Float32, cols, from, b_.out.dtype, ld, rows, cols);
   }
 
   const FeedbackParams& b_;
-  const SignColumns* signs_;
+  std::optional<WeightSigns> whole_;  // where signs are formed first
   at::ScalarType dtype_;
   bool half_;
   bool native_;
@@ -411,20 +452,18 @@ class TileProduct {
   int64_t rows_;
   bool in_order_;
   int64_t threads_;
+  bool pairs_;
   int64_t width_;
+  int64_t depth_;
   int64_t terms_;
 };
 
 at::Tensor tile_product(const at::Tensor& grad, const FeedbackParams& b) {
   const at::Tensor out = at::empty({grad.size(0), b.cols}, grad.options());
-  // A weight of dY's own dtype is read faster as it is.
+  // Tiles of float32 are few columns; a weight is read faster as it is there, where it is of float32 too.
   const bool ready = b.weight.data && b.weight.dense && b.weight.dtype == b.out.dtype;
-  if (b.entries == Entries::Constant && b.cols <= kPanel && !ready) {
-    const SlabSigns signs(b, kPanel);
-    TileProduct(grad, b, out, &signs.form(0, b.cols)).run();
-  } else {
-    TileProduct(grad, b, out, nullptr).run();
-  }
+  const bool by_signs = half_gemm_available(grad.scalar_type()) || (b.cols <= kPanel && !ready);
+  TileProduct(grad, b, out, b.entries == Entries::Constant && by_signs).run();
   return out;
 }
 

@@ -73,6 +73,9 @@ struct SignColumns {
 // Rows first … first + rows − 1 of s·σ, densely, in float32 or a half type.
 BK_DECLARE(void expand_signs(const SignColumns& signs, int64_t first, int64_t rows, int64_t cols, float s, DType dtype,
                              void* to))
+// The same of a half type, in pairs as pack_pairs makes them.
+BK_DECLARE(void expand_pairs(const SignColumns& signs, int64_t first, int64_t rows, int64_t cols, float s, DType dtype,
+                             uint16_t* packed))
 
 // Rows of dY in a tile, and bytes of all its digits.
 BK_DECLARE_PRODUCT(int64_t tile_rows(int bytes))

@@ -38,11 +38,12 @@ inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackPar
   const int64_t most = most_zeros(b.rows, b.cols);
   std::atomic<int64_t> found = 0;
   std::vector<std::vector<ZeroSign>> zeros_of(slabs);
+  const WeightSigns whole(b);
   at::parallel_for(0, slabs, 1, [&](int64_t begin, int64_t end) {
-    const SlabSigns signs(b, width);
+    const SlabSigns signs(b, width, &whole);
     for (int64_t slab = begin; slab < end && found <= most; ++slab) {
       const int64_t first = slab * width, cols = std::min(width, b.cols - first);
-      const SignColumns& columns = signs.form(first, cols);
+      const SignColumns columns = signs.form(first, cols);
       const bool few = for_zeros(columns, b.rows, cols, [&](int64_t row, int64_t column) {
         zeros_of[slab].push_back({row, first + column});
         return ++found <= most;

@@ -338,6 +338,38 @@ void expand(const SignColumns& signs, int64_t first, int64_t rows, int64_t cols,
   }
 }
 
+// Element j of a pair of rows: the even one's and, above it, the odd one's.
+template <typename T>
+void pairs(const SignColumns& signs, int64_t first, int64_t rows, int64_t cols, float scale, uint32_t* to) {
+  T rounded;
+  round_to(scale, rounded);
+  uint16_t s;
+  __builtin_memcpy(&s, &rounded, sizeof s);
+  const uint32_t both = s * 0x10001u;
+  for (int64_t row = first; row < first + rows; row += 2, to += cols) {
+    for (int64_t t = 0; t < cols; t += 32) {
+      const int64_t word = t / 32, at = word * signs.rows + row, n = cols - t < 32 ? cols - t : 32;
+      const uint32_t even = static_cast<uint32_t>(signs.negative[at]);
+      const uint32_t odd = static_cast<uint32_t>(signs.negative[at + 1]);
+      const bool zeros = signs.zeros[word * (signs.rows / kTileRows) + row / kTileRows];
+      if (n == 32 && !zeros && row + 1 < first + rows) {
+        for (int l = 0; l < 32; ++l) {
+          to[t + l] = both ^ (even & kBit[l] ? 0x8000u : 0u) ^ (odd & kBit[l] ? 0x80000000u : 0u);
+        }
+        continue;
+      }
+      const uint32_t even_nonzero = zeros ? static_cast<uint32_t>(signs.nonzero[at]) : ~0u;
+      const uint32_t odd_nonzero = row + 1 == first + rows ? 0u
+                                   : zeros                 ? static_cast<uint32_t>(signs.nonzero[at + 1])
+                                                           : ~0u;
+      for (int64_t l = 0; l < n; ++l) {
+        const uint32_t entry = both ^ (even & kBit[l] ? 0x8000u : 0u) ^ (odd & kBit[l] ? 0x80000000u : 0u);
+        to[t + l] = entry & ((even_nonzero & kBit[l] ? 0xFFFFu : 0u) | (odd_nonzero & kBit[l] ? 0xFFFF0000u : 0u));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void expand_signs(const SignColumns& signs, int64_t first, int64_t rows, int64_t cols, float s, DType dtype, void* to) {
@@ -349,6 +381,13 @@ void expand_signs(const SignColumns& signs, int64_t first, int64_t rows, int64_t
     default:
       return expand<float>(signs, first, rows, cols, s, static_cast<uint32_t*>(to));
   }
+}
+
+void expand_pairs(const SignColumns& signs, int64_t first, int64_t rows, int64_t cols, float s, DType dtype,
+                  uint16_t* packed) {
+  uint32_t* to = reinterpret_cast<uint32_t*>(packed);
+  dtype == DType::BFloat16 ? pairs<BF16>(signs, first, rows, cols, s, to)
+                           : pairs<FP16>(signs, first, rows, cols, s, to);
 }
 
 void feedback_run(const FeedbackParams& p, int64_t row, int64_t first, int64_t n, void* out) {

@@ -117,7 +117,7 @@ class BackwardInputTask {
   struct Tables {
     Tables(const BackwardInput<P>& op, Arena& arena)
         : shape(matrix(op.g.o, lc_columns(op.g))),
-          signs(shape, shape.cols),
+          signs(shape, shape.cols, nullptr),
           unit(*op.b.feedback),
           source{nullptr, DType::Float32, &unit, op.b.rows, op.b.cols},
           blocks(source, of_weights(unit) ? 0 : std::min(op.g.o, kTileRows) * shape.cols, arena),
@@ -279,7 +279,7 @@ class BackwardInputTask {
   void by_tables(int64_t p, int64_t group, const float* dy, int64_t w0, LcTaps inside) {
     const int64_t run = g_.kernel[2] * g_.c, k0 = taps_.front().column, cols = taps_.back().column + run - k0;
     Tables& t = *tables_;
-    const SignColumns& signs = t.signs.pack(
+    const SignColumns signs = t.signs.pack(
         cols, [&](int64_t row, int64_t rows) { return t.signs_of(p, group * g_.o + row, rows, k0, k0 + cols); });
     t.zeros.clear();
     t.zeros_of.assign(divide_up(cols, run), 0);

@@ -96,49 +96,115 @@ SignWord ragged_word(const T* w, int64_t n) {
 }
 
 constexpr int64_t kPrefetchRows = 8;
+constexpr int64_t kPrefetchBytes = 2048;
+// Columns at a time of what is not adjacent.
+constexpr int64_t kGathered = 512;
+
+// Columns first … first + n − 1 of rows begin … end − 1, and the flags of their tile.
+template <typename T>
+void pack_tile(const FeedbackParams& p, int32_t* planes, int64_t begin, int64_t end, int64_t first, int64_t n) {
+  alignas(64) uint64_t scratch[kGathered];
+  const int64_t width = sign_words(p.cols), words = sign_words(n);
+  uint32_t zero[kPackColumns / 32] = {};
+  const T* readable = p.weight.dense
+                          ? static_cast<const T*>(p.weight.data) + (p.rows - 1) * p.weight.row_stride + p.cols
+                          : reinterpret_cast<const T*>(scratch) + kGathered;
+  // Beyond a strip's last rows lie the next strip's; beyond the last of a matrix of few, nothing that is read.
+  const bool prefetched = p.weight.dense && p.rows > kPrefetchRows;
+  const int64_t ahead =
+      n == p.weight.row_stride ? kPrefetchBytes / static_cast<int64_t>(sizeof(T)) : kPrefetchRows * p.weight.row_stride;
+  for (int64_t i = begin; i < end; ++i) {
+    const T* w = static_cast<const T*>(gather(p, p.weight, i, first, n, scratch));
+    int32_t* negative = planes + i * width + first / 32;
+    int32_t* nonzero = planes + (p.rows + i) * width + first / 32;
+    for (int64_t q = 0; q < words; ++q) {
+      const int64_t left = n - 32 * q;
+      SignWord x{0, 0};
+      if (left > 0) {
+        if (prefetched) {
+          // Where rows are short and far apart hardware does not foresee the next.
+          for (int64_t l = 0; l < 32; l += 64 / static_cast<int64_t>(sizeof(T))) {
+            __builtin_prefetch(w + ahead + 32 * q + l);
+          }
+        }
+        // Beside the end of a row lie the next row's entries: read them too, which is faster than to copy the end.
+        x = w + 32 * q + 32 <= readable ? full_word(w + 32 * q) : ragged_word(w + 32 * q, left);
+      }
+      const uint32_t inside = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0;
+      negative[q] = static_cast<int32_t>(x.negative & inside);
+      nonzero[q] = static_cast<int32_t>(x.nonzero & inside);
+      zero[q] |= ~x.nonzero & inside;
+    }
+  }
+  int32_t* flags = planes + (2 * p.rows + begin / kTileRows) * width + first / 32;
+  for (int64_t q = 0; q < words; ++q) {
+    flags[q] = zero[q] != 0;
+  }
+}
+
+// Bit c of word r ↔ bit r of word c, in each of kBlocks squares of 32 × 32 bits side by side.
+constexpr int64_t kBlocks = kGathered / 32;
+template <int J>
+void swap_bits(uint32_t (*x)[kBlocks], uint32_t mask) {
+  for (int k = 0; k < 32; ++k) {
+    for (int64_t b = 0; b < kBlocks && !(k & J); ++b) {
+      const uint32_t moved = (x[k][b] >> J ^ x[k + J][b]) & mask;
+      x[k + J][b] ^= moved;
+      x[k][b] ^= moved << J;
+    }
+  }
+}
+void transpose_bits(uint32_t (*x)[kBlocks]) {
+  swap_bits<16>(x, 0x0000FFFFu);
+  swap_bits<8>(x, 0x00FF00FFu);
+  swap_bits<4>(x, 0x0F0F0F0Fu);
+  swap_bits<2>(x, 0x33333333u);
+  swap_bits<1>(x, 0x55555555u);
+}
+
+// The same of a weight whose rows are adjacent, which is read down its columns.
+template <typename T>
+void pack_columns(const FeedbackParams& p, int32_t* planes, int64_t begin, int64_t end, int64_t first, int64_t n) {
+  const int64_t width = sign_words(p.cols), words = sign_words(n);
+  uint32_t zero[kBlocks] = {};
+  for (int64_t row = begin; row < end; row += 32) {
+    const int64_t rows = end - row < 32 ? end - row : 32;
+    uint32_t negative[32][kBlocks] = {}, nonzero[32][kBlocks] = {};
+    for (int64_t j = 0; j < n; ++j) {
+      const T* w = static_cast<const T*>(p.weight.data) + row + (first + j) * p.weight.stride[0];
+      const SignWord x = rows == 32 ? full_word(w) : ragged_word(w, rows);
+      negative[j % 32][j / 32] = x.negative;
+      nonzero[j % 32][j / 32] = x.nonzero;
+    }
+    transpose_bits(negative);
+    transpose_bits(nonzero);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t q = 0; q < words; ++q) {
+        const int64_t left = n - 32 * q;
+        const uint32_t inside = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0;
+        planes[(row + r) * width + first / 32 + q] = static_cast<int32_t>(negative[r][q]);
+        planes[(p.rows + row + r) * width + first / 32 + q] = static_cast<int32_t>(nonzero[r][q]);
+        zero[q] |= ~nonzero[r][q] & inside;
+      }
+    }
+  }
+  int32_t* flags = planes + (2 * p.rows + begin / kTileRows) * width + first / 32;
+  for (int64_t q = 0; q < words; ++q) {
+    flags[q] = zero[q] != 0;
+  }
+}
 
 template <typename T>
 void pack(const FeedbackParams& p, int32_t* planes, int64_t begin, int64_t end) {
-  alignas(64) uint64_t scratch[kPackColumns];
-  const int64_t width = sign_words(p.cols);
+  const auto min = [](int64_t a, int64_t b) { return a < b ? a : b; };
   const int64_t column_tiles = (p.cols + kPackColumns - 1) / kPackColumns;
+  const int64_t step = p.weight.dense ? kPackColumns : kGathered;
+  const bool down = !p.weight.dense && p.weight.row_stride == 1 && p.column_dims == 1;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t tile = unit / column_tiles;
-    const int64_t first = unit % column_tiles * kPackColumns;
-    const int64_t n = p.cols - first < kPackColumns ? p.cols - first : kPackColumns;
-    const int64_t rows_left = p.rows - tile * kTileRows;
-    const int64_t row_end = tile * kTileRows + (rows_left < kTileRows ? rows_left : kTileRows);
-    uint32_t zero[kPackColumns / 32] = {};
-    const T* readable = p.weight.dense
-                            ? static_cast<const T*>(p.weight.data) + (p.rows - 1) * p.weight.row_stride + p.cols
-                            : reinterpret_cast<const T*>(scratch) + kPackColumns;
-    for (int64_t i = tile * kTileRows; i < row_end; ++i) {
-      const T* w = static_cast<const T*>(gather(p, p.weight, i, first, n, scratch));
-      if (p.weight.dense && p.rows > kPrefetchRows) {
-        // Rows are short here and far apart: hardware does not foresee the next. Beyond a strip's last lie the next
-        // strip's; beyond the last of a matrix of few, nothing that is read.
-        for (int64_t l = 0; l < n; l += 64 / static_cast<int64_t>(sizeof(T))) {
-          __builtin_prefetch(w + kPrefetchRows * p.weight.row_stride + l);
-        }
-      }
-      int32_t* negative = planes + i * width + first / 32;
-      int32_t* nonzero = planes + (p.rows + i) * width + first / 32;
-      for (int64_t q = 0; q < sign_words(n); ++q) {
-        const int64_t left = n - 32 * q;
-        SignWord x{0, 0};
-        if (left > 0) {
-          // Beside the end of a row lie the next row's entries: read them too, which is faster than to copy the end.
-          x = w + 32 * q + 32 <= readable ? full_word(w + 32 * q) : ragged_word(w + 32 * q, left);
-        }
-        const uint32_t inside = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0;
-        negative[q] = static_cast<int32_t>(x.negative & inside);
-        nonzero[q] = static_cast<int32_t>(x.nonzero & inside);
-        zero[q] |= ~x.nonzero & inside;
-      }
-    }
-    int32_t* flags = planes + (2 * p.rows + tile) * width + first / 32;
-    for (int64_t q = 0; q < sign_words(n); ++q) {
-      flags[q] = zero[q] != 0;
+    const int64_t row = unit / column_tiles * kTileRows, column = unit % column_tiles * kPackColumns;
+    for (int64_t first = column; first < min(column + kPackColumns, p.cols); first += step) {
+      (down ? pack_columns<T> : pack_tile<T>)(p, planes, row, min(row + kTileRows, p.rows), first,
+                                              min(step, p.cols - first));
     }
   }
 }

@@ -1,11 +1,14 @@
 // What the ways to a product by ±s share on the host: which to take, signs of a slab of B, and which of them are 0.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
 #include <algorithm>
 #include <bit>
+#include <mutex>
+#include <optional>
 
 #include "../common/form.h"
 #include "buffer.h"
@@ -47,65 +50,116 @@ inline int64_t slab_width(int64_t cols, int64_t threads) {
   return std::clamp<int64_t>(divide_up(cols, kPanel) / (2 * threads), 1, kSlab / kPanel) * kPanel;
 }
 
-// Signs of a slab of up to `width` columns. Those of a weight and the seeded ones are formed 64 rows at a time.
+// Signs of `part`, at most kTileRows rows of a weight, row-major in `strip`, of strip_words(columns).
+inline int64_t strip_words(int64_t cols) { return (2 * kTileRows + 1) * sign_words(cols); }
+inline SignPlanes pack_strip(const FeedbackParams& part, int32_t* strip) {
+  BK_PICK(pack_signs)(part, strip, 0, divide_up(part.cols, kPackColumns));
+  const int64_t words = sign_words(part.cols);
+  return {strip, strip + part.rows * words, strip + 2 * part.rows * words, words};
+}
+
+// All signs of a weight, if B is of one, by strips of whole rows: it is read from end to end.
+class WeightSigns {
+ public:
+  explicit WeightSigns(const FeedbackParams& b)
+      : rows_(b.weight.data ? divide_up(b.rows, kTileRows) * kTileRows : 0),
+        words_(sign_words(b.cols)),
+        negative_(words_ * rows_),
+        zeros_(words_ * rows_ / kTileRows) {
+    // Each in parts where they are few.
+    const int64_t strips = rows_ / kTileRows;
+    const int64_t threads = at::get_num_threads();
+    const int64_t parts = std::clamp<int64_t>(divide_up(4 * threads, std::max<int64_t>(strips, 1)), 1, words_ / 4);
+    const int64_t width = divide_up(words_ / 4, parts) * kPanel;
+    at::parallel_for(0, strips * parts, 1, [&](int64_t begin, int64_t end) {
+      const Buffer<int32_t> strip(strip_words(width));
+      FeedbackParams part = b;
+      const Operand& w = b.weight;
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t row = unit / parts * kTileRows, first = unit % parts * width;
+        part.rows = std::min(kTileRows, b.rows - row);
+        part.cols = part.column_size[0] = std::min(width, b.cols - first);
+        if (part.cols <= 0) {
+          continue;
+        }
+        part.weight.data = static_cast<char*>(w.data) + (row * w.row_stride + first * w.stride[0]) * size_of(w.dtype);
+        const SignPlanes planes = pack_strip(part, strip.get());
+        const int64_t at = first / 32 * rows_;
+        SignColumns to{negative_.get() + at, nullptr, zeros_.get() + at / kTileRows, rows_};
+        if (std::any_of(planes.flags, planes.flags + planes.width, [](int32_t flag) { return flag; })) {
+          std::call_once(any_zero_, [&] { nonzero_.emplace(words_ * rows_); });
+          to.nonzero = nonzero_->get() + at;
+        }
+        BK_PICK_PRODUCT(arrange)(planes, row, part.rows, planes.width, to);
+      }
+    });
+  }
+
+  // Those of columns from `first` on, which a word begins.
+  SignColumns from(int64_t first) const {
+    const int64_t at = first / 32 * rows_;
+    return {negative_.get() + at, nonzero_ ? nonzero_->get() + at : nullptr, zeros_.get() + at / kTileRows, rows_};
+  }
+
+ private:
+  int64_t rows_, words_;
+  Buffer<int32_t> negative_;
+  Buffer<uint8_t> zeros_;
+  std::once_flag any_zero_;
+  std::optional<Buffer<int32_t>> nonzero_;
+};
+
+// Signs of a slab of up to `width` columns: of `whole`, of b's packed or seeded ones, or what pack is given.
 class SlabSigns {
  public:
-  SlabSigns(const FeedbackParams& b, int64_t width)
+  SlabSigns(const FeedbackParams& b, int64_t width, const WeightSigns* whole)
       : b_(b),
+        whole_(b.weight.data ? whole : nullptr),
         rows_(divide_up(b.rows, kTileRows) * kTileRows),
-        words_(sign_words(width)),
-        memory_(2 * words_ * rows_ + (2 * kTileRows + 1) * words_ + divide_up(words_ * rows_ / kTileRows, 4)),
-        strip_(memory_.get() + 2 * words_ * rows_),
+        words_(whole_ ? 0 : sign_words(width)),
+        memory_(2 * words_ * rows_ + divide_up(words_ * rows_ / kTileRows, 4)),
+        strip_(whole_ || b.signs ? 0 : strip_words(width)),
         signs_{memory_.get(), memory_.get() + words_ * rows_,
-               reinterpret_cast<uint8_t*>(strip_ + (2 * kTileRows + 1) * words_), rows_} {}
+               reinterpret_cast<uint8_t*>(memory_.get() + 2 * words_ * rows_), rows_} {}
 
-  const SignColumns& form(int64_t first, int64_t cols) const {
+  SignColumns form(int64_t first, int64_t cols) const {
     const auto arrange = BK_PICK_PRODUCT(arrange);
     const int64_t words = sign_words(cols);
+    if (whole_) {
+      return whole_->from(first);
+    }
     if (b_.signs) {
       const int64_t width = sign_words(b_.cols);
       const int32_t* planes = b_.signs + first / 32;
       arrange({planes, planes + b_.rows * width, planes + 2 * b_.rows * width, width}, 0, b_.rows, words, signs_);
       return signs_;
     }
-    if (b_.key) {
-      for (int64_t row = 0; row < b_.rows; row += kTileRows) {
-        const int64_t rows = std::min(kTileRows, b_.rows - row);
-        BK_PICK_PRODUCT(seeded_signs)(b_.key, row, row + rows, first / kSignsPerCall, words / 4, strip_);
-        arrange({strip_, nullptr, nullptr, words}, row, rows, words, signs_);
-      }
-      return signs_;
+    for (int64_t row = 0; row < b_.rows; row += kTileRows) {
+      const int64_t rows = std::min(kTileRows, b_.rows - row);
+      BK_PICK_PRODUCT(seeded_signs)(b_.key, row, row + rows, first / kSignsPerCall, words / 4, strip_.get());
+      arrange({strip_.get(), nullptr, nullptr, words}, row, rows, words, signs_);
     }
-    return pack(cols, [&](int64_t row, int64_t) {
-      Operand strip = b_.weight;
-      strip.data =
-          static_cast<char*>(strip.data) + (row * strip.row_stride + first * strip.stride[0]) * size_of(strip.dtype);
-      return strip;
-    });
+    return signs_;
   }
 
   // Of `cols` columns, at(row, rows) being those rows of them: at most 64, of which the first is a multiple of 64.
   template <typename At>
-  const SignColumns& pack(int64_t cols, const At& at) const {
-    const int64_t words = sign_words(cols);
-    FeedbackParams strip = b_;
-    strip.cols = cols;
-    strip.column_size[0] = cols;
+  SignColumns pack(int64_t cols, const At& at) const {
+    FeedbackParams part = b_;
+    part.cols = part.column_size[0] = cols;
     for (int64_t row = 0; row < b_.rows; row += kTileRows) {
-      strip.rows = std::min(kTileRows, b_.rows - row);
-      strip.weight = at(row, strip.rows);
-      BK_PICK(pack_signs)(strip, strip_, 0, divide_up(cols, kPackColumns));
-      BK_PICK_PRODUCT(arrange)
-      ({strip_, strip_ + strip.rows * words, strip_ + 2 * strip.rows * words, words}, row, strip.rows, words, signs_);
+      part.rows = std::min(kTileRows, b_.rows - row);
+      part.weight = at(row, part.rows);
+      BK_PICK_PRODUCT(arrange)(pack_strip(part, strip_.get()), row, part.rows, sign_words(cols), signs_);
     }
     return signs_;
   }
 
  private:
   const FeedbackParams& b_;
+  const WeightSigns* whole_;
   int64_t rows_, words_;
-  Buffer<int32_t> memory_;
-  int32_t* strip_;
+  Buffer<int32_t> memory_, strip_;
   SignColumns signs_;
 };
 
