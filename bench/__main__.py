@@ -134,12 +134,9 @@ def _measure(args: argparse.Namespace, cases: list[registry.Case], where: device
             result["machine"] |= machine.driver_and_clocks(where)
     done = {(row["op"], row["case"]) for row in result["rows"]}
     left = [case for case in cases if (case.op, case.label) not in done]
-    names = [f"{case.op}: {case.label}" for case in left]
-    others = [name for name in result["left_out"] if name not in names]
     for i, case in enumerate(tqdm(left, unit="case", disable=None)):
-        late = time.monotonic() > end
-        result["left_out"] = others + (names[i:] if late else [])
-        if late:
+        result["left_out"] = [f"{c.op}: {c.label}" for c in left[i:]] if time.monotonic() > end else []
+        if result["left_out"]:
             _save(result, out)
             break
         here = (row for row in result["lost"] if (row["op"], row["case"]) == (case.op, case.label))

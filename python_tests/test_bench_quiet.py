@@ -122,8 +122,6 @@ def test_a_run_has_a_budget_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert run("--match", "one")["left_out"] == [] and built == ["one"]
     result = run("--continue", "--budget", "0")
     assert result["left_out"] == ["op: two"] and built == ["one"]
-    assert run("--again", "--match", "one")["left_out"] == ["op: two"]
-    built.pop()
     monkeypatch.setenv("BIOPLAUS_COMMIT", "later")
     result = run("--continue")
     assert built == ["one", "two"] and result["left_out"] == [] and result["machine"]["commit"].endswith(", then later")

@@ -180,14 +180,13 @@ std::vector<int64_t> row_product(const at::Tensor& grad, const FeedbackParams& b
 }
 
 // dX = s · (dY · σ).
-at::Tensor sign_product(const at::Tensor& grad, const FeedbackParams& b) {
+at::Tensor sign_product(const at::Tensor& grad, const FeedbackParams& b, const WeightSigns& whole) {
   const at::Tensor out = at::empty({grad.size(0), b.cols}, grad.options());
   const int bytes = static_cast<int>(grad.element_size());
   const int64_t rows = grad.size(0);
   const bool by_rows = divide_up(b.cols, 32) * BK_PICK_PRODUCT(panel_bytes)(b.rows) <= kOperandBytes &&
                        rows >= 2 * at::get_num_threads() * BK_PICK_PRODUCT(tile_rows)(bytes);
   const int64_t step = by_rows ? rows : std::max(kRows, kDigitBytes / (b.rows * bytes));
-  const WeightSigns whole(b);
   for (int64_t first = 0; first < rows; first += step) {
     const int64_t n = std::min(step, rows - first);
     const bool all = n == rows;
@@ -308,8 +307,8 @@ class TileProduct {
         in_order_(gemm_in_order()),
         threads_(in_order_ ? at::get_num_threads() : kUnits),
         pairs_(native_ && by_signs),
-        width_(std::min(b.cols,
-                        std::clamp(divide_up(b.cols, 2 * threads_), kMinColumns, pairs_ ? kMinColumns : kColumns))),
+        width_(std::min(b.cols, pairs_ ? std::min(divide_up(divide_up(b.cols, threads_), kPanel) * kPanel, kMinColumns)
+                                       : std::clamp(divide_up(b.cols, 2 * threads_), kMinColumns, kColumns))),
         depth_(pairs_ ? kDeep : kDepthBlock),
         terms_(b.cols < kNarrow && b.rows <= kShallow ? kFewTerms : kDepthBlock) {
     if (by_signs) {
@@ -351,8 +350,8 @@ class TileProduct {
   static constexpr int64_t kShallow = 1024;
   static constexpr int64_t kFewTerms = 32;
   static constexpr int64_t kRowBlock = 128;
-  // Where tiles are formed of signs, which takes little: fewer sums at once and longer ones, which stay in the L2
-  // cache.
+  // Pairs are formed of signs, which takes little, anew for so many rows: fewer sums, which stay in the L2 cache, and
+  // longer ones.
   static constexpr int64_t kHeldRows = 512;
   static constexpr int64_t kDeep = 512;
   static constexpr int64_t kUnits = 16;
@@ -460,7 +459,7 @@ class TileProduct {
 
 at::Tensor tile_product(const at::Tensor& grad, const FeedbackParams& b) {
   const at::Tensor out = at::empty({grad.size(0), b.cols}, grad.options());
-  // Tiles of float32 are few columns; a weight is read faster as it is there, where it is of float32 too.
+  // Where tiles are no pairs they are few columns; a weight of dY's own dtype is read faster as it is there.
   const bool ready = b.weight.data && b.weight.dense && b.weight.dtype == b.out.dtype;
   const bool by_signs = half_gemm_available(grad.scalar_type()) || (b.cols <= kPanel && !ready);
   TileProduct(grad, b, out, b.entries == Entries::Constant && by_signs).run();
@@ -494,8 +493,9 @@ at::Tensor product(const at::Tensor& grad_output, const std::optional<at::Tensor
       return tile_product(grad_output, b);
     }
     const bool tables = way.empty() ? tables_beat_digits(b, dtype) : way == "tables";
-    const at::Tensor out = tables ? table_product(grad_output, b) : at::Tensor();
-    return out.defined() ? out : sign_product(grad_output, b);
+    const WeightSigns whole(b);
+    const at::Tensor out = tables ? table_product(grad_output, b, whole) : at::Tensor();
+    return out.defined() ? out : sign_product(grad_output, b, whole);
   }
   return torch_is_faster(dtype, grad_output.size(0), b.rows, b.cols) ? slab_product(grad_output, b)
                                                                      : tile_product(grad_output, b);

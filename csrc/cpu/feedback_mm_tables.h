@@ -20,7 +20,7 @@ namespace bioplaus {
 constexpr int64_t kUnitColumns = 512;
 
 // No tensor where too many signs are 0.
-inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackParams& b) {
+inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackParams& b, const WeightSigns& whole) {
   struct ZeroSign {
     int64_t row, column;
   };
@@ -38,7 +38,6 @@ inline at::Tensor table_product(const at::Tensor& grad_output, const FeedbackPar
   const int64_t most = most_zeros(b.rows, b.cols);
   std::atomic<int64_t> found = 0;
   std::vector<std::vector<ZeroSign>> zeros_of(slabs);
-  const WeightSigns whole(b);
   at::parallel_for(0, slabs, 1, [&](int64_t begin, int64_t end) {
     const SlabSigns signs(b, width, &whole);
     for (int64_t slab = begin; slab < end && found <= most; ++slab) {

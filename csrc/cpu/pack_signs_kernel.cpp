@@ -95,6 +95,8 @@ SignWord ragged_word(const T* w, int64_t n) {
   return full_word(padded);
 }
 
+// Adjacent rows at once, as memory is read faster in several runs.
+constexpr int64_t kRuns = 4;
 constexpr int64_t kPrefetchRows = 8;
 constexpr int64_t kPrefetchBytes = 2048;
 // Columns at a time of what is not adjacent.
@@ -113,27 +115,31 @@ void pack_tile(const FeedbackParams& p, int32_t* planes, int64_t begin, int64_t 
   const bool prefetched = p.weight.dense && p.rows > kPrefetchRows;
   const int64_t ahead =
       n == p.weight.row_stride ? kPrefetchBytes / static_cast<int64_t>(sizeof(T)) : kPrefetchRows * p.weight.row_stride;
-  for (int64_t i = begin; i < end; ++i) {
-    const T* w = static_cast<const T*>(gather(p, p.weight, i, first, n, scratch));
+  for (int64_t i = begin, rows; i < end; i += rows) {
+    rows = p.weight.dense && end - i >= kRuns ? kRuns : 1;
+    const T* run = static_cast<const T*>(gather(p, p.weight, i, first, n, scratch));
     int32_t* negative = planes + i * width + first / 32;
     int32_t* nonzero = planes + (p.rows + i) * width + first / 32;
     for (int64_t q = 0; q < words; ++q) {
       const int64_t left = n - 32 * q;
-      SignWord x{0, 0};
-      if (left > 0) {
-        if (prefetched) {
-          // Where rows are short and far apart hardware does not foresee the next.
-          for (int64_t l = 0; l < 32; l += 64 / static_cast<int64_t>(sizeof(T))) {
-            __builtin_prefetch(w + ahead + 32 * q + l);
-          }
-        }
-        // Beside the end of a row lie the next row's entries: read them too, which is faster than to copy the end.
-        x = w + 32 * q + 32 <= readable ? full_word(w + 32 * q) : ragged_word(w + 32 * q, left);
-      }
       const uint32_t inside = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0;
-      negative[q] = static_cast<int32_t>(x.negative & inside);
-      nonzero[q] = static_cast<int32_t>(x.nonzero & inside);
-      zero[q] |= ~x.nonzero & inside;
+      for (int64_t r = 0; r < rows; ++r) {
+        const T* w = run + r * p.weight.row_stride + 32 * q;
+        SignWord x{0, 0};
+        if (left > 0) {
+          if (prefetched) {
+            // Where rows are short and far apart hardware does not foresee the next.
+            for (int64_t l = 0; l < 32; l += 64 / static_cast<int64_t>(sizeof(T))) {
+              __builtin_prefetch(w + ahead + l);
+            }
+          }
+          // Beside the end of a row lie the next row's entries: read them too, which is faster than to copy the end.
+          x = w + 32 <= readable ? full_word(w) : ragged_word(w, left);
+        }
+        negative[r * width + q] = static_cast<int32_t>(x.negative & inside);
+        nonzero[r * width + q] = static_cast<int32_t>(x.nonzero & inside);
+        zero[q] |= ~x.nonzero & inside;
+      }
     }
   }
   int32_t* flags = planes + (2 * p.rows + begin / kTileRows) * width + first / 32;

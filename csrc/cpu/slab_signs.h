@@ -17,8 +17,8 @@
 
 namespace bioplaus {
 
-// Columns that a thread takes at a time, once for all rows. Wide, as a weight is read fastest in long runs; two slabs
-// of bits and their non-zero plane for every thread are at most the bits of the whole weight.
+// Columns that a thread takes at a time, once for all rows: two slabs of bits and their non-zero plane for every thread
+// are at most the bits of the whole weight.
 constexpr int64_t kSlab = 1024;
 // Whether there are sums of table entries (tables.h), and whether they beat digits whatever the shape: not on tile
 // units. Which is taken is decided by level, dtype and B's shape, never by rows, as the two differ in their bits.
@@ -98,7 +98,9 @@ class WeightSigns {
   // Those of columns from `first` on, which a word begins.
   SignColumns from(int64_t first) const {
     const int64_t at = first / 32 * rows_;
-    return {negative_.get() + at, nonzero_ ? nonzero_->get() + at : nullptr, zeros_.get() + at / kTileRows, rows_};
+    // Where no sign is 0 a second plane is never read.
+    const Buffer<int32_t>& nonzero = nonzero_ ? *nonzero_ : negative_;
+    return {negative_.get() + at, nonzero.get() + at, zeros_.get() + at / kTileRows, rows_};
   }
 
  private:
