@@ -3,11 +3,11 @@
 
 #include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
+#include <c10/util/CallOnce.h>
 #include <c10/util/Half.h>
 
 #include <algorithm>
 #include <bit>
-#include <mutex>
 #include <optional>
 
 #include "../common/form.h"
@@ -87,7 +87,7 @@ class WeightSigns {
         const int64_t at = first / 32 * rows_;
         SignColumns to{negative_.get() + at, nullptr, zeros_.get() + at / kTileRows, rows_};
         if (std::any_of(planes.flags, planes.flags + planes.width, [](int32_t flag) { return flag; })) {
-          std::call_once(any_zero_, [&] { nonzero_.emplace(words_ * rows_); });
+          c10::call_once(any_zero_, [&] { nonzero_.emplace(words_ * rows_); });
           to.nonzero = nonzero_->get() + at;
         }
         BK_PICK_PRODUCT(arrange)(planes, row, part.rows, planes.width, to);
@@ -107,7 +107,7 @@ class WeightSigns {
   int64_t rows_, words_;
   Buffer<int32_t> negative_;
   Buffer<uint8_t> zeros_;
-  std::once_flag any_zero_;
+  c10::once_flag any_zero_;  // std's would be of glibc 2.34
   std::optional<Buffer<int32_t>> nonzero_;
 };
 
