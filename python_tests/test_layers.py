@@ -231,3 +231,18 @@ def test_signs_come_from_the_parameter_under_autocast(case: Case, rule: str) -> 
     (expected,) = torch.autograd.grad(z, x, grad_output.float())
     eps = torch.finfo(torch.float16).eps
     torch.testing.assert_close(dx, expected, rtol=eps, atol=eps * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("rule", ["usf", "fa"])
+def test_a_gradient_is_laid_out_as_its_weight(rule: str) -> None:
+    """A transposed weight, as GPT-2's layers store it, gets a gradient that autograd need not copy."""
+    layer = bk.nn.Linear(30, 20, feedback=rule)
+    x, dy = torch.randn(7, 30, requires_grad=True), torch.randn(7, 20)
+    for weight in (layer.weight.detach(), layer.weight.detach().t().contiguous().t()):
+        layer.weight = torch.nn.Parameter(weight)
+        given: list[Tensor] = []
+        handle = layer.weight.register_hook(given.append)
+        layer(x).backward(dy)
+        handle.remove()
+        assert given[0].stride() == layer.weight.stride() and layer.weight.grad is not None
+        torch.testing.assert_close(layer.weight.grad, dy.t() @ x.detach())

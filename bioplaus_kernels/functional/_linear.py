@@ -29,6 +29,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, *feedback: Any) -> Tensor:
         x, w, b = begin(ctx, input, weight, bias, feedback)
+        ctx.transposed = weight.stride(0) == 1 < weight.stride(1)
         return F.linear(x, w, b)
 
     @staticmethod
@@ -43,7 +44,8 @@ class _Linear(torch.autograd.Function):
             else:
                 grad_input = ops.feedback_mm(grad_output, *feedback, shape[1])
         if input is not None:
-            grad_weight = grad_output.t().mm(input)
+            # As the weight is laid out, or autograd would copy it.
+            grad_weight = input.t().mm(grad_output).t() if ctx.transposed else grad_output.t().mm(input)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_output.sum(0)
         return finish(ctx, saved, grad_input, grad_weight, grad_bias)
