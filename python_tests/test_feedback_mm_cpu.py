@@ -18,6 +18,8 @@ pytestmark = pytest.mark.skipif(native.library is None, reason=f"no native libra
 KEY = torch.tensor([2, 0x8123456789ABCDEF - 2**64, 0xFEDCBA9876543210 - 2**64])
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
+# What may be lost of a row's norm: two bytes are used where they lose less than a rounding does.
+LEAST = {torch.bfloat16: 2.0**-9.5, torch.float16: 2.0**-11.5}
 
 # What forces a level: torch's capability, oneDNN's, MKL's.
 LEVELS = {
@@ -172,10 +174,6 @@ def test_signs_of_half_types(dtype: torch.dtype) -> None:
             if source[0] is not None:
                 packed = None, ops.pack_signs(source[0]), None, None
                 assert torch.equal(found, ops.feedback_mm(g, *packed, "constant", 0.37, n))
-
-
-# What may be lost of a row's norm: two bytes are used where they lose less than a rounding does.
-LEAST = {torch.bfloat16: 2.0**-9.5, torch.float16: 2.0**-11.5}
 
 
 def exact(g: Tensor, source: tuple, k: int, n: int) -> Tensor:

@@ -60,10 +60,7 @@ class TileProduct {
       for (int64_t unit = begin; unit < std::min(end, units); ++unit) {
         const int64_t row = unit % parts * step;
         const int64_t first = unit / parts * width_, rows = std::min(step, rows_ - row);
-        SignColumns signs{};
-        if (w.signs) {
-          signs = w.signs->form(first, std::min(width_, b_.cols - first));
-        }
+        const SignColumns signs = w.signs ? w.signs->form(first, std::min(width_, b_.cols - first)) : SignColumns{};
         const int64_t most = pairs_ ? kHeldRows : rows;
         for (int64_t i = 0; i < rows; i += most) {
           block(w, signs, row + i, std::min(most, rows - i), first);

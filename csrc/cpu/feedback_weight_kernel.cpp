@@ -352,9 +352,13 @@ void pairs(const SignColumns& signs, int64_t first, int64_t rows, int64_t cols, 
       const uint32_t even = static_cast<uint32_t>(signs.negative[at]);
       const uint32_t odd = static_cast<uint32_t>(signs.negative[at + 1]);
       const bool zeros = signs.zeros[word * (signs.rows / kTileRows) + row / kTileRows];
+      const auto entry = [&](int64_t l) {
+        return both ^ (even & kBit[l] ? 0x8000u : 0u) ^ (odd & kBit[l] ? 0x80000000u : 0u);
+      };
+      // A loop without masks, as nearly all words need none.
       if (n == 32 && !zeros && row + 1 < first + rows) {
         for (int l = 0; l < 32; ++l) {
-          to[t + l] = both ^ (even & kBit[l] ? 0x8000u : 0u) ^ (odd & kBit[l] ? 0x80000000u : 0u);
+          to[t + l] = entry(l);
         }
         continue;
       }
@@ -363,8 +367,7 @@ void pairs(const SignColumns& signs, int64_t first, int64_t rows, int64_t cols, 
                                    : zeros                 ? static_cast<uint32_t>(signs.nonzero[at + 1])
                                                            : ~0u;
       for (int64_t l = 0; l < n; ++l) {
-        const uint32_t entry = both ^ (even & kBit[l] ? 0x8000u : 0u) ^ (odd & kBit[l] ? 0x80000000u : 0u);
-        to[t + l] = entry & ((even_nonzero & kBit[l] ? 0xFFFFu : 0u) | (odd_nonzero & kBit[l] ? 0xFFFF0000u : 0u));
+        to[t + l] = entry(l) & ((even_nonzero & kBit[l] ? 0xFFFFu : 0u) | (odd_nonzero & kBit[l] ? 0xFFFF0000u : 0u));
       }
     }
   }

@@ -95,6 +95,18 @@ SignWord ragged_word(const T* w, int64_t n) {
   return full_word(padded);
 }
 
+// Bits of a word of a row that has so many entries left.
+uint32_t inside(int64_t left) { return left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0; }
+
+// Which words of a tile have a sign that is 0.
+void store_flags(const FeedbackParams& p, int32_t* planes, int64_t row, int64_t first, int64_t words,
+                 const uint32_t* zero) {
+  int32_t* flags = planes + (2 * p.rows + row / kTileRows) * sign_words(p.cols) + first / 32;
+  for (int64_t q = 0; q < words; ++q) {
+    flags[q] = zero[q] != 0;
+  }
+}
+
 // Adjacent rows at once, as memory is read faster in several runs.
 constexpr int64_t kRuns = 4;
 constexpr int64_t kPrefetchRows = 8;
@@ -122,13 +134,13 @@ void pack_tile(const FeedbackParams& p, int32_t* planes, int64_t begin, int64_t 
     int32_t* nonzero = planes + (p.rows + i) * width + first / 32;
     for (int64_t q = 0; q < words; ++q) {
       const int64_t left = n - 32 * q;
-      const uint32_t inside = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0;
+      const uint32_t used = inside(left);
       for (int64_t r = 0; r < rows; ++r) {
         const T* w = run + r * p.weight.row_stride + 32 * q;
         SignWord x{0, 0};
         if (left > 0) {
           if (prefetched) {
-            // Where rows are short and far apart hardware does not foresee the next.
+            // Hardware alone is slower, most where rows are short and far apart.
             for (int64_t l = 0; l < 32; l += 64 / static_cast<int64_t>(sizeof(T))) {
               __builtin_prefetch(w + ahead + l);
             }
@@ -136,16 +148,13 @@ void pack_tile(const FeedbackParams& p, int32_t* planes, int64_t begin, int64_t 
           // Beside the end of a row lie the next row's entries: read them too, which is faster than to copy the end.
           x = w + 32 <= readable ? full_word(w) : ragged_word(w, left);
         }
-        negative[r * width + q] = static_cast<int32_t>(x.negative & inside);
-        nonzero[r * width + q] = static_cast<int32_t>(x.nonzero & inside);
-        zero[q] |= ~x.nonzero & inside;
+        negative[r * width + q] = static_cast<int32_t>(x.negative & used);
+        nonzero[r * width + q] = static_cast<int32_t>(x.nonzero & used);
+        zero[q] |= ~x.nonzero & used;
       }
     }
   }
-  int32_t* flags = planes + (2 * p.rows + begin / kTileRows) * width + first / 32;
-  for (int64_t q = 0; q < words; ++q) {
-    flags[q] = zero[q] != 0;
-  }
+  store_flags(p, planes, begin, first, words, zero);
 }
 
 // Bit c of word r ↔ bit r of word c, in each of kBlocks squares of 32 × 32 bits side by side.
@@ -186,18 +195,13 @@ void pack_columns(const FeedbackParams& p, int32_t* planes, int64_t begin, int64
     transpose_bits(nonzero);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t q = 0; q < words; ++q) {
-        const int64_t left = n - 32 * q;
-        const uint32_t inside = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0;
         planes[(row + r) * width + first / 32 + q] = static_cast<int32_t>(negative[r][q]);
         planes[(p.rows + row + r) * width + first / 32 + q] = static_cast<int32_t>(nonzero[r][q]);
-        zero[q] |= ~nonzero[r][q] & inside;
+        zero[q] |= ~nonzero[r][q] & inside(n - 32 * q);
       }
     }
   }
-  int32_t* flags = planes + (2 * p.rows + begin / kTileRows) * width + first / 32;
-  for (int64_t q = 0; q < words; ++q) {
-    flags[q] = zero[q] != 0;
-  }
+  store_flags(p, planes, begin, first, words, zero);
 }
 
 template <typename T>

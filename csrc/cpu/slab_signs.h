@@ -69,8 +69,8 @@ class WeightSigns {
     // Each in parts where they are few.
     const int64_t strips = rows_ / kTileRows;
     const int64_t threads = at::get_num_threads();
-    const int64_t parts = std::clamp<int64_t>(divide_up(4 * threads, std::max<int64_t>(strips, 1)), 1, words_ / 4);
-    const int64_t width = divide_up(words_ / 4, parts) * kPanel;
+    const int64_t panels = words_ / 4, most = divide_up(4 * threads, std::max<int64_t>(strips, 1));
+    const int64_t width = divide_up(panels, std::min(most, panels)) * kPanel, parts = divide_up(b.cols, width);
     at::parallel_for(0, strips * parts, 1, [&](int64_t begin, int64_t end) {
       const Buffer<int32_t> strip(strip_words(width));
       FeedbackParams part = b;
@@ -79,9 +79,6 @@ class WeightSigns {
         const int64_t row = unit / parts * kTileRows, first = unit % parts * width;
         part.rows = std::min(kTileRows, b.rows - row);
         part.cols = part.column_size[0] = std::min(width, b.cols - first);
-        if (part.cols <= 0) {
-          continue;
-        }
         part.weight.data = static_cast<char*>(w.data) + (row * w.row_stride + first * w.stride[0]) * size_of(w.dtype);
         const SignPlanes planes = pack_strip(part, strip.get());
         const int64_t at = first / 32 * rows_;
